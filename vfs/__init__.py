@@ -1,0 +1,4 @@
+"""The lazy mount, a process of its own.
+
+It imports `agent_plugin.content` and is imported by nothing.
+"""
