@@ -1,0 +1,280 @@
+"""The blobs of one namespace as files: finding, checking, writing and publishing them.
+
+Knows nothing of quotas, leases or who else is fetching; blob_cache.py puts those around it.
+"""
+
+import errno
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from agent_plugin.content.blob_cache_directory import (
+    BLOB_MODE,
+    READ_FLAGS,
+    CacheDirectory,
+    blob_fault,
+    local_failure,
+    open_directory,
+)
+from agent_plugin.content.digest import Digest, hash_fd
+from agent_plugin.content.errors import BlobCorruptError, LocalReadError
+
+Bytes = bytes | bytearray | memoryview
+
+# A blob's last use is this exact; more would be a write to the inode for each open.
+_USE_RESOLUTION_SECONDS: Final = 60
+# What open says of a planted link, socket or unreadable file; anything else is our own trouble.
+_PLANTED: Final = frozenset({errno.ELOOP, errno.ENXIO, errno.EACCES, errno.EPERM})
+
+
+class Staged:
+    """An empty file for a blob that is fetched in parts; gone with its `with` unless published.
+
+    Attributes:
+        fd: Open for reading and writing until the block ends, after `publish` too.
+    """
+
+    def __init__(
+        self, files: "BlobFiles", name: str, fd: int, on_published: Callable[[int], None]
+    ) -> None:
+        self._files = files
+        self._name: str | None = name
+        self._on_published = on_published
+        self.fd = fd
+
+    def publish(self, digest: Digest) -> None:
+        """Make the file the blob. The caller has verified its bytes and writes no more.
+
+        Raises:
+            BlobCorruptError: The file has another size; it is not published.
+            NoSpaceError, LocalWriteError: It could not be published.
+        """
+        if self._name is None:
+            raise ValueError("already published")
+        size = os.fstat(self.fd).st_size
+        if size != digest.size:
+            raise BlobCorruptError(f"{digest}: the file for the cache has {size} bytes")
+        try:
+            os.fchmod(self.fd, BLOB_MODE)
+        except OSError as error:
+            raise local_failure(f"can not publish {digest}", error) from error
+        name, self._name = self._name, None
+        self._files.publish(name, digest)
+        self._on_published(size)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        os.close(self.fd)
+        if self._name is not None:
+            self._files.remove_temporary(self._name)
+
+
+class BlobFiles:
+    """The blobs of a cache's namespace; may be used from any thread.
+
+    Args:
+        directory: The cache.
+        clock: Seconds since the epoch.
+    """
+
+    def __init__(self, directory: CacheDirectory, clock: Callable[[], float]) -> None:
+        self._directory = directory
+        self._clock = clock
+        # The `ab` directories that were found to be ours; a set's add is atomic.
+        self._shards: set[str] = set()
+
+    def contains(self, digest: Digest) -> bool:
+        """Whether `open_blob` would find the blob, as things are now; one stat.
+
+        Raises:
+            CacheUnsafeError: Its directory is not ours alone.
+        """
+        if not self._has_shard(digest):
+            return False
+        try:
+            info = os.stat(
+                _place(digest), dir_fd=self._directory.namespace_fd, follow_symlinks=False
+            )
+        except OSError:
+            return False
+        return info.st_size == digest.size and not blob_fault(info, owner=self._directory.owner)
+
+    def find(self, hash_: str) -> Digest | None:
+        """Return the digest that a blob of this hash has by its file's size; None without one."""
+        place = f"{hash_[:2]}/{hash_}"
+        try:
+            info = os.stat(place, dir_fd=self._directory.namespace_fd, follow_symlinks=False)
+        except OSError:
+            return None
+        return Digest(hash_, info.st_size) if info.st_size else None
+
+    def open_blob(self, digest: Digest) -> int | None:
+        """Return a descriptor of a blob, or None when it is not there or was no blob.
+
+        Raises:
+            CacheUnsafeError: Its directory is not ours alone.
+            LocalReadError: It could not be opened, for want of descriptors or the like.
+            LocalWriteError: Something wrong could not be moved to quarantine.
+        """
+        if not self._has_shard(digest):
+            return None
+        try:
+            fd = os.open(_place(digest), READ_FLAGS, dir_fd=self._directory.namespace_fd)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno not in _PLANTED:
+                message = f"blob cache: can not open {digest}: {error.strerror}"
+                raise LocalReadError(message) from error
+            self.quarantine(digest, f"can not be opened: {error.strerror}")
+            return None
+        info = os.fstat(fd)
+        fault = blob_fault(info, owner=self._directory.owner)
+        if fault is None and info.st_size == digest.size:
+            self._note_use(fd, info)
+            return fd
+        try:
+            fault = fault or _size_fault(fd, info, digest)
+        finally:
+            os.close(fd)
+        if fault:
+            self.quarantine(digest, fault)
+        return None
+
+    def write(self, data: Bytes) -> str:
+        """Write a file in tmp/ that is ready to be published; return its name.
+
+        Raises:
+            OSError: It could not be written; nothing is left.
+        """
+        name, fd = self._directory.write_temporary(data, mode=BLOB_MODE)
+        os.close(fd)
+        return name
+
+    def stage(self, on_published: Callable[[int], None]) -> Staged:
+        """Return an empty file in tmp/; `on_published` is told the size of the published blob.
+
+        Raises:
+            NoSpaceError, LocalWriteError: It could not be made.
+        """
+        name = self._directory.names.new()
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            fd = os.open(name, flags, 0o600, dir_fd=self._directory.temporary_fd)
+        except OSError as error:
+            raise local_failure("can not make a file", error) from error
+        return Staged(self, name, fd, on_published)
+
+    def publish(self, name: str, digest: Digest) -> None:
+        """Make a file in tmp/ the blob, in place of whatever stands there.
+
+        Raises:
+            CacheUnsafeError: The blob's directory is not ours alone.
+            NoSpaceError, LocalWriteError: It could not be done. The file is gone in each case.
+        """
+        published = False
+        try:
+            published = self._rename(name, digest) or self._rename(name, digest)
+            if not published:
+                message = f"something keeps removing {self._shown(digest).parent}"
+                raise local_failure(message, FileNotFoundError(errno.ENOENT, "not found"))
+        except OSError as error:
+            raise local_failure(f"can not publish {digest}", error) from error
+        finally:
+            if not published:
+                self.remove_temporary(name)
+
+    def remove_temporary(self, name: str) -> None:
+        """Remove a file from tmp/.
+
+        Raises:
+            LocalWriteError: It could not be removed.
+        """
+        self._directory.remove_temporary(name)
+
+    def quarantine(self, digest: Digest, reason: str) -> bool:
+        """Take what stands in a blob's place away; False when nothing does.
+
+        Raises:
+            LocalWriteError: It could not be moved.
+        """
+        return self._directory.quarantine(
+            _place(digest),
+            reason,
+            dir_fd=self._directory.namespace_fd,
+            shown=self._shown(digest),
+        )
+
+    def _rename(self, name: str, digest: Digest) -> bool:
+        """Put the file in its place; False when what was in the way is gone, to try again."""
+        directory = self._directory
+        self._make_shard(digest)
+        try:
+            os.rename(
+                name,
+                _place(digest),
+                src_dir_fd=directory.temporary_fd,
+                dst_dir_fd=directory.namespace_fd,
+            )
+        except IsADirectoryError:
+            self.quarantine(digest, "not a regular file")
+            return False
+        except FileNotFoundError:
+            self._shards.discard(digest.hex[:2])
+            return False
+        return True
+
+    def _has_shard(self, digest: Digest) -> bool:
+        if digest.hex[:2] in self._shards:
+            return True
+        try:
+            self._open_shard(digest, create=False)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            message = f"blob cache: can not open {self._shown(digest).parent}: {error.strerror}"
+            raise LocalReadError(message) from error
+        return True
+
+    def _make_shard(self, digest: Digest) -> None:
+        if digest.hex[:2] not in self._shards:
+            self._open_shard(digest, create=True)
+
+    def _open_shard(self, digest: Digest, *, create: bool) -> None:
+        shard = digest.hex[:2]
+        shown = self._shown(digest).parent
+        namespace_fd = self._directory.namespace_fd
+        os.close(open_directory(shard, shown, dir_fd=namespace_fd, create=create))
+        self._shards.add(shard)
+
+    def _shown(self, digest: Digest) -> Path:
+        return self._directory.shown(self._directory.namespace, _place(digest))
+
+    def _note_use(self, fd: int, info: os.stat_result) -> None:
+        now = self._clock()
+        if abs(now - info.st_mtime) > _USE_RESOLUTION_SECONDS:
+            # The disk may have become read-only; the blob is as good for reading as before.
+            with suppress(OSError):
+                os.utime(fd, (now, now))
+
+
+def _place(digest: Digest) -> str:
+    return f"{digest.hex[:2]}/{digest.hex}"
+
+
+def _size_fault(fd: int, info: os.stat_result, digest: Digest) -> str | None:
+    # The size wanted comes from a manifest: when it is that which lies, the blob stays.
+    try:
+        return None if hash_fd(fd).hex == digest.hex else f"{info.st_size} bytes"
+    except OSError as error:
+        return f"can not be read: {error.strerror}"

@@ -1,0 +1,136 @@
+"""When a request is sent again, and when we give up."""
+
+import itertools
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+from agent_plugin.content import events
+from agent_plugin.content.errors import (
+    BlobCorruptError,
+    PropmasterError,
+    StoreProtocolError,
+    StoreThrottledError,
+)
+from agent_plugin.content.store import Cancellation
+
+T = TypeVar("T")
+
+# What arrives damaged may be damaged at its source, so it is not worth many tries.
+DAMAGED: Final = (BlobCorruptError, StoreProtocolError)
+
+log = events.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How often and how long a request is tried, with exponential backoff and equal jitter.
+
+    The waits between 12 attempts add up to 31 to 63 s, so an outage of 30 s is outlived.
+
+    Attributes:
+        attempts: Tries in all, >= 1; those that the store asked to come later do not count.
+        deadline_seconds: No try begins later than this after the first one began.
+        initial_seconds: The longest first wait; each further one is twice as long.
+        cap_seconds: The longest wait.
+        damaged_retries: Tries after an answer that was damaged (DAMAGED), besides the first. With
+            three, one blob in 120 would fail where 30 % of the answers are damaged.
+        damaged_cap_seconds: The longest wait after one: it is no sign of an overload.
+        connect_timeout: Seconds for a connection to be made.
+        read_timeout: Seconds without a byte from the store.
+        random: Evenly distributed in [0, 1).
+        clock: Seconds, monotonic.
+        sleep: Used where no cancellation is given.
+
+    Source of the jitter: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
+    """
+
+    attempts: int = 12
+    deadline_seconds: float = 120.0
+    initial_seconds: float = 0.2
+    cap_seconds: float = 10.0
+    damaged_retries: int = 9
+    damaged_cap_seconds: float = 1.0
+    connect_timeout: float = 5.0
+    read_timeout: float = 15.0
+    random: Callable[[], float] = random.random
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+
+    def call(
+        self,
+        fn: Callable[[], T],
+        *,
+        what: str,
+        cancellation: Cancellation | None = None,
+        only: type[PropmasterError] = PropmasterError,
+    ) -> T:
+        """Return what `fn` returns, trying again while it raises an error that is `retryable`.
+
+        Args:
+            fn: One attempt.
+            what: The attempt in words for the log, such as "get s3://bucket/key".
+            cancellation: Checked before each attempt; ends a wait at once.
+            only: Other errors are raised as they are, also if they are retryable.
+
+        Raises:
+            PropmasterError: The last error, when it is not retryable or the budget is spent; in the
+                latter case the message says after how many attempts and seconds.
+            CancelledError: Cancellation was wished.
+        """
+        started = self.clock()
+        damaged = counted = 0
+        for attempt in itertools.count(1):
+            if cancellation is not None:
+                cancellation.check()
+            try:
+                return fn()
+            except only as error:
+                if not error.retryable:
+                    raise
+                damaged += isinstance(error, DAMAGED)
+                counted += not isinstance(error, StoreThrottledError)
+                elapsed = self.clock() - started
+                wait = self.wait_after(attempt)
+                if isinstance(error, DAMAGED):
+                    wait = min(wait, self.damaged_cap_seconds)
+                if (
+                    counted >= self.attempts
+                    or damaged > self.damaged_retries
+                    or elapsed + wait > self.deadline_seconds
+                ):
+                    raise _given_up(error, attempt, elapsed) from error
+                _log_retry(error, what, attempt, wait)
+            if cancellation is None:
+                self.sleep(wait)
+            else:
+                cancellation.sleep(wait)
+        raise AssertionError("unreachable: the loop has no end of its own")
+
+    def wait_after(self, attempt: int) -> float:
+        """Return the seconds to wait after the attempt of that number (from 1), jittered."""
+        # 2**30 is past every cap; without a bound the power would overflow a float.
+        longest = min(self.cap_seconds, self.initial_seconds * 2.0 ** min(attempt - 1, 30))
+        return longest * (0.5 + 0.5 * self.random())
+
+
+def _log_retry(error: PropmasterError, what: str, attempt: int, wait: float) -> None:
+    log.info(
+        events.REQUEST_RETRIED,
+        extra={
+            "request": what,
+            "attempt": attempt,
+            "wait_seconds": round(wait, 3),
+            "error": error.code,
+            "reason": error.message,
+        },
+    )
+
+
+def _given_up(error: PropmasterError, attempts: int, elapsed: float) -> PropmasterError:
+    times = "1 attempt" if attempts == 1 else f"{attempts} attempts"
+    return type(error)(
+        f"{error.message} (given up after {times} in {elapsed:.1f} s)", hint=error.hint
+    )

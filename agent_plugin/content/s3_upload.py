@@ -1,0 +1,151 @@
+"""One multipart upload, which is either completed or leaves nothing behind.
+
+S3 keeps the parts of an upload that was neither completed nor aborted, and bills them. So whatever
+ends the upload, it is aborted unless it was completed, and aborted again when the parts that were
+under way at that moment have ended, because S3 may have kept those:
+https://docs.aws.amazon.com/AmazonS3/latest/API/API_AbortMultipartUpload.html
+"""
+
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import wait
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from agent_plugin.content import events
+from agent_plugin.content.errors import PropmasterError, StoreUnavailableError
+from agent_plugin.content.parts import Pending
+from agent_plugin.content.s3_access import CONTENT_TYPE
+from agent_plugin.content.s3_errors import UploadGoneError
+from agent_plugin.content.s3_requests import Requests
+from agent_plugin.content.store import Cancellation
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3.type_defs import CompletedPartTypeDef
+
+# How long an abort may hold up whoever cancelled, in seconds; users are promised one second.
+CANCELLED_WAIT_SECONDS: Final = 0.7
+ABORT_SECONDS: Final = 10.0
+ABORT_ATTEMPTS: Final = 4
+
+log = events.get_logger()
+
+
+class Upload:
+    """An upload to one key; `end` must be called, however it went.
+
+    Args:
+        requests: To the bucket.
+        below: The key below the prefix.
+        metadata: Of the object.
+        size: Bytes in all.
+
+    Attributes:
+        pending: The parts under way (parts.py).
+    """
+
+    def __init__(
+        self, requests: Requests, below: str, metadata: Mapping[str, str], size: int
+    ) -> None:
+        self._requests = requests
+        self._below = below
+        self._key = requests.access.location.key(below)
+        self._place = requests.place(below)
+        self._metadata = dict(metadata)
+        self._size = size
+        self._lock = threading.Lock()
+        self._id = ""
+        self._completed = False
+        self._left = False
+        self._aborted = threading.Event()
+        self.pending: Pending[CompletedPartTypeDef] = deque()
+
+    def create(self, cancellation: Cancellation) -> None:
+        """Begin; if nobody waits for it any more, end at once."""
+        answer = self._requests.boto(
+            lambda client, common: client.create_multipart_upload(
+                **common, Key=self._key, ContentType=CONTENT_TYPE, Metadata=self._metadata
+            ),
+            f"begin the upload of {self._place}",
+            cancellation,
+        )
+        with self._lock:
+            self._id = answer["UploadId"]
+            left = self._left
+        if left:
+            self._abort()
+
+    def send(self, number: int, data: bytes, stop: Cancellation) -> "CompletedPartTypeDef":
+        """Send a part, numbered from 1."""
+        answer = self._requests.boto(
+            lambda client, common: client.upload_part(
+                **common, Key=self._key, UploadId=self._id, PartNumber=number, Body=data
+            ),
+            f"upload part {number} of {self._place}",
+            stop,
+        )
+        part: CompletedPartTypeDef = {"PartNumber": number, "ETag": answer["ETag"]}
+        if "ChecksumCRC32" in answer:
+            part["ChecksumCRC32"] = answer["ChecksumCRC32"]
+        return part
+
+    def complete(self, sent: "Sequence[CompletedPartTypeDef]", cancellation: Cancellation) -> None:
+        """Make the object of its parts.
+
+        Raises:
+            StoreUnavailableError: Somebody aborted the upload.
+        """
+        try:
+            self._requests.boto(
+                lambda client, common: client.complete_multipart_upload(
+                    **common, Key=self._key, UploadId=self._id, MultipartUpload={"Parts": sent}
+                ),
+                f"complete the upload of {self._place}",
+                cancellation,
+            )
+        except UploadGoneError as error:
+            # It was completed if the answer to an earlier attempt got lost.
+            if self._requests.size(self._below, cancellation) != self._size:
+                raise StoreUnavailableError(
+                    error.message, hint="Somebody aborted the upload; try again."
+                ) from error
+        self._completed = True
+
+    def end(self, cancellation: Cancellation) -> None:
+        """Abort unless it was completed, waiting for that a moment, or longer if not cancelled."""
+        with self._lock:
+            self._left = True
+            begun = bool(self._id)
+        if self._completed or not begun:
+            return
+        threading.Thread(target=self._abandon, name="propmaster-abort", daemon=True).start()
+        self._aborted.wait(CANCELLED_WAIT_SECONDS if cancellation.wished else ABORT_SECONDS)
+
+    def _abandon(self) -> None:
+        self._abort()
+        self._aborted.set()
+        under_way = [future for _, future in self.pending]
+        wait(under_way)
+        if any(future.exception() is None for future in under_way):
+            self._abort()
+
+    def _abort(self) -> None:
+        policy = self._requests.policy
+        policy = replace(
+            policy,
+            attempts=min(ABORT_ATTEMPTS, policy.attempts),
+            deadline_seconds=min(ABORT_SECONDS, policy.deadline_seconds),
+        )
+        try:
+            self._requests.boto(
+                lambda client, common: client.abort_multipart_upload(
+                    **common, Key=self._key, UploadId=self._id
+                ),
+                f"abort the upload of {self._place}",
+                policy=policy,
+            )
+        except UploadGoneError:
+            pass  # As wished.
+        except PropmasterError as error:
+            log.warning(events.UPLOAD_LEFT, extra={"object": self._place, "reason": error.message})

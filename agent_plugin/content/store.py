@@ -1,0 +1,183 @@
+"""What a content store is: blobs by digest, and documents (manifests) by key.
+
+A store is `s3://bucket/prefix` or `file:///dir`; both have `Data/<hash>.xxh128` and `Manifests/…`
+below them. Every method may be called from any thread. A method has done what it says when it
+returns, or it raises: nothing is skipped silently. Only an answer of 404 means absent.
+"""
+
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from agent_plugin.content.digest import Digest
+from agent_plugin.content.errors import CancelledError
+
+# Blobs up to this size are moved whole and in memory; larger ones in parts, through a file.
+WHOLE_BLOB_BYTES: Final = 8 * 1024 * 1024
+
+# Told the number of further bytes that have moved; called from any thread, must not block.
+Progress = Callable[[int], None]
+
+
+def ignore_progress(_bytes: int) -> None:
+    """Take no notice of progress."""
+
+
+class Cancellation:
+    """Somebody's wish that work stops; checked at every part boundary."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def cancel(self) -> None:
+        """Wish it; may be called from a signal handler, and more than once."""
+        self._event.set()
+
+    @property
+    def wished(self) -> bool:
+        """Whether work should stop."""
+        return self._event.is_set()
+
+    def check(self) -> None:
+        """Go on, or stop.
+
+        Raises:
+            CancelledError: Somebody wished it.
+        """
+        if self._event.is_set():
+            raise CancelledError("stopped on request")
+
+    def sleep(self, seconds: float) -> None:
+        """Wait, at most until somebody wishes to stop.
+
+        Raises:
+            CancelledError: Somebody wished it.
+        """
+        if self._event.wait(seconds):
+            raise CancelledError("stopped on request")
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentInfo:
+    """What a listing says of a document.
+
+    Attributes:
+        key: Below `Manifests/`, without that prefix.
+        size: Bytes.
+        last_modified: Seconds since the epoch by the store's clock; S3 gives whole seconds.
+    """
+
+    key: str
+    size: int
+    last_modified: float
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A document's bytes with what the store knows of it; `metadata` keys are lower case."""
+
+    info: DocumentInfo
+    data: bytes
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+class Store(Protocol):
+    """A content-addressed store and the manifests beside it.
+
+    Every method raises `StoreAccessError` (401, 403), `StoreUnavailableError` (the retry budget is
+    spent) and `StoreProtocolError` (an answer that makes no sense), besides what it names itself.
+    """
+
+    @property
+    def url(self) -> str:
+        """`s3://bucket/prefix` or `file:///dir`, without a trailing slash."""
+
+    @property
+    def identity(self) -> str:
+        """What tells it from every other store: the URL, and for S3 the endpoint."""
+
+    def find_missing(self, digests: Collection[Digest]) -> set[Digest]:
+        """Return those of the digests that the store lacks; an object of another size counts."""
+
+    def get(self, digest: Digest) -> bytes:
+        """Return a whole blob, verified. For blobs up to WHOLE_BLOB_BYTES; larger ones use memory.
+
+        Raises:
+            BlobNotFoundError: The store answered 404, for the legacy key (no suffix) as well.
+            BlobCorruptError: Its bytes are something else, also when fetched again.
+        """
+
+    def fetch(
+        self,
+        digest: Digest,
+        fd: int,
+        *,
+        cancellation: Cancellation,
+        progress: Progress = ignore_progress,
+    ) -> None:
+        """Write a whole blob to an empty file open for reading and writing, verified on return.
+
+        On any error the file's content is undefined and the caller drops it. Parts are fetched in
+        parallel and hashed while they arrive. Progress tells each byte of the blob once; bytes
+        fetched a second time are not told again.
+
+        Raises:
+            BlobNotFoundError, BlobCorruptError: As for get.
+            CancelledError: Cancellation was wished.
+            OSError: The file could not be written; ENOSPC among others.
+        """
+
+    def read_range(self, digest: Digest, offset: int, length: int) -> bytes:
+        """Return part of a blob, as POSIX read does: exactly min(length, size - offset) bytes.
+
+        Not verified: a part can not be checked against the digest of the whole.
+
+        Raises:
+            BlobNotFoundError: As for get.
+        """
+
+    def put(self, digest: Digest, data: bytes) -> bool:
+        """Store a blob of at most WHOLE_BLOB_BYTES unless it is there; True when it was stored.
+
+        Raises:
+            FileChangedError: `data` is not `digest`; nothing was stored.
+        """
+
+    def put_file(
+        self,
+        digest: Digest,
+        fd: int,
+        *,
+        cancellation: Cancellation,
+        progress: Progress = ignore_progress,
+    ) -> bool:
+        """Store a file's whole content unless it is there; True when it was stored.
+
+        The bytes are hashed as they are sent; an upload whose bytes turn out different is aborted
+        and leaves nothing behind. `fd` is read from offset 0 by position.
+
+        Raises:
+            FileChangedError: The bytes read are not `digest`; nothing was stored.
+            CancelledError: Cancellation was wished; nothing was stored.
+        """
+
+    def list_blobs(self) -> Iterator[Digest]:
+        """Yield every blob under its current key, in no order; other names are passed over."""
+
+    def get_document(self, key: str, *, max_bytes: int) -> Document:
+        """Return the document at `Manifests/<key>`.
+
+        Raises:
+            DocumentNotFoundError: The store answered 404.
+            ManifestInvalidError: It is larger than `max_bytes`; it was not read further.
+        """
+
+    def put_document(self, key: str, data: bytes, metadata: Mapping[str, str]) -> None:
+        """Store a document, replacing one of the same key. Metadata is ASCII."""
+
+    def list_documents(self, prefix: str) -> Iterator[DocumentInfo]:
+        """Yield the documents whose key starts with `prefix`, ascending by key; none is no error.
+
+        `prefix` is a plain string prefix: end it with `/` or `job-1` also finds `job-10`.
+        """
