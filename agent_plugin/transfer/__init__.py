@@ -1,0 +1,1 @@
+"""Every movement of bytes: plan, ledger, engine, progress."""

@@ -1,0 +1,445 @@
+"""Downloads: a plan becomes files under its root.
+
+The calling thread places files; a crew of threads obtains blobs that the cache lacks. A small blob
+travels in memory and is published to the cache by the calling thread (file creation does not gain
+from more threads); a large one is written by its crew thread into the cache's staging area. While a
+blob is fetched its claim is held, so that another process waits for it instead of fetching it too;
+the claim is released after publication. Without a cache, or when the cache fails, blobs go
+straight to their places.
+
+A failure of one file stops the transfer: a session whose inputs are not complete must not start.
+What is complete stays, in place and in the cache, for the next try.
+"""
+
+import os
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Self
+
+from agent_plugin.content import events
+from agent_plugin.content.blob_cache import BlobCache, Claim
+from agent_plugin.content.digest import Digest
+from agent_plugin.content.errors import (
+    BlobCorruptError,
+    BlobNotFoundError,
+    CacheUnsafeError,
+    CancelledError,
+    InputError,
+    LocalError,
+    PropmasterError,
+    local_write_error,
+)
+from agent_plugin.content.layout import blob_key
+from agent_plugin.content.manifest import FileEntry
+from agent_plugin.content.store import WHOLE_BLOB_BYTES, Cancellation
+from agent_plugin.transfer.context import TransferContext
+from agent_plugin.transfer.engine import TICK_SECONDS, ByteBudget, Crew, Products
+from agent_plugin.transfer.ledger import TaskSpec, TransferRow, TransferSpec
+from agent_plugin.transfer.placement import Placer
+from agent_plugin.transfer.plan import EMPTY, DownloadPlan
+from agent_plugin.transfer.progress import Meter
+from agent_plugin.transfer.states import TaskStatus
+
+log = events.get_logger()
+
+# For so long another process's fetch of the same blob is waited for; then we fetch it as well,
+# since that process may be stopped or very slow.
+SINGLE_FLIGHT_SECONDS: Final = 60.0
+# Large blobs are fetched in parallel parts each, so a few at once fill any link.
+LARGE_AT_ONCE: Final = 3
+BEAT_SECONDS: Final = 0.5
+_MEND: Final = "Delete that object, then submit the job again, with --force-store-check."
+# Users are promised an end within a second; a fetch in parts looks every 0.1 s whether to stop.
+LARGE_STOP_SECONDS: Final = 0.4
+# How often a blob that turns out to be damaged in the cache is fetched anew.
+CACHE_REPAIRS: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class TransferResult:
+    """What a transfer did; sizes in bytes.
+
+    Attributes:
+        files, bytes: In place at the end.
+        bytes_fetched: Of the distinct bytes, those that came from the store.
+        bytes_reused: Those that were on this host already.
+    """
+
+    files: int
+    bytes: int
+    bytes_fetched: int
+    bytes_reused: int
+    seconds: float
+
+
+@dataclass(slots=True)
+class _Obtained:
+    """A blob that a crew thread obtained: in memory, in an unnamed file, or in the cache."""
+
+    data: bytes | None = None
+    fd: int = -1
+    claim: Claim | None = None
+    fetched: bool = True
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+        if self.claim is not None:
+            self.claim.release()
+
+
+@dataclass(slots=True)
+class _Counts:
+    fetched: int = 0
+    moved: int = 0
+    next_beat: float = 0.0
+    seen: list[Digest] = field(default_factory=list)
+    repairs: dict[Digest, int] = field(default_factory=dict)
+
+
+def download(plan: DownloadPlan, context: TransferContext, spec: TransferSpec) -> TransferResult:
+    """Carry a plan out.
+
+    Raises:
+        BlobNotFoundError, BlobCorruptError, StoreAccessError, StoreUnavailableError: For a file
+            named in the message.
+        NoSpaceError, PathClashError, UnsafePathError, LocalWriteError: On this host.
+        CancelledError: On request.
+        TransferStateError: Another process carries the same transfer out right now.
+    """
+    started = time.monotonic()
+    row = context.ledger.begin(
+        spec,
+        (
+            TaskSpec(digest.hex, entry.path, digest.size)
+            for digest, entries in plan.wanted.items()
+            for entry in entries
+        ),
+    )
+    error: PropmasterError | None = None
+    try:
+        with _Download(plan, context, row) as running:
+            running.run()
+    except PropmasterError as failure:
+        error = failure
+        raise
+    except BaseException:
+        error = CancelledError("interrupted")
+        raise
+    finally:
+        context.ledger.finish(row.id, error)
+    distinct = sum(digest.size for digest in plan.wanted)
+    kept = sum(entry.size for entry in plan.kept)
+    result = TransferResult(
+        files=plan.files_to_place + len(plan.kept),
+        bytes=plan.bytes_to_place + kept,
+        bytes_fetched=running.counts.fetched,
+        bytes_reused=distinct + kept - running.counts.fetched,
+        seconds=time.monotonic() - started,
+    )
+    log.info(
+        events.TRANSFER_COMPLETED,
+        extra={
+            "transfer": row.id,
+            "kind": spec.kind,
+            "files": result.files,
+            "bytes": result.bytes,
+            "bytes_fetched": result.bytes_fetched,
+            "seconds": round(result.seconds, 3),
+        },
+    )
+    return result
+
+
+class _Download:
+    """One run of one plan; see the module's docstring for who does what."""
+
+    def __init__(self, plan: DownloadPlan, context: TransferContext, row: TransferRow) -> None:
+        self._plan = plan
+        self._context = context
+        self._row = row
+        self._tasks = context.ledger.task_ids(row.id)
+        # Blobs are read from the one and added to the other: a full cache can still be read. Crew
+        # threads may set both to None, so each method takes its own copy first.
+        self._cache: BlobCache | None = context.cache
+        self._filling: BlobCache | None = context.cache
+        self._halt = Cancellation()
+        self._budget = ByteBudget()
+        self._obtained: Products[Digest, _Obtained] = Products(drop=_Obtained.close)
+        self._small = Crew(self._obtain, self._obtained, context.concurrency, self._halt)
+        self._large = Crew(self._obtain, self._obtained, LARGE_AT_ONCE, self._halt)
+        self._meter = Meter(plan.files_to_place, plan.bytes_to_place)
+        # The time as well, since another host's ledger may have the same id for the same root.
+        label = f"{row.id}-{int(row.created * 1_000_000):x}"
+        self._placer = Placer(
+            plan.root,
+            label,
+            direct=plan.hidden,
+            exclusive=plan.exclusive,
+            cancellation=context.cancellation,
+        )
+        self.counts = _Counts()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._halt.cancel()
+        self._small.close()
+        self._large.close()
+        # They remove what they had begun to write; a small blob's thread has nothing of the kind.
+        self._large.join(LARGE_STOP_SECONDS)
+        self._placer.close()
+        # What the crew had ready when the transfer stopped: its claims and files are given back.
+        self._obtained.close()
+
+    def run(self) -> None:
+        self._keep()
+        ready: deque[Digest] = deque()
+        outstanding = 0
+        for digest in self._plan.wanted:
+            if digest == EMPTY or digest in self._plan.cached:
+                ready.append(digest)
+            else:
+                self._order(digest)
+                outstanding += 1
+        with self._context.view(self._row.kind) as view:
+            while outstanding or ready:
+                self._context.cancellation.check()
+                taken = self._obtained.take(0 if ready else TICK_SECONDS)
+                if taken is not None:
+                    outstanding -= 1
+                    outstanding += self._place_obtained(*taken)
+                elif ready:
+                    outstanding += self._place_cached(ready.popleft())
+                if time.monotonic() >= self.counts.next_beat:
+                    self._beat()
+                    view.show(self._meter.snapshot())
+            self._beat()
+            view.show(self._meter.snapshot())
+
+    def _order(self, digest: Digest) -> None:
+        crew = self._small if digest.size <= WHOLE_BLOB_BYTES else self._large
+        crew.order(digest)
+
+    def _beat(self) -> None:
+        self.counts.next_beat = time.monotonic() + BEAT_SECONDS
+        moved, self.counts.moved = self.counts.moved, 0
+        seen, self.counts.seen = self.counts.seen, []
+        self._context.remember_present(seen)
+        self._context.ledger.beat(self._row.id, moved)
+
+    def _keep(self) -> None:
+        for entry in self._plan.retimed:
+            self._placer.retime(entry)
+        for entry in self._plan.kept:
+            # A killed run had placed it, and its note was lost.
+            task = self._tasks.get((entry.hash, entry.path))
+            if task is not None:
+                self._context.ledger.note(task, TaskStatus.DONE)
+
+    def _is_cached(self, digest: Digest) -> bool:
+        cache = self._cache
+        if cache is None:
+            return False
+        try:
+            return cache.contains(digest)
+        except LocalError as error:
+            self._abandon(error)
+            return False
+
+    # ------------------------------------------------------------------ on the crew's threads
+
+    def _obtain(self, digest: Digest) -> _Obtained:
+        claim = self._claim(digest)
+        try:
+            if claim is None and self._is_cached(digest):
+                return _Obtained(fetched=False)
+            if digest.size <= WHOLE_BLOB_BYTES:
+                self._budget.acquire(digest.size, self._halt)
+                try:
+                    data = self._context.open_store().get(digest)
+                except BaseException:
+                    self._budget.release(digest.size)
+                    raise
+                return _Obtained(data=data, claim=claim)
+            return self._obtain_large(digest, claim)
+        except BaseException:
+            if claim is not None:
+                claim.release()
+            raise
+
+    def _claim(self, digest: Digest) -> Claim | None:
+        """Return the right to fetch; None when the blob has come, or there is no cache."""
+        cache = self._filling
+        if cache is None:
+            return None
+        deadline = time.monotonic() + SINGLE_FLIGHT_SECONDS
+        try:
+            while True:
+                claim = cache.claim(digest)
+                if claim is not None:
+                    if cache.contains(digest):
+                        claim.release()
+                        return None
+                    return claim
+                left = deadline - time.monotonic()
+                if left <= 0 or cache.wait_for(digest, left, self._halt):
+                    return None
+        except LocalError as error:
+            self._bypass(error)
+            return None
+
+    def _obtain_large(self, digest: Digest, claim: Claim | None) -> _Obtained:
+        store = self._context.open_store()
+        cache = self._filling
+        if cache is not None:
+            try:
+                with cache.staging(digest.size) as staged:
+                    store.fetch(digest, staged.fd, cancellation=self._halt)
+                    staged.publish(digest)
+                return _Obtained(claim=claim)
+            except (LocalError, OSError) as error:
+                self._bypass(error)
+        fd = self._unnamed_file(self._plan.root)
+        try:
+            store.fetch(digest, fd, cancellation=self._halt)
+        except OSError as error:
+            os.close(fd)
+            raise local_write_error(error, os.fspath(self._plan.root)) from error
+        except BaseException:
+            os.close(fd)
+            raise
+        return _Obtained(fd=fd, claim=claim)
+
+    @staticmethod
+    def _unnamed_file(directory: Path) -> int:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            return os.dup(file.fileno())
+
+    # ------------------------------------------------------------------ on the calling thread
+
+    def _place_obtained(self, digest: Digest, obtained: _Obtained | BaseException) -> int:
+        """Place what the crew obtained; return how many fetches were ordered anew."""
+        if isinstance(obtained, BaseException):
+            raise self._failure(digest, obtained) from obtained
+        try:
+            if obtained.fetched:
+                self.counts.fetched += digest.size
+                self.counts.seen.append(digest)
+            if obtained.data is not None:
+                self._publish(digest, obtained.data)
+                data = obtained.data
+                self._place_all(digest, lambda entry: self._placer.place_data(entry, data))
+                return 0
+            if obtained.fd >= 0:
+                fd = obtained.fd
+                self._place_all(digest, lambda entry: self._placer.place_copy(entry, fd))
+                return 0
+        finally:
+            if obtained.data is not None:
+                self._budget.release(digest.size)
+            obtained.close()
+        return self._place_cached(digest)
+
+    def _place_cached(self, digest: Digest) -> int:
+        """Place a blob out of the cache; return 1 if it has to be fetched again, else 0."""
+        if digest == EMPTY:
+            self._place_all(digest, lambda entry: self._placer.place_data(entry, b""))
+            return 0
+        cache = self._cache
+        if cache is None:
+            return self._again(digest)
+        try:
+            fd = cache.open_blob(digest)
+        except LocalError as error:
+            self._abandon(error)
+            return self._again(digest)
+        if fd is None:
+            return self._again(digest)
+        try:
+            self._place_all(digest, lambda entry: self._placer.place_copy(entry, fd))
+        except BlobCorruptError as error:
+            self._quarantine(cache, digest, error)
+            return self._again(digest)
+        finally:
+            os.close(fd)
+        return 0
+
+    def _again(self, digest: Digest) -> int:
+        repairs = self.counts.repairs.get(digest, 0) + 1
+        self.counts.repairs[digest] = repairs
+        if repairs > CACHE_REPAIRS:
+            # Evicted or damaged again and again: the cache is of no use for this transfer.
+            self._abandon(BlobCorruptError(f"{digest} does not stay whole in the cache"))
+        self._order(digest)
+        return 1
+
+    def _place_all(self, digest: Digest, place: Callable[[FileEntry], None]) -> None:
+        for entry in self._plan.wanted[digest]:
+            try:
+                place(entry)
+            except (LocalError, InputError) as error:
+                self._context.ledger.note(
+                    self._tasks[entry.hash, entry.path], TaskStatus.FAILED, error
+                )
+                raise
+            self._context.ledger.note(self._tasks[entry.hash, entry.path], TaskStatus.DONE)
+            self._meter.advance(entry.size, files=1)
+            self.counts.moved += entry.size
+
+    def _publish(self, digest: Digest, data: bytes) -> None:
+        cache = self._filling
+        if cache is None:
+            return
+        try:
+            cache.add(digest, data)
+        except (LocalError, OSError) as error:
+            self._bypass(error)
+
+    def _bypass(self, error: Exception) -> None:
+        """Add nothing to the cache any more.
+
+        Raises:
+            CacheUnsafeError: When that is the reason; it is for the operator to mend.
+        """
+        if isinstance(error, CacheUnsafeError):
+            raise error
+        if self._filling is None:
+            return
+        self._filling = None
+        log.warning(events.CACHE_BYPASSED, extra={"reason": str(error)})
+
+    def _abandon(self, error: Exception) -> None:
+        """Neither read the cache nor add to it any more."""
+        self._bypass(error)
+        self._cache = None
+
+    def _quarantine(self, cache: BlobCache, digest: Digest, error: BlobCorruptError) -> None:
+        try:
+            cache.quarantine(digest, error.message)
+        except LocalError as failure:
+            self._abandon(failure)
+
+    def _failure(self, digest: Digest, error: BaseException) -> BaseException:
+        """Record that a blob could not be had; return what to raise, naming the files."""
+        entries = self._plan.wanted[digest]
+        if isinstance(error, OSError):
+            error = local_write_error(error, os.fspath(self._plan.root / entries[0].path))
+        if not isinstance(error, PropmasterError) or isinstance(error, CancelledError):
+            return error
+        if isinstance(error, BlobNotFoundError):
+            self._context.index.forget(self._context.open_store().identity, digest)
+        others = f" and {len(entries) - 1} more" if len(entries) > 1 else ""
+        key = blob_key(digest)
+        place = "" if key in error.message else f"{self._context.store_url}/{key}: "
+        hint = error.hint or (_MEND if isinstance(error, BlobCorruptError) else "")
+        failure = type(error)(f"{entries[0].path}{others}: {place}{error.message}", hint=hint)
+        for entry in entries:
+            task = self._tasks[entry.hash, entry.path]
+            self._context.ledger.note(task, TaskStatus.FAILED, failure)
+        return failure

@@ -1,0 +1,161 @@
+"""The threads that move bytes: a crew that works through a queue and can be told to stop.
+
+The crew's threads talk to the store and to nothing else that is shared; what they obtain goes to
+the thread that called, through one bounded queue. They are daemon threads: a request that hangs
+must neither delay a cancellation nor the process's end. A crew whose owner has stopped drops what
+it still obtains.
+"""
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Final, Generic, TypeVar
+
+from agent_plugin.content.store import Cancellation
+
+Order = TypeVar("Order")
+Product = TypeVar("Product")
+
+# What may be in memory between the crew and its owner: 16 threads with a blob of 8 MiB each.
+MAX_BYTES_IN_MEMORY: Final = 128 * 1024 * 1024
+# How soon a wish to stop and the ledger's clock are looked at.
+TICK_SECONDS: Final = 0.2
+
+
+class Products(Generic[Order, Product]):
+    """Where crews put what they have made, or why they could not; one owner takes it.
+
+    Args:
+        drop: Called with each product that nobody will take, on whichever thread has it.
+    """
+
+    def __init__(self, drop: Callable[[Product], None] = lambda _product: None) -> None:
+        self._queue: queue.SimpleQueue[tuple[Order, Product | BaseException]] = queue.SimpleQueue()
+        self._drop = drop
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def put(self, order: Order, product: Product | BaseException) -> None:
+        """Hand over a product or a failure; dropped when the owner has gone."""
+        with self._lock:
+            if not self._closed:
+                self._queue.put((order, product))
+                return
+        if not isinstance(product, BaseException):
+            self._drop(product)
+
+    def close(self) -> None:
+        """Drop what was not taken, and from now on whatever is put."""
+        with self._lock:
+            self._closed = True
+        while (taken := self.take(0)) is not None:
+            if not isinstance(taken[1], BaseException):
+                self._drop(taken[1])
+
+    def take(self, timeout: float) -> tuple[Order, Product | BaseException] | None:
+        """Return a finished order with its product or failure, or None after `timeout` seconds."""
+        try:
+            if timeout <= 0:
+                return self._queue.get_nowait()
+            return self._queue.get(timeout=timeout)
+        except queue.Empty:
+            return None
+
+
+class Crew(Generic[Order, Product]):
+    """Threads that turn orders into products.
+
+    Args:
+        work: Called on a crew thread for each order; an exception becomes the order's failure.
+        products: Where the results go; crews may share it.
+        size: The number of threads; each starts when an order finds the others busy.
+        halt: Wished when the crew is to stop; `work` should heed it as well.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[Order], Product],
+        products: Products[Order, Product],
+        size: int,
+        halt: Cancellation,
+    ) -> None:
+        self._work = work
+        self._products = products
+        self._size = size
+        self._halt = halt
+        self._orders: deque[Order] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._threads: list[threading.Thread] = []
+
+    def order(self, order: Order) -> None:
+        """Queue an order; a thread is started for it while there are fewer than allowed."""
+        with self._changed:
+            self._orders.append(order)
+            if len(self._threads) < self._size:
+                thread = threading.Thread(target=self._run, daemon=True, name="propmaster-crew")
+                thread.start()
+                self._threads.append(thread)
+            else:
+                self._changed.notify()
+
+    def close(self) -> None:
+        """Let the threads end; orders not begun are dropped."""
+        with self._changed:
+            self._closed = True
+            self._orders.clear()
+            self._changed.notify_all()
+
+    def join(self, seconds: float) -> None:
+        """Wait for threads that are still at work, no longer than that in all."""
+        until = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
+
+    def _run(self) -> None:
+        while (order := self._next()) is not None:
+            try:
+                product: Product | BaseException = self._work(order[0])
+            except Exception as error:  # noqa: BLE001 - handed to the owner, which raises it
+                product = error
+            self._products.put(order[0], product)
+
+    def _next(self) -> tuple[Order] | None:
+        with self._changed:
+            while not self._orders:
+                if self._closed or self._halt.wished:
+                    return None
+                self._changed.wait(TICK_SECONDS)
+            if self._closed or self._halt.wished:
+                return None
+            return (self._orders.popleft(),)
+
+
+class ByteBudget:
+    """Bounds the bytes in memory; an amount above the bound is taken as the bound."""
+
+    def __init__(self, bound: int = MAX_BYTES_IN_MEMORY) -> None:
+        self._bound = bound
+        self._free = bound
+        self._changed = threading.Condition()
+
+    def acquire(self, size: int, halt: Cancellation) -> None:
+        """Wait until `size` bytes are free, and take them.
+
+        Raises:
+            CancelledError: Halt was wished.
+        """
+        size = min(size, self._bound)
+        with self._changed:
+            while self._free < size:
+                halt.check()
+                self._changed.wait(TICK_SECONDS)
+            self._free -= size
+
+    def release(self, size: int) -> None:
+        """Give bytes back."""
+        with self._changed:
+            self._free += min(size, self._bound)
+            self._changed.notify_all()

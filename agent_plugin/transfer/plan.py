@@ -1,0 +1,224 @@
+"""What has to move: one fetch per digest, however many paths want it.
+
+Reads the disk and moves nothing.
+"""
+
+import os
+import stat
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from agent_plugin.content.blob_cache import BlobCache
+from agent_plugin.content.digest import EMPTY_HASH, Digest
+from agent_plugin.content.errors import (
+    LocalReadError,
+    NoSpaceError,
+    PathClashError,
+    local_write_error,
+)
+from agent_plugin.content.leftovers import is_partial, partial_name
+from agent_plugin.content.manifest import FileEntry, Manifest, find_folding_clashes
+from agent_plugin.content.safe_path import Root
+from agent_plugin.content.snapshot import FoundFile, HashCache, hash_files
+from agent_plugin.content.store import Cancellation
+
+# Left free besides what is going to be written, for logs and the job's own temporary files.
+SPARE_BYTES: Final = 64 * 1024 * 1024
+
+EMPTY: Final = Digest(EMPTY_HASH, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class DownloadPlan:
+    """What a root lacks.
+
+    Attributes:
+        root: Where the files go.
+        wanted: The entries to place, by digest, in the manifest's order.
+        kept: Entries whose file is in place already, verified.
+        retimed: Of the kept entries those whose file has another time than the entry.
+        hidden: Nobody looks at the root before it gets its real name, so that files may be written
+            under theirs.
+        exclusive: Nobody else places files under the root meanwhile.
+        cached: Of the wanted digests those that the blob cache had when it was asked.
+    """
+
+    root: Path
+    wanted: dict[Digest, list[FileEntry]] = field(default_factory=dict)
+    kept: list[FileEntry] = field(default_factory=list)
+    retimed: list[FileEntry] = field(default_factory=list)
+    hidden: bool = False
+    exclusive: bool = False
+    cached: set[Digest] = field(default_factory=set)
+
+    @property
+    def bytes_to_place(self) -> int:
+        """Bytes of all files to place."""
+        return sum(digest.size * len(entries) for digest, entries in self.wanted.items())
+
+    @property
+    def files_to_place(self) -> int:
+        """Number of files to place."""
+        return sum(len(entries) for entries in self.wanted.values())
+
+
+def plan_download(
+    manifest: Manifest,
+    root: Path,
+    hash_cache: HashCache | None,
+    *,
+    hidden: bool = False,
+    exclusive: bool = False,
+    cancellation: Cancellation | None = None,
+) -> DownloadPlan:
+    """Compare a manifest with what is at its root.
+
+    A file that is there counts only if its bytes hash to the entry's digest; size and time are not
+    proof. Files that the manifest does not name are left alone.
+
+    Raises:
+        UnsafePathError: A link stands where a directory must be.
+        PathClashError: A file stands where a directory must be, or the file system folds names
+            that the manifest keeps apart, or an entry has the name of a temporary file of ours.
+        LocalReadError, FileChangedError: A file that is there can not be read.
+        CancelledError: Cancellation was wished while such a file was read.
+        NoSpaceError, LocalWriteError: The root can not be made, or not be written.
+    """
+    _refuse_partials(manifest)
+    plan = DownloadPlan(root, hidden=hidden, exclusive=exclusive)
+    present = {}
+    if _has_entries(root):
+        present = _present(manifest, root, hash_cache, cancellation)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _check_folding(manifest, root)
+    except OSError as error:
+        raise local_write_error(error, os.fspath(root)) from error
+    for entry in manifest.entries:
+        found = present.get(entry.path)
+        if found is None:
+            plan.wanted.setdefault(entry.digest, []).append(entry)
+            continue
+        plan.kept.append(entry)
+        if found.mtime_ns != entry.mtime * 1000:
+            plan.retimed.append(entry)
+    return plan
+
+
+def survey(plans: Sequence[DownloadPlan], cache: BlobCache | None) -> None:
+    """Note what the cache has, and see that the disks hold what is to come.
+
+    Args:
+        plans: What is to come, several roots may share a disk; their `cached` is filled in.
+        cache: Where fetched blobs are kept as well, or None.
+
+    Raises:
+        NoSpaceError: Naming what is needed and what is free; nothing was written.
+        CacheUnsafeError: Others can write to the cache.
+    """
+    if cache is not None:
+        for plan in plans:
+            plan.cached.update(digest for digest in plan.wanted if cache.contains(digest))
+    needed: dict[int, int] = {}
+    places: dict[int, Path] = {}
+    for plan in plans:
+        device = plan.root.stat().st_dev
+        places.setdefault(device, plan.root)
+        needed[device] = needed.get(device, 0) + plan.bytes_to_place
+    if cache is not None:
+        # Only what shares a disk with a root: the cache evicts, or is done without, elsewhere.
+        device = cache.path.stat().st_dev
+        if device in needed:
+            fetched = {digest for plan in plans for digest in plan.wanted.keys() - plan.cached}
+            needed[device] += sum(digest.size for digest in fetched)
+    for device, size in needed.items():
+        filesystem = os.statvfs(places[device])
+        free = filesystem.f_bavail * filesystem.f_frsize
+        if size and size + SPARE_BYTES > free:
+            raise NoSpaceError(
+                f"{places[device]}: {size} bytes are needed and {free} are free",
+                hint="free some space, or use another disk for sessions or for the blob cache",
+            )
+
+
+def _has_entries(root: Path) -> bool:
+    try:
+        with os.scandir(root) as entries:
+            return next(entries, None) is not None
+    except FileNotFoundError:
+        return False
+    except NotADirectoryError as error:
+        raise PathClashError(f"{root} is not a directory", hint="remove it") from error
+    except OSError as error:
+        raise LocalReadError(f"{root}: {error.strerror}") from error
+
+
+def _present(
+    manifest: Manifest,
+    root: Path,
+    hash_cache: HashCache | None,
+    cancellation: Cancellation | None,
+) -> dict[str, FoundFile]:
+    """Return the files that stand at their entry's path with the entry's bytes, by path."""
+    entries = manifest.by_path()
+    with Root(root) as opened:
+        candidates = [
+            found
+            for found in _stat_all(opened, manifest.entries)
+            if found.size == entries[found.path].size
+        ]
+        return {
+            found.path: found
+            for found, digest in hash_files(
+                opened, candidates, hash_cache, cancellation=cancellation
+            )
+            if digest.hex == entries[found.path].hash
+        }
+
+
+def _stat_all(root: Root, entries: Sequence[FileEntry]) -> Iterable[FoundFile]:
+    for entry in entries:
+        parent, _, name = entry.path.rpartition("/")
+        try:
+            directory = root.directory(parent, create=False)
+            status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise LocalReadError(f"{root.path}/{entry.path}: {error.strerror}") from error
+        if stat.S_ISREG(status.st_mode):
+            yield FoundFile.of(entry.path, status)
+
+
+def _refuse_partials(manifest: Manifest) -> None:
+    for entry in manifest.entries:
+        if is_partial(entry.path.rpartition("/")[2]):
+            raise PathClashError(
+                f"{entry.path} has a name that is kept for temporary files",
+                hint="rename the file, or leave it out",
+            )
+
+
+def _check_folding(manifest: Manifest, root: Path) -> None:
+    """Refuse names that this file system would not keep apart, before any is written."""
+    if not _folds_names(root):
+        return
+    clashes = find_folding_clashes([entry.path for entry in manifest.entries])
+    if clashes:
+        first, second = clashes[0]
+        raise PathClashError(
+            f"{first} and {second} are one name on the file system of {root}"
+            f" ({len(clashes)} such pairs)",
+            hint="use a file system that keeps upper and lower case apart, or rename the files",
+        )
+
+
+def _folds_names(root: Path) -> bool:
+    """See whether a file is found under its name in other letters, by making one."""
+    # A name of its own each time: nobody can have put a link there, and no two runs meet.
+    prefix, _, suffix = partial_name("Fold-|").partition("|")
+    with tempfile.NamedTemporaryFile(dir=root, prefix=prefix, suffix=suffix) as probe:
+        return os.path.lexists(probe.name.replace("-Fold-", "-fOLD-"))

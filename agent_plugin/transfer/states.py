@@ -1,0 +1,116 @@
+"""Which states a transfer and a task can have, and which changes are allowed. Pure.
+
+A transfer is one movement of one snapshot; a task is one file of it. The engine moves both along;
+a person may set some states by hand (`SETTABLE_…`), within the same tables.
+"""
+
+from collections.abc import Collection, Mapping
+from enum import StrEnum
+from typing import Final
+
+from agent_plugin.content.errors import TransferStateError
+
+
+class TransferStatus(StrEnum):
+    """What a transfer is doing."""
+
+    INIT = "init"  # being expanded into tasks; its size is not known yet
+    PENDING = "pending"  # waits for a destination or a confirmation
+    WAITING = "waiting"  # queued
+    RUNNING = "running"  # an engine holds its lease and moves bytes
+    PAUSED = "paused"  # held by a person, or only held tasks are left
+    FAILED = "failed"  # at least one task gave up
+    ABORTED = "aborted"  # stopped by a person
+    DONE = "done"  # every task that counts is done
+
+
+class TaskStatus(StrEnum):
+    """What a task is doing."""
+
+    PENDING = "pending"  # its transfer has no destination yet
+    QUEUED = "queued"  # may be claimed
+    BOOTING = "booting"  # claimed; no byte has moved
+    EXECUTING = "executing"  # bytes are moving
+    FAILED = "failed"  # gave up; the error is in the row
+    ONHOLD = "onhold"  # held by a person
+    EXCLUDED = "excluded"  # taken out by a person; leaves size and progress
+    DONE = "done"
+
+
+_T = TransferStatus
+_K = TaskStatus
+
+LIVE: Final = frozenset({_T.INIT, _T.PENDING, _T.WAITING, _T.RUNNING, _T.PAUSED})
+FINISHED: Final = frozenset({_T.FAILED, _T.ABORTED, _T.DONE})
+
+TRANSFER_CHANGES: Final[Mapping[TransferStatus, frozenset[TransferStatus]]] = {
+    _T.INIT: frozenset({_T.WAITING, _T.PENDING, _T.FAILED, _T.ABORTED}),
+    _T.PENDING: frozenset({_T.WAITING, _T.ABORTED, _T.DONE}),
+    _T.WAITING: frozenset({_T.RUNNING, _T.PAUSED, _T.ABORTED, _T.DONE, _T.PENDING}),
+    _T.RUNNING: frozenset({_T.WAITING, _T.PAUSED, _T.FAILED, _T.ABORTED, _T.DONE}),
+    _T.PAUSED: frozenset({_T.WAITING, _T.ABORTED, _T.DONE}),
+    _T.FAILED: frozenset({_T.WAITING, _T.PAUSED, _T.DONE}),
+    _T.ABORTED: frozenset({_T.WAITING}),
+    _T.DONE: frozenset({_T.WAITING}),
+}
+
+TASK_CHANGES: Final[Mapping[TaskStatus, frozenset[TaskStatus]]] = {
+    _K.PENDING: frozenset({_K.QUEUED, _K.ONHOLD, _K.EXCLUDED}),
+    _K.QUEUED: frozenset({_K.BOOTING, _K.ONHOLD, _K.EXCLUDED, _K.FAILED, _K.DONE}),
+    _K.BOOTING: frozenset({_K.EXECUTING, _K.QUEUED, _K.FAILED, _K.DONE}),
+    _K.EXECUTING: frozenset({_K.QUEUED, _K.FAILED, _K.DONE}),
+    _K.FAILED: frozenset({_K.QUEUED, _K.ONHOLD, _K.EXCLUDED, _K.DONE}),
+    _K.ONHOLD: frozenset({_K.QUEUED, _K.EXCLUDED, _K.FAILED, _K.DONE}),
+    _K.EXCLUDED: frozenset({_K.QUEUED}),
+    _K.DONE: frozenset({_K.QUEUED}),
+}
+
+SETTABLE_TRANSFER: Final = frozenset({_T.PENDING, _T.WAITING, _T.PAUSED, _T.ABORTED, _T.DONE})
+SETTABLE_TASK: Final = frozenset({_K.QUEUED, _K.ONHOLD, _K.EXCLUDED, _K.FAILED, _K.DONE})
+# Tasks in these states need nothing more from the engine.
+SETTLED_TASK: Final = frozenset({_K.FAILED, _K.EXCLUDED, _K.DONE})
+
+
+def check_transfer_change(current: TransferStatus, wanted: TransferStatus) -> None:
+    """Allow a change of a transfer's state, or say why not.
+
+    Raises:
+        TransferStateError: Naming the current state, the wanted one and those allowed.
+    """
+    allowed = TRANSFER_CHANGES[current]
+    if wanted not in allowed:
+        raise TransferStateError(
+            f"a transfer that is {current} can not become {wanted}",
+            hint=f"from {current} it can become: {', '.join(sorted(allowed))}",
+        )
+
+
+def check_task_change(current: TaskStatus, wanted: TaskStatus) -> None:
+    """Allow a change of a task's state, or say why not.
+
+    Raises:
+        TransferStateError: Naming the current state, the wanted one and those allowed.
+    """
+    allowed = TASK_CHANGES[current]
+    if wanted not in allowed:
+        raise TransferStateError(
+            f"a task that is {current} can not become {wanted}",
+            hint=f"from {current} it can become: {', '.join(sorted(allowed))}",
+        )
+
+
+def aggregate(tasks: Collection[TaskStatus]) -> TransferStatus:
+    """Return the state of a started transfer whose tasks have these states.
+
+    All settled: failed if any failed, else done. Otherwise paused if all that is left is held,
+    running if any task is claimed, else waiting. A transfer without tasks is done.
+    """
+    states = frozenset(tasks)
+    unsettled = states - SETTLED_TASK
+    if not unsettled:
+        return _T.FAILED if _K.FAILED in states else _T.DONE
+    if unsettled == {_K.ONHOLD}:
+        return _T.PAUSED
+    if unsettled & {_K.BOOTING, _K.EXECUTING}:
+        return _T.RUNNING
+    return _T.WAITING
