@@ -1,0 +1,183 @@
+"""Builds what a command needs to move bytes, from settings and a store URL.
+
+Nothing here is opened before it is needed: a finish-task that uploads nothing never opens the
+store, and so never loads an S3 client.
+"""
+
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from agent_plugin.content import events
+from agent_plugin.content.blob_cache import BlobCache
+from agent_plugin.content.errors import LocalError, LocalWriteError
+from agent_plugin.content.local_index import LocalIndex
+from agent_plugin.content.open_store import build_store
+from agent_plugin.content.retry import RetryPolicy
+from agent_plugin.content.store import Cancellation, Store
+from agent_plugin.settings import Settings
+from agent_plugin.transfer.context import Records, TransferContext
+from agent_plugin.transfer.ledger import Ledger
+from agent_plugin.transfer.progress import SilentView, View
+
+log = events.get_logger()
+
+
+class LazyStore:
+    """Opens the store at the first call, once; may be called from any thread."""
+
+    def __init__(
+        self,
+        url: str,
+        settings: Settings,
+        environment: Mapping[str, str],
+        account_id: str | None,
+    ) -> None:
+        self._url = url
+        self._settings = settings
+        self._environment = environment
+        self._account_id = account_id
+        self._lock = threading.Lock()
+        self._store: Store | None = None
+
+    def __call__(self) -> Store:
+        """Return the store, opened."""
+        with self._lock:
+            if self._store is None:
+                limits = self._settings.store
+                self._store = build_store(
+                    self._url,
+                    environment=self._environment,
+                    policy=RetryPolicy(
+                        attempts=limits.attempts,
+                        deadline_seconds=limits.deadline_seconds,
+                        connect_timeout=limits.connect_timeout,
+                        read_timeout=limits.read_timeout,
+                    ),
+                    account_id=self._account_id,
+                    concurrency=limits.concurrency,
+                )
+            return self._store
+
+    @property
+    def account_id(self) -> str | None:
+        """The account that must own the bucket: empty when unknown, None when not looked up."""
+        with self._lock:
+            if self._store is None:
+                return self._account_id
+            return getattr(self._store, "account_id", None)
+
+
+def state_directory(settings: Settings) -> Path:
+    """Return the directory of ledger, index and session states, private to this user.
+
+    Raises:
+        LocalWriteError: It can not be made, or others could write to it.
+    """
+    directory = settings.paths.state_dir
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = directory.stat()
+    except OSError as error:
+        raise LocalWriteError(
+            f"{directory}: {error.strerror}",
+            hint="set [paths] state_dir, or PROPMASTER_STATE_DIR, to a directory you own",
+        ) from error
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise LocalWriteError(
+            f"{directory} is not private: others could change what sessions rely on",
+            hint=f"make it yours and closed to others: chown and chmod 700 {directory}",
+        )
+    return directory
+
+
+def open_cache(settings: Settings, store_url: str) -> BlobCache | None:
+    """Open the shared blob cache; None, with a warning, when this host can not have one.
+
+    Raises:
+        CacheUnsafeError: Others could write to it. That is for the operator to mend.
+    """
+    try:
+        return BlobCache.open(
+            settings.paths.cache_dir,
+            store_url=store_url,
+            max_bytes=settings.cache.max_bytes_on(settings.paths.cache_dir),
+            min_free_bytes=settings.cache.min_free_bytes_on(settings.paths.cache_dir),
+            shared=settings.cache.shared_between_stores,
+        )
+    except LocalError as error:
+        if error.code == "E_CACHE_UNSAFE":
+            raise
+        log.warning(events.CACHE_BYPASSED, extra={"reason": error.message})
+        return None
+
+
+@contextmanager
+def open_services(
+    settings: Settings,
+    store_url: str,
+    *,
+    cancellation: Cancellation,
+    account_id: str | None = None,
+    quiet: bool = False,
+    existence_max_age: int | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> Iterator[TransferContext]:
+    """Open ledger, index and cache, and close them afterwards.
+
+    Args:
+        settings: The host's settings.
+        store_url: Of the job's store.
+        cancellation: Checked by every transfer.
+        account_id: Of the bucket's owner when known; empty when known to be unknown.
+        quiet: Show no progress.
+        existence_max_age: Overrides the setting, in seconds; 0 asks the store for every blob.
+        environment: Where credentials and endpoints come from.
+    """
+    records = open_records(settings)
+    with ExitStack() as stack:
+        cache = records.open_cache(store_url)
+        if cache is not None:
+            stack.callback(cache.close)
+        index = records.open_index()
+        stack.callback(index.close)
+        ledger = stack.enter_context(records.open_ledger())
+        yield TransferContext(
+            open_store=LazyStore(store_url, settings, environment, account_id),
+            store_url=store_url,
+            cache=cache,
+            index=index,
+            ledger=ledger,
+            cancellation=cancellation,
+            view=_silent if quiet else _view,
+            concurrency=settings.store.concurrency,
+            existence_max_age=(
+                settings.store.existence_max_age if existence_max_age is None else existence_max_age
+            ),
+        )
+
+
+def open_records(settings: Settings) -> Records:
+    """Return how cache, index and ledger of this host are opened, each by itself.
+
+    Raises:
+        LocalWriteError: The state directory can not be made, or others could write to it.
+    """
+    directory = state_directory(settings)
+    return Records(
+        open_cache=lambda store_url: open_cache(settings, store_url),
+        open_index=lambda: LocalIndex.open(directory / "index.db"),
+        open_ledger=lambda: Ledger.open(directory / "ledger.db"),
+    )
+
+
+def _silent(_title: str) -> View:
+    return SilentView()
+
+
+def _view(title: str) -> View:
+    from agent_plugin.transfer.progress import view_for  # noqa: PLC0415 - decides by the terminal
+
+    return view_for(title)

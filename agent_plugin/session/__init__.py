@@ -1,0 +1,1 @@
+"""What the worker agent calls: start, sync-step, finish-task, end."""

@@ -1,0 +1,107 @@
+"""Session end: nothing of the session stays on the host but what it put into the cache.
+
+The local roots go first, and the state alone says where they are: a full disk, a damaged ledger and
+an unsafe cache are when a session most needs to be ended. Then the host's records are told, each as
+far as it can be; what they keep of the session expires by itself. The state goes last, so that an
+end that failed can be tried again.
+"""
+
+import os
+from contextlib import closing
+from pathlib import Path
+
+import msgspec
+
+from agent_plugin.content import events
+from agent_plugin.content.errors import PropmasterError, SessionStateError, local_write_error
+from agent_plugin.content.leftovers import remove_tree
+from agent_plugin.session.inputs import hidden_root
+from agent_plugin.session.state import SessionState, StateFile, session_id
+from agent_plugin.transfer.context import Records
+
+log = events.get_logger()
+
+
+class EndResult(msgspec.Struct, rename="camel"):
+    """What end did: the local roots that were removed."""
+
+    removed: list[str]
+
+
+def end(
+    session_dir: Path, records: Records, state_file: StateFile, *, keep_files: bool = False
+) -> EndResult:
+    """End a session; ending one that has ended, or never started, does nothing.
+
+    Local roots inside the session directory are removed; a root that the queue's rules mapped
+    elsewhere is the host's own directory and stays as it is. A link in a root's place is removed,
+    and what it leads to is not touched.
+
+    Raises:
+        PropmasterError: A root could not be removed; the others are, and end can be tried again.
+        SessionStateError: The state file is damaged; files stay, the state is forgotten.
+    """
+    key = session_id(session_dir)
+    try:
+        state = state_file.read()
+    except SessionStateError:
+        _forget(key, "", records, state_file)
+        raise
+    removed = []
+    if state is not None and not keep_files:
+        removed = _remove_roots(session_dir, state)
+    _forget(key, state.job.store_url if state else "", records, state_file)
+    log.info(events.SESSION_ENDED, extra={"session": key, "removed": len(removed)})
+    return EndResult(removed)
+
+
+def _remove_roots(session_dir: Path, state: SessionState) -> list[str]:
+    inside = os.path.realpath(session_dir)
+    removed = []
+    failures: list[OSError] = []
+    for root in state.roots:
+        local = Path(root.local_root)
+        if os.path.realpath(local.parent) != inside:
+            continue
+        try:
+            _remove(inside, local.name, hidden_root(local).name)
+            removed.append(root.local_root)
+        except OSError as error:
+            failures.append(error)
+    if failures:
+        # Of the files of a large root the first that stays tells as much as all of them.
+        raise local_write_error(failures[0], os.fspath(session_dir)) from failures[0]
+    return removed
+
+
+def _remove(directory: str, *names: str) -> None:
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        for name in names:
+            remove_tree(fd, name)
+    finally:
+        os.close(fd)
+
+
+def _forget(key: str, store_url: str, records: Records, state_file: StateFile) -> None:
+    try:
+        cache = records.open_cache(store_url)
+        if cache is not None:
+            with closing(cache):
+                cache.release_lease(key)
+    except PropmasterError as error:
+        log.warning(events.CACHE_BYPASSED, extra={"reason": error.message})
+    try:
+        with records.open_ledger() as ledger:
+            ledger.forget_session(key)
+    except PropmasterError as error:
+        log.warning(events.LEDGER_UNAVAILABLE, extra={"reason": error.message})
+    with closing(records.open_index()) as index:
+        index.expire()
+    try:
+        state_file.remove()
+    except OSError as error:
+        raise local_write_error(error, f"the state of session {key}") from error

@@ -1,0 +1,299 @@
+"""Task completion: what the task left behind becomes blobs and a manifest, only what is new.
+
+The output directories are walked once and compared with the baseline of the state file. Whatever
+the file system says is untouched (size, times, inode) is not read; the rest is hashed, and content
+decides: a file that was only touched, or rewritten with what it held, is no output. What this very
+task had left behind when it ran before is one again, even if it came out the same: readers take
+only a task's last manifest. All blobs of all roots are stored before the first manifest is, since a
+manifest is what readers go by.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from agent_plugin.content import events
+from agent_plugin.content.digest import Digest
+from agent_plugin.content.errors import FileChangedError, SessionStateError
+from agent_plugin.content.manifest import FileEntry, Manifest, encode
+from agent_plugin.content.safe_path import Root
+from agent_plugin.content.snapshot import FoundFile, hash_files, walk
+from agent_plugin.content.store import Store
+from agent_plugin.session.inputs import refuse_link
+from agent_plugin.session.roots import is_below, output_manifest_key, output_metadata
+from agent_plugin.session.state import BaselineFile, RootState, SessionState, StateFile
+from agent_plugin.transfer.context import TransferContext
+from agent_plugin.transfer.ledger import TransferSpec
+from agent_plugin.transfer.upload import upload
+
+log = events.get_logger()
+
+# How often files that changed while they were uploaded are looked at again.
+ROUNDS: Final = 4
+
+
+class OutputManifestResult(msgspec.Struct, rename="camel", omit_defaults=True):
+    """Where a root's output manifest is; both empty, and so left out, when it has no outputs."""
+
+    output_manifest_path: str = ""
+    output_manifest_hash: str = ""
+
+
+class FinishResult(msgspec.Struct, rename="camel"):
+    """What finish-task did; printed by `session finish-task --json`.
+
+    Attributes:
+        manifests: Parallel to the job's list of manifests.
+        files: Files in all output manifests.
+        bytes_uploaded, bytes_reused: Of their distinct content, what the store lacked and had.
+        deleted: Paths of the output directories, below their local roots, that are gone.
+    """
+
+    manifests: list[OutputManifestResult]
+    files: int
+    bytes_uploaded: int
+    bytes_reused: int
+    deleted: list[str]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class TaskAction:
+    """Which session action ran which task.
+
+    Attributes:
+        task_id: None for a chunk of tasks.
+        started_at: When the action started, seconds since the epoch; names the run's folder.
+    """
+
+    step_id: str
+    task_id: str | None
+    session_action_id: str
+    started_at: float
+
+
+@dataclass(slots=True)
+class _Changes:
+    """What became of one root's output directories."""
+
+    root: RootState
+    changed: dict[str, FileEntry] = field(default_factory=dict)
+    baseline: dict[str, BaselineFile] = field(default_factory=dict)
+    deleted: list[str] = field(default_factory=list)
+
+
+def finish_task(
+    action: TaskAction,
+    context: TransferContext,
+    state_file: StateFile,
+    *,
+    failed: bool = False,
+    upload_failed: bool = False,
+) -> FinishResult:
+    """Store what a task left behind.
+
+    Args:
+        action: The task's session action.
+        context: The services.
+        state_file: Of a started session.
+        failed: The task failed; then nothing is stored,
+        upload_failed: unless this asks for it.
+
+    Raises:
+        SessionStateError: The session has not started.
+        FileChangedError: A file kept changing while it was read.
+        PropmasterError: Any other of the tree; no manifest names what is not stored.
+    """
+    begun = time.monotonic()
+    state = state_file.read_ready()
+    if state.unfinished_step:
+        raise SessionStateError(
+            f"the sync of {state.unfinished_step} did not finish",
+            hint="run `propmaster session sync-step` for it again; it goes on where it stopped",
+        )
+    manifests = [OutputManifestResult() for _ in state.job.attachments.manifests]
+    result = FinishResult(manifests, 0, 0, 0, [], 0.0)
+    if not failed or upload_failed:
+        changes = _store_changes(state, action, context, result)
+        _store_manifests(state, changes, action, context, result)
+        result.deleted = [path for change in changes for path in change.deleted]
+        if any(change.baseline != change.root.baseline for change in changes):
+            for change in changes:
+                change.root.baseline = change.baseline
+            state.account_id = getattr(context.open_store, "account_id", None)
+            state_file.write(state)
+    result.seconds = round(time.monotonic() - begun, 3)
+    log.info(
+        events.TASK_FINISHED,
+        extra={
+            "session": state.session_id,
+            "step": action.step_id,
+            "task": action.task_id,
+            "files": result.files,
+            "bytes_uploaded": result.bytes_uploaded,
+            "bytes_reused": result.bytes_reused,
+            "deleted": len(result.deleted),
+            "seconds": result.seconds,
+        },
+    )
+    return result
+
+
+def _store_changes(
+    state: SessionState, action: TaskAction, context: TransferContext, result: FinishResult
+) -> list[_Changes]:
+    """Find and store the changed content of every root."""
+    return [
+        _store_changes_of(root, state, action, context, result)
+        for root in state.roots
+        if root.output_directories
+    ]
+
+
+def _store_changes_of(
+    root: RootState,
+    state: SessionState,
+    action: TaskAction,
+    context: TransferContext,
+    result: FinishResult,
+) -> _Changes:
+    restless: list[str] = []
+    refuse_link(Path(root.local_root), Path(state.session_dir))
+    for _ in range(ROUNDS):
+        changes = _find_changes(root, action.task_id or "", context)
+        restless = _upload(changes, state, action, context, result)
+        if not restless:
+            return changes
+    raise FileChangedError(
+        f"{restless[0]} in {root.local_root} kept changing while it was uploaded"
+        f" ({len(restless)} such files)",
+        hint="the task must have ended, and closed its files, before finish-task",
+    )
+
+
+def _find_changes(root: RootState, task: str, context: TransferContext) -> _Changes:
+    changes = _Changes(root)
+    suspects: list[FoundFile] = []
+    local_root = Path(root.local_root)
+    cancellation = context.cancellation
+    for found in walk(local_root, root.output_directories, cancellation=cancellation):
+        known = root.baseline.get(found.path)
+        if known is None or not _untouched(known, found):
+            suspects.append(found)
+            continue
+        changes.baseline[found.path] = known
+        if task and known.task == task:
+            changes.changed[found.path] = FileEntry(known.hash, known.mtime, found.path, known.size)
+    if suspects:
+        with Root(local_root) as opened:
+            for found, digest in hash_files(
+                opened, suspects, context.index, cancellation=cancellation
+            ):
+                _compare(changes, found, digest, task)
+    # Also what was found and had vanished when it was to be read.
+    changes.deleted = sorted(root.baseline.keys() - changes.baseline.keys())
+    return changes
+
+
+def _compare(changes: _Changes, found: FoundFile, digest: Digest, task: str) -> None:
+    """Note what became of one file that is not as it was."""
+    known = changes.root.baseline.get(found.path)
+    same = known is not None and (known.hash, known.size) == (digest.hex, digest.size)
+    own = known is not None and bool(task) and known.task == task
+    if not same or own:
+        changes.changed[found.path] = FileEntry(
+            hash=digest.hex, mtime=found.mtime_us, path=found.path, size=digest.size
+        )
+    changes.baseline[found.path] = BaselineFile(
+        hash=digest.hex,
+        size=digest.size,
+        mtime=known.mtime if same and known and not own else found.mtime_us,
+        mtime_ns=found.mtime_ns,
+        ctime_ns=found.ctime_ns,
+        inode=found.inode,
+        task=known.task if same and known else task,
+    )
+
+
+def _untouched(known: BaselineFile, found: FoundFile) -> bool:
+    return (known.size, known.mtime_ns, known.ctime_ns, known.inode) == (
+        found.size,
+        found.mtime_ns,
+        found.ctime_ns,
+        found.inode,
+    )
+
+
+def _upload(
+    changes: _Changes,
+    state: SessionState,
+    action: TaskAction,
+    context: TransferContext,
+    result: FinishResult,
+) -> list[str]:
+    """Store the content of one root's changed files; return those that have changed meanwhile."""
+    files: dict[Digest, list[str]] = {}
+    for entry in changes.changed.values():
+        files.setdefault(entry.digest, []).append(entry.path)
+    if not files:
+        return []
+    spec = TransferSpec(
+        kind="sync-out",
+        source=changes.root.local_root,
+        destination=context.store_url,
+        session=state.session_id,
+        job=state.job.job_id,
+        step=action.step_id,
+        task=action.task_id or "",
+    )
+    with Root(Path(changes.root.local_root)) as opened:
+        done = upload(opened, files, context, spec)
+    result.bytes_uploaded += done.bytes_uploaded
+    result.bytes_reused += done.bytes_reused
+    for path in done.changed:
+        log.info(events.FILE_REREAD, extra={"path": path})
+    return done.changed
+
+
+def _store_manifests(
+    state: SessionState,
+    all_changes: Sequence[_Changes],
+    action: TaskAction,
+    context: TransferContext,
+    result: FinishResult,
+) -> None:
+    """Store one manifest for each of the job's manifests that has outputs."""
+    for changes in all_changes:
+        for index in changes.root.manifests:
+            properties = state.job.attachments.manifests[index]
+            entries = [
+                entry
+                for entry in changes.changed.values()
+                if is_below(entry.path, properties.output_directories)
+            ]
+            if not entries:
+                continue
+            data = encode(Manifest.of(entries))
+            key = output_manifest_key(
+                state.job.farm_id,
+                state.job.queue_id,
+                state.job.job_id,
+                action.step_id,
+                action.task_id,
+                action.started_at,
+                action.session_action_id,
+                properties,
+            )
+            metadata = output_metadata(properties.root_path, properties.file_system_location_name)
+            context.ask(partial(_put, key=key, data=data, metadata=metadata))
+            result.manifests[index] = OutputManifestResult(key, Digest.of(data).hex)
+            result.files += len(entries)
+
+
+def _put(store: Store, *, key: str, data: bytes, metadata: Mapping[str, str]) -> None:
+    store.put_document(key, data, metadata)

@@ -1,0 +1,148 @@
+"""A job's outputs, for whoever wants them back: what there is, and where it goes."""
+
+import os
+import time
+from pathlib import Path
+
+import msgspec
+
+from agent_plugin.content.errors import JobInvalidError
+from agent_plugin.content.manifest import FileEntry, Manifest
+from agent_plugin.session.manifests import find_outputs, merge_by_root
+from agent_plugin.session.roots import session_directory_name
+from agent_plugin.transfer.context import TransferContext
+from agent_plugin.transfer.download import download
+from agent_plugin.transfer.ledger import TransferSpec
+from agent_plugin.transfer.plan import plan_download, survey
+
+
+class OutputRoot(msgspec.Struct, rename="camel", omit_defaults=True):
+    """The outputs below one of the job's roots.
+
+    Attributes:
+        root_path: As the job has it.
+        location: The file system location's name, if it has one.
+        files: Their paths below the root, sizes in bytes, times in microseconds, hashes.
+        local_root: Where they were downloaded to, if they were.
+    """
+
+    root_path: str
+    location: str | None
+    files: list[FileEntry]
+    local_root: str | None = None
+
+
+class OutputsResult(msgspec.Struct, rename="camel"):
+    """What `outputs list` and `outputs get` print; sizes in bytes."""
+
+    roots: list[OutputRoot]
+    files: int
+    bytes: int
+    bytes_fetched: int
+    seconds: float
+
+
+def list_outputs(
+    context: TransferContext,
+    job: tuple[str, str, str],
+    *,
+    step_id: str | None = None,
+    task_id: str | None = None,
+) -> OutputsResult:
+    """Return what a job's tasks left behind: of each task its last run, later manifests winning.
+
+    Args:
+        context: The services.
+        job: Its farm id, queue id and job id.
+        step_id: Only of this step.
+        task_id: Only of this task; needs the step.
+
+    Raises:
+        PropmasterError: Any of the tree; no outputs is no error.
+    """
+    begun = time.monotonic()
+    merged = _merged(context, job, step_id, task_id)
+    return _result(
+        [OutputRoot(root, location, list(m.entries)) for (location, root), m in merged.items()],
+        fetched=0,
+        begun=begun,
+    )
+
+
+def get_outputs(
+    context: TransferContext,
+    job: tuple[str, str, str],
+    to: Path | None,
+    *,
+    step_id: str | None = None,
+    task_id: str | None = None,
+) -> OutputsResult:
+    """Download what a job's tasks left behind, verified; files that are in place stay.
+
+    Args:
+        context: The services.
+        job: Its farm id, queue id and job id.
+        to: A directory; with several roots each gets a directory of its own in it. None: the
+            roots' own paths, which must be absolute paths of this host.
+        step_id: Only of this step.
+        task_id: Only of this task; needs the step.
+
+    Raises:
+        JobInvalidError: `to` is None and a root is no absolute path of this host.
+        PropmasterError: Any other of the tree.
+    """
+    begun = time.monotonic()
+    merged = _merged(context, job, step_id, task_id)
+    roots = []
+    plans = []
+    for (location, root_path), manifest in merged.items():
+        local = _destination(root_path, to, several=len(merged) > 1)
+        roots.append(OutputRoot(root_path, location, list(manifest.entries), os.fspath(local)))
+        plans.append(
+            plan_download(manifest, local, context.index, cancellation=context.cancellation)
+        )
+    survey(plans, context.cache)
+    fetched = 0
+    with context.leased(job[2], {digest for plan in plans for digest in plan.wanted}):
+        for plan in plans:
+            spec = TransferSpec(
+                kind="outputs",
+                source=context.store_url,
+                destination=os.fspath(plan.root),
+                job=job[2],
+                step=step_id or "",
+                task=task_id or "",
+            )
+            fetched += download(plan, context, spec).bytes_fetched
+    return _result(roots, fetched=fetched, begun=begun)
+
+
+def _merged(
+    context: TransferContext,
+    job: tuple[str, str, str],
+    step_id: str | None,
+    task_id: str | None,
+) -> dict[tuple[str | None, str], Manifest]:
+    outputs = find_outputs(context, job, step_id=step_id, task_id=task_id)
+    return merge_by_root(outputs)
+
+
+def _destination(root_path: str, to: Path | None, *, several: bool) -> Path:
+    if to is not None:
+        return to / session_directory_name(root_path) if several else to
+    if not root_path.startswith("/") or ".." in Path(root_path).parts:
+        raise JobInvalidError(
+            f"the root {root_path!r} is not an absolute path of this host",
+            hint="say where the files are to go with --to",
+        )
+    return Path(root_path)
+
+
+def _result(roots: list[OutputRoot], *, fetched: int, begun: float) -> OutputsResult:
+    return OutputsResult(
+        roots=roots,
+        files=sum(len(root.files) for root in roots),
+        bytes=sum(entry.size for root in roots for entry in root.files),
+        bytes_fetched=fetched,
+        seconds=round(time.monotonic() - begun, 3),
+    )

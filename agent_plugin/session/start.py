@@ -1,0 +1,335 @@
+"""Session start and step sync: the job's inputs get to their local roots.
+
+The order: read every manifest and refuse a bad one, plan every root, see that the disk holds it
+all, and only then write. The state file says `ready` last; until then no other hook works.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from agent_plugin.content import events
+from agent_plugin.content.errors import (
+    PropmasterError,
+    SessionStateError,
+    UnsafePathError,
+    local_write_error,
+)
+from agent_plugin.content.manifest import Manifest, merge
+from agent_plugin.content.snapshot import walk
+from agent_plugin.session.inputs import materialise
+from agent_plugin.session.job import JobDocument, PathMappingRule
+from agent_plugin.session.manifests import fetch_input_manifest, find_outputs, merge_by_root
+from agent_plugin.session.roots import (
+    LocalRoot,
+    choose_local_roots,
+    is_below,
+    path_mapping_rules,
+    session_directory_name,
+)
+from agent_plugin.session.state import (
+    VERSION,
+    BaselineFile,
+    RootState,
+    SessionState,
+    StateFile,
+    session_id,
+)
+from agent_plugin.transfer.context import TransferContext
+from agent_plugin.transfer.download import TransferResult
+
+log = events.get_logger()
+
+
+class RootResult(msgspec.Struct, rename="camel"):
+    """What start did for one local root; sizes in bytes."""
+
+    root_path: str
+    local_root: str
+    file_system: str
+    files: int
+    bytes: int
+    bytes_fetched: int
+    bytes_reused: int
+
+
+class StartResult(msgspec.Struct, rename="camel"):
+    """What start did; printed by `session start --json`."""
+
+    roots: list[RootResult]
+    path_mapping_rules: list[PathMappingRule]
+    seconds: float
+
+
+def start(
+    job: JobDocument, session_dir: Path, context: TransferContext, state_file: StateFile
+) -> StartResult:
+    """Bring a job's inputs to their local roots, or go on where a killed start stopped.
+
+    A session that has started before keeps what stands in its output directories, and what it knows
+    of them: tasks may have worked there. Only what is missing comes back.
+
+    Raises:
+        SessionStateError: Another job's session was started in this directory.
+        PropmasterError: Any other of the tree; the session is then not ready, no task may run.
+    """
+    begun = time.monotonic()
+    _make_session_dir(session_dir)
+    before = _state_before(state_file, job, session_dir)
+    state = SessionState(
+        version=VERSION,
+        session_id=session_id(session_dir),
+        session_dir=os.fspath(session_dir),
+        ready=False,
+        job=job,
+        roots=_root_states(job, choose_local_roots(job, session_dir)),
+        account_id=_account_id(context),
+    )
+    if before is not None:
+        _carry_over(before, state)
+    state_file.write(state)
+    try:
+        manifests = [_manifest_of(root, job, context) for root in state.roots]
+        if state.was_ready:
+            manifests = [
+                _without_outputs(manifest, root)
+                for root, manifest in zip(state.roots, manifests, strict=True)
+            ]
+        results = materialise(
+            list(zip(state.roots, manifests, strict=True)), state, context, kind="sync-in"
+        )
+        for root, manifest in zip(state.roots, manifests, strict=True):
+            found = _baseline(root, manifest, only_known=state.was_ready)
+            root.baseline = {**root.baseline, **found}
+    except PropmasterError as error:
+        log.error(  # noqa: TRY400 - an expected failure: its text says all, a trace says nothing
+            events.SESSION_START_FAILED,
+            extra={"session": state.session_id, "code": error.code, "reason": error.message},
+        )
+        raise
+    state.ready = True
+    state.account_id = _account_id(context)
+    state_file.write(state)
+    result = StartResult(
+        roots=[_root_result(root, done) for root, done in zip(state.roots, results, strict=True)],
+        path_mapping_rules=path_mapping_rules(job, session_dir),
+        seconds=round(time.monotonic() - begun, 3),
+    )
+    log.info(
+        events.SESSION_STARTED,
+        extra={
+            "session": state.session_id,
+            "job": job.job_id,
+            "files": sum(root.files for root in result.roots),
+            "bytes": sum(root.bytes for root in result.roots),
+            "bytes_fetched": sum(root.bytes_fetched for root in result.roots),
+            "seconds": result.seconds,
+        },
+    )
+    return result
+
+
+def sync_step(
+    step_id: str,
+    depends_on: Sequence[str] | None,
+    context: TransferContext,
+    state_file: StateFile,
+) -> StartResult:
+    """Bring the outputs of the steps that a step depends on, over what is there.
+
+    Args:
+        step_id: The step about to run.
+        depends_on: The steps it depends on, in order; None takes them from the job document.
+        context: The services.
+        state_file: Of a started session.
+
+    Raises:
+        SessionStateError: The session has not started.
+        PropmasterError: Any other of the tree.
+    """
+    begun = time.monotonic()
+    state = state_file.read_ready()
+    if depends_on is None:
+        depends_on = state.job.step_dependencies.get(step_id, ())
+    # Until all is there nobody may take what has come for a task's own output.
+    state.unfinished_step = step_id
+    state_file.write(state)
+    outputs = [
+        output
+        for dependency in depends_on
+        for output in find_outputs(context, state.job, step_id=dependency)
+    ]
+    merged = [
+        (_state_of_root(state, location, root_path), manifest)
+        for (location, root_path), manifest in merge_by_root(outputs).items()
+    ]
+    results = materialise(merged, state, context, kind="sync-step", step=step_id)
+    for root, manifest in merged:
+        root.baseline.update(_baseline(root, manifest, only_known=True))
+    state.unfinished_step = ""
+    state_file.write(state)
+    result = StartResult(
+        roots=[_root_result(root, done) for (root, _), done in zip(merged, results, strict=True)],
+        path_mapping_rules=[],
+        seconds=round(time.monotonic() - begun, 3),
+    )
+    log.info(
+        events.STEP_SYNCED,
+        extra={
+            "session": state.session_id,
+            "step": step_id,
+            "files": sum(root.files for root in result.roots),
+            "bytes_fetched": sum(root.bytes_fetched for root in result.roots),
+            "seconds": result.seconds,
+        },
+    )
+    return result
+
+
+def _state_before(
+    state_file: StateFile, job: JobDocument, session_dir: Path
+) -> SessionState | None:
+    """Return the state of the session that was started here before, if it is this job's."""
+    before = state_file.read()
+    if before is not None and before.job.job_id != job.job_id:
+        raise SessionStateError(
+            f"a session of {before.job.job_id} was started in {session_dir}, not of {job.job_id}",
+            hint="end it first: `propmaster session end` with the same --session-dir",
+        )
+    return before
+
+
+def _carry_over(before: SessionState, state: SessionState) -> None:
+    state.was_ready = before.ready or before.was_ready
+    state.unfinished_step = before.unfinished_step
+    if state.was_ready:
+        baselines = {root.local_root: root.baseline for root in before.roots}
+        for root in state.roots:
+            root.baseline = baselines.get(root.local_root, {})
+
+
+def _without_outputs(manifest: Manifest | None, root: RootState) -> Manifest | None:
+    """Return the manifest without what stands in the output directories, a task's work perhaps."""
+    if manifest is None:
+        return None
+    entries = [
+        entry
+        for entry in manifest.entries
+        if not is_below(entry.path, root.output_directories)
+        or not os.path.lexists(os.path.join(root.local_root, entry.path))  # noqa: PTH118 - speed
+    ]
+    return Manifest.of(entries) if entries else None
+
+
+def _make_session_dir(session_dir: Path) -> None:
+    try:
+        session_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise local_write_error(error, os.fspath(session_dir)) from error
+
+
+def _root_states(job: JobDocument, local_roots: Sequence[LocalRoot]) -> list[RootState]:
+    states = []
+    for root in local_roots:
+        if root.inside is not None:
+            log.info(
+                events.ROOT_NESTED,
+                extra={"root": os.fspath(root.path), "inside": os.fspath(root.inside)},
+            )
+        manifests = [job.attachments.manifests[index] for index in root.manifests]
+        directories = dict.fromkeys(
+            directory for manifest in manifests for directory in manifest.output_directories
+        )
+        states.append(
+            RootState(
+                local_root=os.fspath(root.path),
+                root_path=manifests[0].root_path,
+                file_system="COPIED",
+                manifests=list(root.manifests),
+                output_directories=list(directories),
+            )
+        )
+    return states
+
+
+def _manifest_of(root: RootState, job: JobDocument, context: TransferContext) -> Manifest | None:
+    manifests = [
+        fetch_input_manifest(job.attachments.manifests[index], context) for index in root.manifests
+    ]
+    return merge([manifest for manifest in manifests if manifest is not None])
+
+
+def _baseline(
+    root: RootState, manifest: Manifest | None, *, only_known: bool = False
+) -> dict[str, BaselineFile]:
+    """Return what is in the root's output directories now, with the manifest's hashes.
+
+    A file that the manifest does not name (a mapped root may hold some) was there before the task
+    as well; it gets no hash and counts as changed as soon as anything about it changes.
+    """
+    if not root.output_directories:
+        return {}
+    entries = manifest.by_path() if manifest is not None else {}
+    baseline = {}
+    for found in walk(Path(root.local_root), root.output_directories):
+        entry = entries.get(found.path)
+        if entry is not None and (found.size, found.mtime_ns) != (entry.size, entry.mtime * 1000):
+            # Somebody has written to it since it was placed: content must decide.
+            continue
+        if entry is None and only_known:
+            continue
+        baseline[found.path] = BaselineFile(
+            hash=entry.hash if entry else "",
+            size=found.size,
+            mtime=entry.mtime if entry else found.mtime_us,
+            mtime_ns=found.mtime_ns,
+            ctime_ns=found.ctime_ns,
+            inode=found.inode,
+        )
+    return baseline
+
+
+def _state_of_root(state: SessionState, location: str | None, root_path: str) -> RootState:
+    """Return the root that another step's outputs belong to; one is added if the job has none."""
+    for root in state.roots:
+        for index in root.manifests:
+            properties = state.job.attachments.manifests[index]
+            if (properties.file_system_location_name, properties.root_path) == (
+                location,
+                root_path,
+            ):
+                return root
+    local = Path(state.session_dir) / session_directory_name(root_path)
+    if not local.resolve().is_relative_to(Path(state.session_dir).resolve()):
+        raise UnsafePathError(f"{local} is outside the session directory", hint="remove the link")
+    for root in state.roots:
+        if root.local_root == os.fspath(local):
+            return root
+    added = RootState(
+        local_root=os.fspath(local),
+        root_path=root_path,
+        file_system="COPIED",
+        manifests=[],
+        output_directories=[],
+    )
+    state.roots.append(added)
+    return added
+
+
+def _account_id(context: TransferContext) -> str | None:
+    return getattr(context.open_store, "account_id", None)
+
+
+def _root_result(root: RootState, done: TransferResult) -> RootResult:
+    return RootResult(
+        root_path=root.root_path,
+        local_root=root.local_root,
+        file_system=root.file_system,
+        files=done.files,
+        bytes=done.bytes,
+        bytes_fetched=done.bytes_fetched,
+        bytes_reused=done.bytes_reused,
+    )

@@ -1,0 +1,228 @@
+"""What one hook leaves for the next: a typed JSON file in the state directory, one per session.
+
+It is not in the session directory, because the job may write there. The file is replaced whole by
+rename, 0600, and a lock beside it is held by the one hook that works on the session. Its form is in
+docs/PROTOCOL.md (state file).
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from agent_plugin.content.digest import hash_name
+from agent_plugin.content.errors import LocalWriteError, SessionStateError, local_write_error
+from agent_plugin.session.job import JobDocument
+
+VERSION: Final = 1
+
+_LOCK_SUFFIX: Final = ".lock"
+
+
+class BaselineFile(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """What a file in an output directory was before the tasks ran.
+
+    Attributes:
+        hash: xxh128 of its content, 32 hex digits.
+        size: Bytes.
+        mtime: Microseconds since the epoch, as its manifest has it.
+        mtime_ns, ctime_ns, inode: As the file system has it; all equal means untouched.
+        task: The task of this session that left it behind; empty for what was there before.
+    """
+
+    hash: str
+    size: int
+    mtime: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+    task: str = ""
+
+
+class RootState(msgspec.Struct, rename="camel"):
+    """One local root.
+
+    Attributes:
+        local_root: The directory.
+        manifests: Indices into the job's list of manifests; several may share a root.
+        output_directories: Relative to the root, `/` separated; `.` is the root itself.
+        baseline: Files of the output directories by path.
+    """
+
+    local_root: str
+    root_path: str
+    file_system: str
+    manifests: list[int]
+    output_directories: list[str]
+    baseline: dict[str, BaselineFile] = {}
+
+
+class SessionState(msgspec.Struct, rename="camel"):
+    """A session between two hooks.
+
+    Attributes:
+        ready: Whether start has finished; until then there is nothing to work with.
+        account_id: Of the bucket's owner; empty: not to be had; None: not asked yet.
+        was_ready: The session had started once when it was started again: tasks may have run.
+        unfinished_step: The step whose sync has begun and not finished; empty when there is none.
+    """
+
+    version: int
+    session_id: str
+    session_dir: str
+    ready: bool
+    job: JobDocument
+    roots: list[RootState]
+    account_id: str | None = None
+    was_ready: bool = False
+    unfinished_step: str = ""
+
+
+def session_id(session_dir: Path) -> str:
+    """Return the key of a session: its directory's name and a hash of its real path."""
+    real = os.path.realpath(session_dir)
+    name = "".join(c if c.isascii() and c.isalnum() else "-" for c in os.path.basename(real))  # noqa: PTH119
+    return f"{name[:40]}-{hash_name(real)[:16]}"
+
+
+class StateFile:
+    """The state file of one session, locked; made by `locked_state`."""
+
+    def __init__(self, path: Path, session_dir: Path) -> None:
+        self._path = path
+        self._session_dir = session_dir
+
+    def read(self) -> SessionState | None:
+        """Return the state, or None when there is none.
+
+        Raises:
+            SessionStateError: The file is damaged or of another version.
+        """
+        try:
+            data = self._path.read_bytes()
+        except FileNotFoundError:
+            return None
+        try:
+            state = _decode(data)
+        except (msgspec.DecodeError, ValueError) as error:
+            raise SessionStateError(
+                f"{self._path} can not be read: {error}",
+                hint="end the session (`propmaster session end`) and start it again",
+            ) from error
+        if state.version != VERSION:
+            raise SessionStateError(
+                f"{self._path} is of version {state.version}, this program writes {VERSION}",
+                hint="finish running sessions before propmaster is updated",
+            )
+        return state
+
+    def read_ready(self) -> SessionState:
+        """Return the state of a session that has started.
+
+        Raises:
+            SessionStateError: It has not, or its start did not finish.
+        """
+        state = self.read()
+        if state is None:
+            raise SessionStateError(
+                f"no session was started in {self._session_dir}",
+                hint="run `propmaster session start` with the same --session-dir first",
+            )
+        if not state.ready:
+            raise SessionStateError(
+                f"the start of the session in {self._session_dir} did not finish",
+                hint="run `propmaster session start` again; it goes on where it stopped",
+            )
+        return state
+
+    def write(self, state: SessionState) -> None:
+        """Replace the state.
+
+        Raises:
+            NoSpaceError, LocalWriteError: It can not be written; the old state stays.
+        """
+        temporary = self._path.with_suffix(".new")
+        try:
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+            with os.fdopen(fd, "wb") as file:
+                file.write(_encode(state))
+            temporary.replace(self._path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise local_write_error(error, os.fspath(self._path)) from error
+
+    def remove(self) -> None:
+        """Forget the session and its lock; nothing happens when it is forgotten already."""
+        self._path.unlink(missing_ok=True)
+        self._path.with_suffix(_LOCK_SUFFIX).unlink(missing_ok=True)
+
+
+def _encode(state: SessionState) -> bytes:
+    try:
+        return msgspec.json.encode(state)
+    except UnicodeEncodeError:
+        # A name that is not UTF-8 has lone surrogates; msgspec refuses them, json escapes them.
+        return json.dumps(msgspec.to_builtins(state)).encode("ascii")
+
+
+def _decode(data: bytes) -> SessionState:
+    try:
+        return msgspec.json.decode(data, type=SessionState)
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError:
+        return msgspec.convert(json.loads(data), SessionState)
+
+
+@contextmanager
+def locked_state(state_dir: Path, session_dir: Path) -> Iterator[StateFile]:
+    """Lock a session's state for one hook.
+
+    Raises:
+        SessionStateError: Another hook works on the session right now.
+        LocalWriteError: The state directory can not be written.
+    """
+    directory = state_dir / "sessions"
+    state = directory / f"{session_id(session_dir)}.json"
+    try:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        lock = _lock(state.with_suffix(_LOCK_SUFFIX))
+    except BlockingIOError as error:
+        raise SessionStateError(
+            f"another command works on the session in {session_dir} right now",
+            hint="wait until it has finished",
+        ) from error
+    except OSError as error:
+        raise LocalWriteError(
+            f"{directory}: {error.strerror}", hint="check the state directory's owner and mode"
+        ) from error
+    try:
+        yield StateFile(state, session_dir)
+    finally:
+        os.close(lock)
+
+
+def _lock(path: Path) -> int:
+    """Return a descriptor that holds the lock.
+
+    Raises:
+        BlockingIOError: Somebody else holds it.
+        OSError: It can not be opened.
+    """
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), path.stat()):
+                    return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        # An ending session removed the file between the two calls: the lock is on nothing.
+        os.close(fd)
