@@ -1,0 +1,148 @@
+"""The command's door: finds the command, runs it, and turns a failure into words and an exit code.
+
+Commands are imported when they are called, not before: a finish-task has 0.3 s in all.
+"""
+
+import importlib
+import os
+import platform
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import Final
+
+import click
+
+from agent_plugin import __version__
+from agent_plugin.cli.options import escaped, say
+from agent_plugin.content import events
+from agent_plugin.content.errors import (
+    CancelledError,
+    PropmasterError,
+    UnsupportedPlatformError,
+)
+from agent_plugin.content.store import Cancellation
+
+EXIT_CRASHED: Final = 1
+EXIT_USAGE: Final = 2
+SUPPORTED_MACHINES: Final = frozenset({"x86_64", "aarch64"})
+
+# Command -> module and one line of help, so that `--help` imports none of them.
+COMMANDS: Final = {
+    "cache": ("agent_plugin.cli.cache", "Look at the shared blob cache, check it, make room."),
+    "demo": ("agent_plugin.cli.demo", "Show the whole main job on this machine."),
+    "doctor": ("agent_plugin.cli.doctor", "Say what this host can do, and what follows."),
+    "manifest": ("agent_plugin.cli.manifest", "Show, check, compare and make manifests."),
+    "outputs": ("agent_plugin.cli.outputs", "List or download what a job's tasks left behind."),
+    "session": ("agent_plugin.cli.session", "What the worker agent calls around tasks."),
+    "submit": ("agent_plugin.cli.submit", "Upload a directory as a job's inputs."),
+}
+
+
+class _Commands(click.Group):
+    """The commands, each imported when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        del ctx
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        del ctx
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(COMMANDS[cmd_name][0])
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        del ctx
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.command(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(__version__, prog_name="propmaster")
+def propmaster() -> None:
+    """Bring a render job's inputs to the worker, verified, and its outputs back to the store.
+
+    Credentials and endpoints come from the standard AWS variables and files; settings from
+    --config, PROPMASTER_CONFIG or /etc/propmaster/config.toml.
+    """
+
+
+def check_platform(system: str, machine: str) -> None:
+    """Refuse what the program was not made for.
+
+    Raises:
+        UnsupportedPlatformError: Naming what this host is.
+    """
+    if system != "Linux" or machine not in SUPPORTED_MACHINES:
+        raise UnsupportedPlatformError(
+            f"this host is {system} on {machine}",
+            hint="propmaster runs on Linux, on x86-64 and arm64",
+        )
+
+
+def cancel_on_signals() -> Cancellation:
+    """Return a cancellation that SIGINT and SIGTERM wish; a second signal ends the process."""
+    cancellation = Cancellation()
+
+    def wish(number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        cancellation.cancel()
+
+    signal.signal(signal.SIGINT, wish)
+    signal.signal(signal.SIGTERM, wish)
+    return cancellation
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and exit the process; the only place where failures become exit codes."""
+    # A path that is not UTF-8 must not stop a message from being printed.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # a TextIOWrapper
+    sys.stderr.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # likewise
+    events.configure()
+    try:
+        check_platform(platform.system(), platform.machine())
+        code = propmaster.main(
+            args=list(arguments) if arguments is not None else None,
+            prog_name="propmaster",
+            standalone_mode=False,
+        )
+    except click.exceptions.Exit as leave:
+        code = leave.exit_code
+    except click.ClickException as error:
+        error.message = escaped(error.message)  # type: ignore[misc] # show() reads it; no other way
+        error.show()
+        code = EXIT_USAGE
+    except (click.Abort, KeyboardInterrupt):
+        print("error[cancelled]: stopped on request", file=sys.stderr)
+        code = CancelledError.exit_code
+    except PropmasterError as error:
+        _print_error(error)
+        code = error.exit_code
+    except BrokenPipeError:
+        # The reader of our output has gone; Python would complain again while it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_CRASHED
+    except Exception:  # noqa: BLE001 - the last door: told as a defect, with its trace
+        events.get_logger().exception(events.COMMAND_CRASHED)
+        print(
+            "error[crashed]: this is a defect of propmaster\n"
+            "hint: report it with the event above and the output of `propmaster doctor --json`",
+            file=sys.stderr,
+        )
+        code = EXIT_CRASHED
+    # Threads that still wait for a store are daemons; they must not hold the process up.
+    sys.stdout.flush()
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _print_error(error: PropmasterError) -> None:
+    say(f"error[{error.reference}]: {error.message}", err=True)
+    if error.hint:
+        say(f"hint: {error.hint}", err=True)

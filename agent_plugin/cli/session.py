@@ -1,0 +1,211 @@
+"""`propmaster session`: start, sync-step, finish-task and end, as the worker agent calls them."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from agent_plugin.cli.main import cancel_on_signals
+from agent_plugin.cli.options import common_options, print_json, say, session_dir_option
+from agent_plugin.content.errors import JobInvalidError, LocalReadError
+from agent_plugin.services import open_records, open_services, state_directory
+from agent_plugin.session.end import end
+from agent_plugin.session.finish_task import TaskAction, finish_task
+from agent_plugin.session.job import MAX_JOB_BYTES, JobDocument, check_id
+from agent_plugin.session.roots import LAST_SECOND
+from agent_plugin.session.start import StartResult, start, sync_step
+from agent_plugin.session.state import StateFile, locked_state
+from agent_plugin.settings import Settings, load
+from agent_plugin.transfer.context import TransferContext
+from agent_plugin.transfer.progress import format_bytes
+
+
+def _seconds(_ctx: click.Context, _param: click.Parameter, value: float | None) -> float | None:
+    # Not a number is in no range, so the question is asked this way round.
+    if value is None or 0 <= value <= LAST_SECOND:
+        return value
+    raise click.BadParameter(
+        f"{value:g} is no time: seconds since the epoch are meant, not milliseconds"
+    )
+
+
+@click.group(name="session")
+def command() -> None:
+    """What the worker agent calls: start; for each task sync-step and finish-task; end."""
+
+
+@command.command(name="start")
+@session_dir_option
+@click.option(
+    "--job",
+    "job_file",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
+    help="The job document (docs/PROTOCOL.md); - reads standard input.",
+)
+@click.option(
+    "--file-system",
+    type=click.Choice(["COPIED", "VIRTUAL", "AUTO"]),
+    help="How inputs are brought in; otherwise what the job says.",
+)
+@common_options
+def start_command(
+    session_dir: Path, job_file: Path, file_system: str | None, as_json: bool, config: Path | None
+) -> None:
+    """Bring the job's inputs to the session directory. Start it again to go on after a kill."""
+    settings = load(config)
+    job = _read_job(job_file)
+    if (file_system or job.attachments.file_system) == "VIRTUAL":
+        say("note: VIRTUAL is not in this version; the inputs are copied", err=True)
+    with (
+        locked_state(state_directory(settings), session_dir) as state_file,
+        open_services(settings, job.store_url, cancellation=cancel_on_signals()) as context,
+    ):
+        result = start(job, session_dir, context, state_file)
+    _print_started(result, as_json=as_json)
+
+
+@command.command(name="sync-step")
+@session_dir_option
+@click.option("--step-id", required=True, metavar="STEP", help="The step about to run.")
+@click.option(
+    "--depends-on",
+    multiple=True,
+    metavar="STEP",
+    help="A step whose outputs it needs, in order; otherwise what the job document says.",
+)
+@common_options
+def sync_step_command(
+    session_dir: Path,
+    step_id: str,
+    depends_on: tuple[str, ...],
+    as_json: bool,
+    config: Path | None,
+) -> None:
+    """Bring the outputs of the steps that a step depends on, over what is there."""
+    for step in (step_id, *depends_on):
+        check_id(step, "step")
+    settings = load(config)
+    with _started(settings, session_dir) as (context, state_file):
+        result = sync_step(step_id, depends_on or None, context, state_file)
+    _print_started(result, as_json=as_json)
+
+
+@command.command(name="finish-task")
+@session_dir_option
+@click.option("--step-id", required=True, metavar="STEP", help="The task's step.")
+@click.option("--task-id", metavar="TASK", help="The task; leave it out for a chunk of tasks.")
+@click.option("--session-action-id", required=True, metavar="ID", help="Of the task's run.")
+@click.option(
+    "--started-at",
+    type=float,
+    callback=_seconds,
+    metavar="SECONDS",
+    help="When the action started, since the epoch; otherwise now.",
+)
+@click.option("--failed", is_flag=True, help="The task failed: its outputs are not uploaded.")
+@click.option("--upload-failed", is_flag=True, help="Upload them even then.")
+@common_options
+def finish_task_command(
+    session_dir: Path,
+    step_id: str,
+    task_id: str | None,
+    session_action_id: str,
+    started_at: float | None,
+    failed: bool,
+    upload_failed: bool,
+    as_json: bool,
+    config: Path | None,
+) -> None:
+    """Upload what the task left behind, only what the store lacks, and then its manifest."""
+    check_id(step_id, "step")
+    check_id(session_action_id, "sessionaction")
+    if task_id is not None:
+        check_id(task_id, "task")
+    settings = load(config)
+    action = TaskAction(
+        step_id=step_id,
+        task_id=task_id,
+        session_action_id=session_action_id,
+        started_at=time.time() if started_at is None else started_at,
+    )
+    with _started(settings, session_dir) as (context, state_file):
+        result = finish_task(
+            action,
+            context,
+            state_file,
+            failed=failed,
+            upload_failed=upload_failed or settings.outputs.upload_failed,
+        )
+    if as_json:
+        print_json(result)
+        return
+    say(
+        f"{result.files} output files, {format_bytes(result.bytes_uploaded)} uploaded,"
+        f" {format_bytes(result.bytes_reused)} were in the store, {len(result.deleted)} deleted,"
+        f" {result.seconds} s"
+    )
+    for manifest in result.manifests:
+        if manifest.output_manifest_path:
+            say(f"manifest {manifest.output_manifest_path}")
+
+
+@command.command(name="end")
+@session_dir_option
+@click.option("--keep-files", is_flag=True, help="Leave the session's local roots as they are.")
+@common_options
+def end_command(session_dir: Path, keep_files: bool, as_json: bool, config: Path | None) -> None:
+    """Remove what the session has on this host. Ending it twice does no harm."""
+    settings = load(config)
+    # An end that has begun goes on to its end: half a root helps nobody.
+    cancel_on_signals()
+    with locked_state(state_directory(settings), session_dir) as state_file:
+        result = end(session_dir, open_records(settings), state_file, keep_files=keep_files)
+    if as_json:
+        print_json(result)
+        return
+    for directory_name in result.removed:
+        say(f"removed {directory_name}")
+
+
+@contextmanager
+def _started(settings: Settings, session_dir: Path) -> Iterator[tuple[TransferContext, StateFile]]:
+    with locked_state(state_directory(settings), session_dir) as state_file:
+        state = state_file.read_ready()
+        with open_services(
+            settings,
+            state.job.store_url,
+            cancellation=cancel_on_signals(),
+            account_id=state.account_id,
+        ) as context:
+            yield context, state_file
+
+
+def _read_job(job_file: Path) -> JobDocument:
+    source = "standard input" if os.fspath(job_file) == "-" else os.fspath(job_file)
+    try:
+        with click.open_file(os.fspath(job_file), "rb") as file:
+            data = file.read(MAX_JOB_BYTES + 1)
+    except FileNotFoundError as error:
+        raise JobInvalidError(
+            f"{source}: there is no such file", hint="give the job document's path to --job"
+        ) from error
+    except OSError as error:
+        raise LocalReadError(f"{source}: {error.strerror}") from error
+    return JobDocument.decode(data, source)
+
+
+def _print_started(result: StartResult, *, as_json: bool) -> None:
+    if as_json:
+        print_json(result)
+        return
+    for root in result.roots:
+        say(
+            f"root {root.root_path} -> {root.local_root}: {root.files} files,"
+            f" {format_bytes(root.bytes)}, {format_bytes(root.bytes_fetched)} fetched,"
+            f" {format_bytes(root.bytes_reused)} reused ({root.file_system})"
+        )
+    say(f"{result.seconds} s")
