@@ -1,0 +1,355 @@
+"""propmaster leaves in S3 exactly what the real worker agent's scripts leave for the same task.
+
+Each case is submitted twice by the real client, below two root prefixes, and worked on once by the
+agent's own scripts and once by propmaster, with the same job, task and session action ids. Keys,
+metadata and bytes must then be equal. What propmaster does better on purpose has its own test:
+the scripts overlook names that start with a dot.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.servers.deadline_peers import (
+    FARM_ID,
+    QUEUE_ID,
+    DeadlinePeers,
+    Submission,
+    SyncJob,
+    TaskRun,
+    new_job_id,
+)
+from tests.servers.s3_server import S3Server
+from tests.servers.trees import write_files
+from tests.servers.worker_session import Propmaster, WorkerSession
+
+pytestmark = [pytest.mark.peers, pytest.mark.timeout(300)]
+
+STEP = "step-" + "1" * 32
+TASK = f"task-{'1' * 32}-0"
+MTIME_NS = 1_719_848_112_123_456_789
+STAMP = "2024-07-01 12:34:56"
+
+INPUTS: dict[str | bytes, bytes | int] = {
+    "scene.usd": b"scene",
+    "cache/kept.vdb": b"kept",
+    "cache/changed.vdb": b"changed",
+    "cache/touched.vdb": b"touched",
+    "cache/removed.vdb": b"removed",
+    "emoji 🎬/é.tx": b"texture",
+}
+
+
+class StoredObject(NamedTuple):
+    metadata: dict[str, str]
+    content: bytes
+
+
+def stored_below(s3: S3Server, root_prefix: str) -> dict[str, StoredObject]:
+    """Return every object below the prefix, by its key without the prefix."""
+    client = s3.client()
+    found = {}
+    pages = client.get_paginator("list_objects_v2")
+    for page in pages.paginate(Bucket=s3.bucket, Prefix=f"{root_prefix}/"):
+        for item in page.get("Contents", []):
+            answer = client.get_object(Bucket=s3.bucket, Key=item["Key"])
+            found[item["Key"].removeprefix(f"{root_prefix}/")] = StoredObject(
+                metadata=answer["Metadata"], content=answer["Body"].read()
+            )
+    return found
+
+
+def outputs_below(s3: S3Server, root_prefix: str) -> dict[str, StoredObject]:
+    """Leave out the input manifests: each submission gives them a key of its own."""
+    stored = stored_below(s3, root_prefix)
+    return {key: found for key, found in stored.items() if "/Inputs/" not in key}
+
+
+def tasks_of(commands: Sequence[str], *, task_id: str | None = TASK) -> list[TaskRun]:
+    """Return a task for each command; of a chunk there is none, and of a task no second run."""
+    return [
+        TaskRun(
+            command=command,
+            step_id=STEP,
+            task_id=task_id and f"{task_id.rpartition('-')[0]}-{at}",
+            session_action_id=f"sessionaction-{'3' * 32}-{at}",
+            # The second fraction is cut, not rounded, on its way into the key.
+            started_at=1_719_848_112.000001 + at * 10.7,
+        )
+        for at, command in enumerate(commands)
+    ]
+
+
+def work_twice(
+    *,
+    peers: DeadlinePeers,
+    propmaster: Propmaster,
+    submit: Callable[[str], Submission],
+    s3_prefix: str,
+    tmp_path: Path,
+    tasks: Sequence[TaskRun],
+) -> tuple[str, str]:
+    """Return the root prefixes that the agent's scripts and propmaster have worked below."""
+    job_id = new_job_id()
+    by_scripts, by_us = f"{s3_prefix}-scripts", f"{s3_prefix}-propmaster"
+    peers.work(
+        submit(by_scripts),
+        job_id,
+        session_directory=tmp_path / "session-of-scripts",
+        actions=[SyncJob(), *tasks],
+    )
+    session = WorkerSession(
+        propmaster,
+        directory=tmp_path / "session-of-propmaster",
+        submission=submit(by_us),
+        job_id=job_id,
+    )
+    session.start()
+    for task in tasks:
+        session.run_task(task)
+    session.end()
+    return by_scripts, by_us
+
+
+RENDER = f"""
+    mkdir -p "$ROOT_0/renders/deep/er"; cd "$ROOT_0/renders"
+    printf beauty > beauty.exr; printf beauty > 'same content.exr'; : > empty.exr
+    printf 1 > 'deep/er/😀.exr'; printf 2 > $'deep/\\xe9t\\xe9.exr'
+    printf 3 > $'tab\\t and "quote".exr'
+    ln -s beauty.exr link.exr; ln -s nowhere broken.exr
+    mkdir empty-directory
+    find . -type f -exec touch -d '{STAMP}.123456789' {{}} +
+"""
+REWORK = f"""
+    cd "$ROOT_0/cache"; printf more >> changed.vdb; rm removed.vdb
+    touch -d '{STAMP}.5' changed.vdb
+"""
+TOUCH = f"""touch -d '{STAMP}.5' "$ROOT_0/cache/touched.vdb\""""
+FRAMES = [
+    f"""mkdir -p "$ROOT_0/renders"; cd "$ROOT_0/renders"
+        printf {frame} > {frame}.exr; touch -d '{STAMP}.{frame}' {frame}.exr"""
+    for frame in (1, 2)
+]
+RENDER_AGAIN = f"""
+    cd "$ROOT_0/renders"; printf again > 1.exr; touch -d '{STAMP}.3' 1.exr
+"""
+MOST_OF_A_BLOCK = f"""
+    mkdir -p "$ROOT_0/renders"; head -c 20000001 /dev/zero > "$ROOT_0/renders/zero.vdb"
+    touch -d '{STAMP}' "$ROOT_0/renders/zero.vdb"
+"""
+
+CASES: dict[str, tuple[list[str], list[str]]] = {
+    "names and links": (["renders"], [RENDER]),
+    "inputs changed in place": (["cache"], [REWORK]),
+    "two output directories": (["cache", "renders"], [REWORK + RENDER]),
+    "a directory within another": (["renders", "renders/deep"], [RENDER]),
+    "the root itself": (["."], [RENDER + REWORK]),
+    "three tasks of one session": (["renders"], [*FRAMES, RENDER_AGAIN]),
+    "a large file": (["renders"], [MOST_OF_A_BLOCK]),
+    "nothing": (["renders"], ["true"]),
+    "a file that is no output": (["renders"], ['echo > "$ROOT_0/elsewhere.txt"']),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_keys_metadata_and_bytes_are_those_of_the_scripts(
+    peers: DeadlinePeers,
+    propmaster: Propmaster,
+    s3: S3Server,
+    s3_prefix: str,
+    tmp_path: Path,
+    case: str,
+) -> None:
+    output_directories, commands = CASES[case]
+    root = tmp_path / "shöt 010"
+    write_files(root, INPUTS, mtime_ns=MTIME_NS)
+
+    def submit(root_prefix: str) -> Submission:
+        return peers.submit(
+            root,
+            bucket=s3.bucket,
+            root_prefix=root_prefix,
+            output_directories=output_directories,
+        )
+
+    by_scripts, by_us = work_twice(
+        peers=peers,
+        propmaster=propmaster,
+        submit=submit,
+        s3_prefix=s3_prefix,
+        tmp_path=tmp_path,
+        tasks=tasks_of(commands),
+    )
+
+    assert outputs_below(s3, by_us) == outputs_below(s3, by_scripts)
+
+
+def test_an_input_that_was_only_touched_is_an_output_of_the_scripts_and_none_of_ours(
+    peers: DeadlinePeers, propmaster: Propmaster, s3: S3Server, s3_prefix: str, tmp_path: Path
+) -> None:
+    root = tmp_path / "show"
+    write_files(root, INPUTS, mtime_ns=MTIME_NS)
+
+    def submit(root_prefix: str) -> Submission:
+        return peers.submit(
+            root, bucket=s3.bucket, root_prefix=root_prefix, output_directories=["cache"]
+        )
+
+    by_scripts, by_us = work_twice(
+        peers=peers,
+        propmaster=propmaster,
+        submit=submit,
+        s3_prefix=s3_prefix,
+        tmp_path=tmp_path,
+        tasks=tasks_of([TOUCH]),
+    )
+
+    def manifests(prefix: str) -> list[str]:
+        return [key for key in outputs_below(s3, prefix) if key.endswith("_output")]
+
+    assert len(manifests(by_scripts)) == 1
+    assert manifests(by_us) == []
+
+
+def test_a_chunk_has_no_task_in_its_keys(
+    peers: DeadlinePeers, propmaster: Propmaster, s3: S3Server, s3_prefix: str, tmp_path: Path
+) -> None:
+    root = tmp_path / "show"
+    write_files(root, INPUTS, mtime_ns=MTIME_NS)
+
+    def submit(root_prefix: str) -> Submission:
+        return peers.submit(
+            root, bucket=s3.bucket, root_prefix=root_prefix, output_directories=["renders"]
+        )
+
+    by_scripts, by_us = work_twice(
+        peers=peers,
+        propmaster=propmaster,
+        submit=submit,
+        s3_prefix=s3_prefix,
+        tmp_path=tmp_path,
+        tasks=tasks_of(FRAMES, task_id=None),
+    )
+    ours = outputs_below(s3, by_us)
+
+    assert ours == outputs_below(s3, by_scripts)
+    assert not any("task-" in key for key in ours)
+
+
+def test_a_root_of_outputs_only_and_an_ascii_root_are_named_as_the_scripts_name_them(
+    peers: DeadlinePeers, propmaster: Propmaster, s3: S3Server, s3_prefix: str, tmp_path: Path
+) -> None:
+    inputs, outputs = tmp_path / "inputs", tmp_path / "outputs"
+    write_files(inputs, INPUTS, mtime_ns=MTIME_NS)
+    outputs.mkdir()
+
+    def submit(root_prefix: str) -> Submission:
+        first, second = (
+            peers.submit(
+                root, bucket=s3.bucket, root_prefix=root_prefix, output_directories=["out", "logs"]
+            )
+            for root in (inputs, outputs)
+        )
+        return first.joined_with(second)
+
+    command = f"""mkdir -p "$ROOT_0/out" "$ROOT_1/logs"; cp "$ROOT_0/scene.usd" "$ROOT_1/logs"
+                  echo > "$ROOT_0/out/a"; touch -d '{STAMP}' "$ROOT_0/out/a" "$ROOT_1/logs/"*"""
+    by_scripts, by_us = work_twice(
+        peers=peers,
+        propmaster=propmaster,
+        submit=submit,
+        s3_prefix=s3_prefix,
+        tmp_path=tmp_path,
+        tasks=tasks_of([command]),
+    )
+
+    assert outputs_below(s3, by_us) == outputs_below(s3, by_scripts)
+
+
+def test_names_that_start_with_a_dot_come_on_top_of_what_the_scripts_find(
+    peers: DeadlinePeers, propmaster: Propmaster, s3: S3Server, s3_prefix: str, tmp_path: Path
+) -> None:
+    root = tmp_path / "show"
+    write_files(root, INPUTS, mtime_ns=MTIME_NS)
+
+    def submit(root_prefix: str) -> Submission:
+        return peers.submit(
+            root, bucket=s3.bucket, root_prefix=root_prefix, output_directories=["out"]
+        )
+
+    command = f"""mkdir -p "$ROOT_0/out/.cache"; cd "$ROOT_0/out"
+                  printf seen > seen; printf 1 > .dotfile; printf 2 > .cache/below
+                  touch -d '{STAMP}' seen .dotfile .cache/below"""
+    by_scripts, by_us = work_twice(
+        peers=peers,
+        propmaster=propmaster,
+        submit=submit,
+        s3_prefix=s3_prefix,
+        tmp_path=tmp_path,
+        tasks=tasks_of([command]),
+    )
+    theirs, ours = (
+        {key: stored for key, stored in outputs_below(s3, prefix).items() if "Manifests/" in key}
+        for prefix in (by_scripts, by_us)
+    )
+
+    assert ours.keys() == theirs.keys()
+    [of_scripts], [of_us] = (
+        [json.loads(stored.content)["paths"] for stored in found.values()]
+        for found in (theirs, ours)
+    )
+    assert [entry["path"] for entry in of_scripts] == ["out/seen"]
+    assert [entry["path"] for entry in of_us] == ["out/.cache/below", "out/.dotfile", "out/seen"]
+    assert of_us[-1:] == of_scripts
+
+
+def test_submit_uploads_what_the_clients_submit_uploads(
+    peers: DeadlinePeers, propmaster: Propmaster, s3: S3Server, s3_prefix: str, tmp_path: Path
+) -> None:
+    root = tmp_path / "shöt 010"
+    names: dict[str | bytes, bytes | int] = {
+        **INPUTS,
+        b"\xe9t\xe9.txt": b"not UTF-8",
+        ".hidden/file": b"hidden",
+        "twice/a": b"twice",
+        "twice/b": b"twice",
+        "empty": b"",
+        "large.vdb": 20_000_001,
+        "\ue000 after 😀": b"order is by UTF-16",
+        "😀": b"order is by UTF-16",
+    }
+    write_files(root, names, mtime_ns=MTIME_NS)
+    (root / "link.usd").symlink_to("scene.usd")
+    by_client, by_us = f"{s3_prefix}-client", f"{s3_prefix}-propmaster"
+
+    theirs = peers.submit(
+        root, bucket=s3.bucket, root_prefix=by_client, output_directories=[".", "renders"]
+    )
+    ours = propmaster.submit(
+        root,
+        store=f"s3://{s3.bucket}/{by_us}",
+        farm_id=FARM_ID,
+        queue_id=QUEUE_ID,
+        output_directories=[".", "renders"],
+    )
+
+    assert without_guids(ours.attachments) == without_guids(theirs.attachments)
+    assert by_last_name(stored_below(s3, by_us)) == by_last_name(stored_below(s3, by_client))
+
+
+def without_guids(attachments: dict[str, object]) -> object:
+    """Blank the one part of an input manifest's path that is random."""
+    text = json.dumps(attachments, sort_keys=True)
+    document = json.loads(text)
+    for manifest in document["manifests"]:
+        folders = manifest["inputManifestPath"].split("/")
+        assert len(folders[3]) == 32
+        manifest["inputManifestPath"] = "/".join([*folders[:3], "guid", *folders[4:]])
+    return document
+
+
+def by_last_name(stored: dict[str, StoredObject]) -> dict[str, StoredObject]:
+    return {key.rpartition("/")[2]: found for key, found in stored.items()}

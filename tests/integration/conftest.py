@@ -1,0 +1,32 @@
+"""Sessions of one job on a fresh host, with a store in a directory or on S3."""
+
+import uuid
+from pathlib import Path
+
+import pytest
+
+from agent_plugin.content import events
+from tests.servers.hooks import Host
+from tests.servers.local_farm import Farm
+from tests.servers.s3_server import S3Server
+from tests.servers.sessions import Sessions
+
+
+@pytest.fixture
+def sessions(tmp_path: Path) -> Sessions:
+    return Sessions(tmp_path, Host(tmp_path / "host", f"file://{tmp_path}/store"))
+
+
+@pytest.fixture(params=["directory", "s3"])
+def any_sessions(request: pytest.FixtureRequest, tmp_path: Path) -> Sessions:
+    if request.param == "directory":
+        return Sessions(tmp_path, Host(tmp_path / "host", f"file://{tmp_path}/store"))
+    s3: S3Server = request.getfixturevalue("s3")
+    url = f"s3://{s3.bucket}/root-{uuid.uuid4().hex}"
+    return Sessions(tmp_path, Host(tmp_path / "host", url, environment=s3.environment))
+
+
+@pytest.fixture
+def farm(tmp_path: Path, expected_events: set[str]) -> Farm:
+    expected_events.add(events.SESSION_START_FAILED)
+    return Farm(tmp_path)

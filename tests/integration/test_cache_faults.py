@@ -1,0 +1,280 @@
+"""Faults of the blob cache: full, read-only, damaged, hostile.
+
+The cache saves fetches and nothing else, so a session goes on without it; only a cache that others
+could write to stops everything.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from agent_plugin.content import events
+from agent_plugin.content.blob_cache import BlobCache
+from agent_plugin.content.errors import CacheUnsafeError
+from tests.servers.disks import (
+    MEBIBYTE,
+    fill,
+    image_mounted,
+    read_only,
+    tmpfs_mounted,
+)
+from tests.servers.hooks import Host
+from tests.servers.local_farm import FILES, LARGE, Farm
+from tests.servers.trees import files_below, write_files
+
+# The user `nobody`, on every Linux.
+_NOBODY = 65534
+
+
+def blobs_of(host: Host) -> list[Path]:
+    return sorted(path for path in host.cache_dir.rglob("*") if len(path.name) == 32)
+
+
+@pytest.mark.parametrize("files", [FILES, LARGE], ids=["small", "large"])
+def test_a_full_cache_disk_is_bypassed(
+    farm: Farm, files: dict[str | bytes, bytes | int], expected_events: set[str]
+) -> None:
+    expected_events.add(events.CACHE_BYPASSED)
+    job = farm.submit(files)
+    with tmpfs_mounted(farm.tmp_path / "disk", size=4 * MEBIBYTE) as disk:
+        host = farm.host(cache_dir=disk / "cache")
+        with host.services():
+            pass
+        fill(disk)
+
+        farm.assert_starts(host, job)
+        assert host.read_state(farm.tmp_path / "session").ready  # type: ignore[union-attr] # it is there
+
+
+def test_a_full_cache_disk_does_not_make_the_command_fail(farm: Farm) -> None:
+    job = farm.submit(FILES)
+    with tmpfs_mounted(farm.tmp_path / "disk", size=4 * MEBIBYTE) as disk:
+        host = farm.host(cache_dir=disk / "cache")
+        with host.services():
+            pass
+        fill(disk)
+        session = farm.tmp_path / "session"
+
+        for arguments in (
+            host.start_arguments(job, session),
+            ["session", "end", "--session-dir", str(session)],
+        ):
+            done = host.run(*arguments)
+            assert done.returncode == 0, done.stderr
+
+
+def test_what_a_full_cache_has_is_still_used(farm: Farm, expected_events: set[str]) -> None:
+    expected_events.add(events.CACHE_BYPASSED)
+    job = farm.submit(FILES)
+    with tmpfs_mounted(farm.tmp_path / "disk", size=4 * MEBIBYTE) as disk:
+        host = farm.host(cache_dir=disk / "cache")
+        farm.assert_starts(host, job)
+        write_files(farm.source, {"one more": 40_000}, mtime_ns=1_600_000_000 * 10**9)
+        job = farm.submit(FILES | {"one more": 40_000})
+        fill(disk)
+
+        result = host.start(job, farm.tmp_path / "second")
+
+        # Some of it was evicted, to make room for the new blob.
+        assert result.roots[0].bytes_reused > 300_000
+        assert files_below(Path(result.roots[0].local_root)) == files_below(farm.source)
+
+
+def test_a_read_only_cache_is_bypassed(farm: Farm, expected_events: set[str]) -> None:
+    expected_events.add(events.CACHE_BYPASSED)
+    job = farm.submit(FILES)
+    host = farm.host()
+    farm.assert_starts(host, job)
+    with read_only(host.cache_dir):
+        farm.assert_starts(host, job, "second")
+
+
+def test_a_cache_that_this_user_may_not_make_is_bypassed(farm: Farm) -> None:
+    """A service that runs as a user without rights on the directory that the cache is to be in."""
+    job = farm.submit(FILES)
+    home = farm.tmp_path / "home of nobody"
+    closed = farm.tmp_path / "closed"
+    closed.mkdir(mode=0o755)
+    host = farm.host(home, cache_dir=closed / "cache")
+    arguments = host.start_arguments(job, home / "session")
+
+    done = _run_as_nobody(host, arguments, farm.tmp_path)
+
+    assert done.returncode == 0, done.stderr
+    bypassed = [line for line in done.stderr.splitlines() if events.CACHE_BYPASSED in line]
+    assert len(bypassed) == 1
+    assert str(closed / "cache") in bypassed[0]
+    root = Path(json.loads(done.stdout)["roots"][0]["localRoot"])
+    assert files_below(root) == files_below(farm.source)
+
+
+def _run_as_nobody(
+    host: Host, arguments: list[str], tmp_path: Path
+) -> subprocess.CompletedProcess[str]:
+    """Run a command as a user who owns the host's home and may read everything else."""
+    if os.geteuid() != 0 or shutil.which("setpriv") is None:
+        pytest.skip("becoming another user needs root and setpriv")
+    for directory in (tmp_path, *tmp_path.parents):
+        directory.chmod(directory.stat().st_mode | 0o011)
+    for path in (host.home, *host.home.rglob("*")):
+        os.chown(path, _NOBODY, _NOBODY)
+    environment = host.process_environment()
+    argv = ["setpriv", f"--reuid={_NOBODY}", f"--regid={_NOBODY}", "--clear-groups"]
+    probe = [*argv, host.argv()[0], "-c", "import agent_plugin, msgspec"]
+    if subprocess.run(probe, capture_output=True, env=environment, check=False).returncode:
+        pytest.skip("this Python may not be run by another user")
+    return subprocess.run(
+        [*argv, *host.argv(*arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("how", ["mode", "link", "owner", "file"])
+def test_a_cache_that_others_could_write_stops_the_session_with_75(farm: Farm, how: str) -> None:
+    job = farm.submit(FILES)
+    host = farm.host()
+    match how:
+        case "mode":
+            host.cache_dir.mkdir()
+            host.cache_dir.chmod(0o777)
+        case "link":
+            (farm.tmp_path / "elsewhere").mkdir()
+            host.cache_dir.symlink_to(farm.tmp_path / "elsewhere")
+        case "owner":
+            host.cache_dir.mkdir(mode=0o700)
+            os.chown(host.cache_dir, _NOBODY, _NOBODY)
+        case _:
+            host.cache_dir.write_bytes(b"")
+
+    done = host.run(*host.start_arguments(job, farm.tmp_path / "session"))
+
+    assert done.returncode == 75, done.stderr
+    assert "error[cache-unsafe]" in done.stderr
+    assert str(host.cache_dir) in done.stderr
+    assert not (farm.tmp_path / "session").exists()
+
+
+def test_a_directory_of_the_cache_that_becomes_writable_by_others_stops_the_session(
+    farm: Farm,
+) -> None:
+    job = farm.submit(FILES)
+    host = farm.host()
+    farm.assert_starts(host, job)
+    for shard in {blob.parent for blob in blobs_of(host)}:
+        shard.chmod(0o777)
+
+    with pytest.raises(CacheUnsafeError):
+        host.start(job, farm.tmp_path / "second")
+
+
+# ------------------------------------------------------------ damage in the cache
+
+
+def _shorter(blob: Path) -> None:
+    blob.chmod(0o600)
+    os.truncate(blob, blob.stat().st_size - 1)
+    blob.chmod(0o400)
+
+
+def _empty(blob: Path) -> None:
+    blob.chmod(0o600)
+    os.truncate(blob, 0)
+    blob.chmod(0o400)
+
+
+def _flipped(blob: Path) -> None:
+    data = bytearray(blob.read_bytes())
+    data[len(data) // 2] ^= 1
+    blob.chmod(0o600)
+    blob.write_bytes(data)
+    blob.chmod(0o400)
+
+
+def _link(blob: Path) -> None:
+    blob.unlink()
+    blob.symlink_to("/etc/passwd")
+
+
+def _directory(blob: Path) -> None:
+    blob.unlink()
+    blob.mkdir()
+
+
+def _fifo(blob: Path) -> None:
+    blob.unlink()
+    os.mkfifo(blob)
+
+
+def _no_mode(blob: Path) -> None:
+    blob.chmod(0)
+
+
+def _from_the_future(blob: Path) -> None:
+    os.utime(blob, (2**32, 2**32))
+
+
+def _hard_linked(blob: Path) -> None:
+    os.link(blob, blob.with_name("f" * 32))
+
+
+def _gone(blob: Path) -> None:
+    blob.unlink()
+
+
+DAMAGES: list[Callable[[Path], None]] = [
+    _shorter, _empty, _flipped, _link, _directory, _fifo, _no_mode, _from_the_future, _hard_linked,
+    _gone,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("files", [FILES, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__.strip("_"))
+def test_a_damaged_blob_in_the_cache_is_fetched_anew_and_never_reaches_a_session(
+    farm: Farm,
+    damage: Callable[[Path], None],
+    files: dict[str | bytes, bytes | int],
+    expected_events: set[str],
+) -> None:
+    expected_events.add(events.CACHE_QUARANTINED)
+    job = farm.submit(files)
+    host = farm.host()
+    farm.assert_starts(host, job)
+    sizes = {facts.size for facts in files_below(farm.source).values()}
+    damaged = [blob for blob in blobs_of(host) if blob.stat().st_size in sizes][::3]
+    for blob in damaged:
+        damage(blob)
+
+    farm.assert_starts(host, job, "second")
+    farm.assert_starts(host, job, "third")
+    with BlobCache.open(
+        host.cache_dir, store_url=farm.store_url, max_bytes=1 << 30, min_free_bytes=0
+    ) as cache:
+        assert cache.verify().corrupt == ()
+
+
+def test_a_disk_that_does_not_give_a_blob_back_is_done_without(
+    farm: Farm, expected_events: set[str]
+) -> None:
+    """The file system's checksum tells, so that reading gives EIO, as a dying disk does."""
+    expected_events.update({events.CACHE_QUARANTINED, events.CACHE_BYPASSED})
+    marker = b"marker of the one blob in the image " * 4096
+    job = farm.submit({"marked": marker})
+    image, at = farm.tmp_path / "image", farm.tmp_path / "disk"
+    with image_mounted("btrfs", image, at) as disk:
+        farm.assert_starts(farm.host(cache_dir=disk / "cache"), job)
+    place = image.read_bytes().index(marker[:4096])
+    with image.open("r+b") as file:
+        file.seek(place)
+        file.write(b"damaged")
+
+    with image_mounted("btrfs", image, at) as disk:
+        farm.assert_starts(farm.host(cache_dir=disk / "cache"), job, "second")

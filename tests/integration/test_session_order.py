@@ -1,0 +1,211 @@
+"""Hooks in the wrong order, twice, at once, over a damaged state; and as commands."""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from agent_plugin.content import events
+from agent_plugin.content.errors import (
+    PropmasterError,
+    SessionStateError,
+)
+from tests.servers.hooks import step, task
+from tests.servers.sessions import Sessions
+from tests.servers.trees import files_below
+
+
+def test_a_session_that_is_started_twice_is_as_if_it_was_started_once(
+    any_sessions: Sessions,
+) -> None:
+    s = any_sessions
+    job = s.submitted()
+    root = s.started(job)
+    (root / "tex/wood.tx").write_bytes(b"broken by a task")
+    os.utime(root / "scene.usd", (5, 5))
+
+    again = s.host.start(job, s.session_dir)
+
+    assert files_below(root) == files_below(s.source)
+    assert again.roots[0].bytes_fetched == 0
+
+
+def test_a_session_that_is_ended_twice_has_ended(sessions: Sessions) -> None:
+    sessions.started(sessions.submitted())
+
+    assert len(sessions.host.end(sessions.session_dir).removed) == 1
+    assert sessions.host.end(sessions.session_dir).removed == []
+
+
+def test_a_session_that_never_started_can_be_ended(sessions: Sessions) -> None:
+    assert sessions.host.end(sessions.tmp_path / "never").removed == []
+
+
+def test_files_can_be_kept_at_the_end(sessions: Sessions) -> None:
+    root = sessions.started(sessions.submitted())
+
+    assert sessions.host.end(sessions.session_dir, keep_files=True).removed == []
+    assert files_below(root) == files_below(sessions.source)
+    assert sessions.host.read_state(sessions.session_dir) is None
+
+
+def test_a_damaged_state_is_told_and_ending_the_session_clears_it(sessions: Sessions) -> None:
+    job = sessions.submitted()
+    sessions.started(job)
+    [state] = (sessions.host.state_dir / "sessions").glob("*.json")
+    for garbage in (b"", b"not JSON", b'{"version":1}', b"\xff\xfe", b"[" * 100_000):
+        state.write_bytes(garbage)
+        with pytest.raises(SessionStateError, match="can not be read"):
+            sessions.finish()
+    with pytest.raises(SessionStateError, match="can not be read"):
+        sessions.host.end(sessions.session_dir)
+    assert not state.exists()
+    assert sessions.host.end(sessions.session_dir).removed == []
+    sessions.started(job)
+    assert sessions.finish().files == 0
+
+
+def test_a_state_of_another_version_is_refused(sessions: Sessions) -> None:
+    sessions.started(sessions.submitted())
+    [state] = (sessions.host.state_dir / "sessions").glob("*.json")
+    document = json.loads(state.read_bytes()) | {"version": 99}
+    state.write_text(json.dumps(document))
+
+    with pytest.raises(SessionStateError, match="is of version 99, this program writes 1"):
+        sessions.finish()
+
+
+def test_the_state_is_private_and_outside_of_the_session(sessions: Sessions) -> None:
+    sessions.started(sessions.submitted())
+
+    modes = {
+        path.suffix: path.stat().st_mode & 0o777
+        for path in (sessions.host.state_dir / "sessions").iterdir()
+    }
+    assert modes == {".json": 0o600, ".lock": 0o600}
+    assert sessions.host.state_dir.stat().st_mode & 0o777 == 0o700
+
+
+# ------------------------------------------------------------ planted by a job
+
+
+def test_a_root_that_a_job_replaced_by_a_link_is_not_written_through(
+    sessions: Sessions, expected_events: set[str]
+) -> None:
+    """A job may write in the session directory; hooks may run with more rights than it has."""
+    expected_events.add(events.SESSION_START_FAILED)
+    job = sessions.submitted(stepDependencies={step(2): [step(1)]})
+    root = sessions.started(job)
+    (root / "renders/x").write_bytes(b"1")
+    sessions.finish()
+    outside = sessions.tmp_path / "outside"
+    outside.mkdir()
+    root.rename(root.with_name("moved"))
+    root.symlink_to(outside)
+
+    for hook in (
+        lambda: sessions.host.sync_step(sessions.session_dir, step(2)),
+        lambda: sessions.finish(1),
+        lambda: sessions.host.start(job, sessions.session_dir),
+    ):
+        with pytest.raises(PropmasterError) as caught:
+            hook()
+        assert caught.value.exit_code in (73, 76), caught.value.message
+    assert list(outside.iterdir()) == []
+    sessions.host.end(sessions.session_dir)
+    assert outside.is_dir()
+
+
+# ------------------------------------------------------------ as a command
+
+
+def finish_arguments(session_dir: Path, number: int = 0) -> list[str]:
+    return [
+        "session", "finish-task", "--session-dir", str(session_dir), "--step-id", step(1),
+        "--task-id", task(number), "--session-action-id", f"sessionaction-{'0' * 32}-{number}",
+        "--json",
+    ]  # fmt: skip
+
+
+def test_the_commands_go_the_whole_way(any_sessions: Sessions) -> None:
+    s = any_sessions
+    job = s.submitted(stepDependencies={step(2): [step(1)]})
+    at = ["--session-dir", str(s.session_dir)]
+
+    started = s.host.run(*s.host.start_arguments(job, s.session_dir))
+    assert started.returncode == 0, started.stderr
+    printed = json.loads(started.stdout)
+    assert set(printed) == {"roots", "pathMappingRules", "seconds"}
+    root = Path(printed["roots"][0]["localRoot"])
+    assert files_below(root) == files_below(s.source)
+    (root / "renders/x").write_bytes(b"1")
+    finished = s.host.run(*finish_arguments(s.session_dir))
+    assert finished.returncode == 0, finished.stderr
+    printed = json.loads(finished.stdout)
+    assert set(printed) == {
+        "manifests", "files", "bytesUploaded", "bytesReused", "deleted", "seconds",
+    }  # fmt: skip
+    assert (printed["files"], printed["bytesUploaded"]) == (1, 1)
+    (root / "renders/x").unlink()
+    synced = s.host.run("session", "sync-step", *at, "--step-id", step(2), "--json")
+    assert synced.returncode == 0, synced.stderr
+    assert (root / "renders/x").read_bytes() == b"1"
+    ended = s.host.run("session", "end", *at, "--json")
+    assert (ended.returncode, json.loads(ended.stdout)) == (0, {"removed": [str(root)]})
+
+
+def test_a_task_that_finishes_before_the_start_is_refused_with_76(sessions: Sessions) -> None:
+    sessions.session_dir.mkdir(parents=True)
+
+    for arguments in (
+        finish_arguments(sessions.session_dir),
+        ["session", "sync-step", "--session-dir", str(sessions.session_dir), "--step-id", step(1)],
+    ):
+        done = sessions.host.run(*arguments)
+        assert done.returncode == 76, done.stderr
+        assert "error[session-state]: no session was started in" in done.stderr
+
+
+def test_a_task_that_finishes_after_a_start_that_failed_is_refused_with_76(
+    sessions: Sessions, expected_events: set[str]
+) -> None:
+    expected_events.add(events.SESSION_START_FAILED)
+    job = sessions.submitted()
+    for blob in (sessions.tmp_path / "store/Data").iterdir():
+        blob.unlink()
+    with pytest.raises(PropmasterError):
+        sessions.host.start(job, sessions.session_dir)
+
+    done = sessions.host.run(*finish_arguments(sessions.session_dir))
+
+    assert done.returncode == 76
+    assert "the start of the session" in done.stderr
+
+
+def test_two_hooks_at_once_are_refused_with_76(sessions: Sessions) -> None:
+    job = sessions.submitted()
+    sessions.started(job)
+    [lock] = (sessions.host.state_dir / "sessions").glob("*.lock")
+    with lock.open("r+") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        for arguments in (
+            finish_arguments(sessions.session_dir),
+            sessions.host.start_arguments(job, sessions.session_dir),
+            ["session", "end", "--session-dir", str(sessions.session_dir)],
+        ):
+            done = sessions.host.run(*arguments)
+            assert done.returncode == 76, done.stderr
+            assert "another command works on the session" in done.stderr
+
+    assert sessions.host.run(*finish_arguments(sessions.session_dir)).returncode == 0
+
+
+def test_a_job_document_that_is_not_there_is_told(sessions: Sessions) -> None:
+    done = sessions.host.run(
+        "session", "start", "--session-dir", str(sessions.session_dir), "--job", "/nowhere.json"
+    )
+
+    assert done.returncode == 66
+    assert "/nowhere.json: there is no such file" in done.stderr

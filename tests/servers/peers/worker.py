@@ -1,0 +1,170 @@
+"""Play one session of the real worker agent; run by the agent's Python.
+
+The agent's own `attachment_download.py` and `attachment_upload.py` run as it runs them: one process
+each, in the session directory, with the agent's arguments and environment. What the agent does in
+its own process between them (merging and writing the local manifests, reading the scripts' output)
+is done here with the agent's library. Reads one JSON request on stdin, writes one answer on stdout:
+
+    {"farmId": "…", "queueId": "…", "jobId": "…", "jobAttachmentSettings": {…}, "attachments": {…},
+     "sessionDirectory": "/abs/dir", "actions": [
+        {"kind": "syncJob", "download": true},
+        {"kind": "syncStep", "dependsOn": ["step-…"]},
+        {"kind": "task", "command": "shell text", "environment": {…}, "stepId": "step-…",
+         "taskId": "task-…-0" or null, "sessionActionId": "sessionaction-…-1",
+         "startedAt": 1.5}]}
+
+The answer's `actions` are parallel to the request's: `seconds` for each script's whole process,
+`output` with what it printed, `uploads` as it reported them to the agent. In a command $ROOT_0 is
+the first root's local directory, $ROOT_1 the second's.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import deadline_worker_agent.sessions.actions.scripts
+from deadline.job_attachments.asset_sync import AssetSync
+from deadline.job_attachments.models import (
+    Attachments,
+    JobAttachmentS3Settings,
+    ManifestProperties,
+    PathFormat,
+)
+from deadline_worker_agent.sessions.attachment_models import WorkerManifestProperties
+
+SCRIPTS = Path(deadline_worker_agent.sessions.actions.scripts.__file__).parent
+
+
+@dataclass
+class Session:
+    """One session of the agent: its directory, its roots, and the manifests it has written."""
+
+    request: dict[str, Any]
+    roots: list[WorkerManifestProperties] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.directory = Path(self.request["sessionDirectory"])
+        self.settings = JobAttachmentS3Settings(**self.request["jobAttachmentSettings"])
+        self.manifests = [
+            ManifestProperties(**{**entry, "rootPathFormat": PathFormat(entry["rootPathFormat"])})
+            for entry in self.request["attachments"]["manifests"]
+        ]
+        self.rules = AssetSync.generate_dynamic_path_mapping(
+            session_dir=self.directory, attachments=Attachments(manifests=self.manifests)
+        )
+        self.sync = AssetSync(farm_id=self.request["farmId"])
+        self.roots = [
+            WorkerManifestProperties(
+                manifest_properties=entry,
+                local_root_path=self.rules[entry.rootPath].destination_path,
+            )
+            for entry in self.manifests
+        ]
+
+    def sync_inputs(self, action: dict[str, Any]) -> dict[str, Any]:
+        """Sync the job's inputs, or the outputs of the steps that this step depends on."""
+        depends_on = action.get("dependsOn")
+        merged = self.sync._aggregate_asset_root_manifests(
+            session_dir=self.directory,
+            s3_settings=self.settings,
+            queue_id=self.request["queueId"],
+            job_id=self.request["jobId"],
+            attachments=Attachments(manifests=self.manifests if depends_on is None else []),
+            step_dependencies=depends_on or [],
+            dynamic_mapping_rules=self.rules,
+            storage_profiles_path_mapping_rules={},
+        )
+        written = self.sync._check_and_write_local_manifests(
+            merged_manifests_by_root=merged,
+            manifest_write_dir=str(self.directory),
+            manifest_name_suffix="job" if depends_on is None else "step",
+        )
+        wanted = []
+        for root in self.roots:
+            if manifest := written.get(root.local_root_path):
+                root.local_manifest_paths.append(manifest)
+                root.local_input_manifest_path = manifest
+                wanted.append(root)
+        if not wanted or not action.get("download", True):
+            return {"seconds": 0.0, "output": "", "uploads": []}
+        return self._run_script("attachment_download.py", wanted, {})
+
+    def run_task(self, action: dict[str, Any]) -> dict[str, Any]:
+        """Run the task's command, then upload what it left behind."""
+        roots = {f"ROOT_{at}": root.local_root_path for at, root in enumerate(self.roots)}
+        subprocess.run(
+            ["/bin/bash", "-euc", action["command"]],
+            cwd=self.directory,
+            env={**os.environ, **roots, **action["environment"]},
+            stdout=sys.stderr,
+            check=True,
+        )
+        environment = {
+            "DEADLINE_SESSIONACTION_ID": action["sessionActionId"],
+            "DEADLINE_SESSIONACTION_START_TIME": str(action["startedAt"]),
+            "DEADLINE_STEP_ID": action["stepId"],
+        }
+        if action["taskId"]:
+            environment["DEADLINE_TASK_ID"] = action["taskId"]
+        result = self._run_script("attachment_upload.py", self.roots, environment)
+        for line in result["output"].splitlines():
+            word, _, text = line.partition(": ")
+            if word == "ja_snapshot":
+                snapshot = json.loads(text)
+                [root] = [one for one in self.roots if one.local_root_path == snapshot["root"]]
+                root.local_manifest_paths.append(str(self.directory / snapshot["manifest"]))
+            if word == "ja_upload":
+                result["uploads"] = json.loads(text)
+        return result
+
+    def _run_script(
+        self, name: str, roots: list[WorkerManifestProperties], environment: dict[str, str]
+    ) -> dict[str, Any]:
+        properties = self.directory / f"roots-{time.time_ns()}.json"
+        properties.write_text(json.dumps([root.to_dict() for root in roots]))
+        argv = [sys.executable, str(SCRIPTS / name), "-s3", self.settings.to_s3_root_uri()]
+        started = time.perf_counter()
+        done = subprocess.run(
+            [*argv, "-wp", str(properties)],
+            cwd=self.directory,
+            env={
+                **os.environ,
+                "DEADLINE_FARM_ID": self.request["farmId"],
+                "DEADLINE_QUEUE_ID": self.request["queueId"],
+                "DEADLINE_JOB_ID": self.request["jobId"],
+                "PYTHONIOENCODING": "utf-8",
+                **environment,
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        seconds = time.perf_counter() - started
+        if done.returncode:
+            sys.exit(f"{name} exited with {done.returncode}:\n{done.stdout}")
+        return {"seconds": seconds, "output": done.stdout, "uploads": []}
+
+
+def main() -> None:
+    """Answer the request on stdin."""
+    request = json.load(sys.stdin)
+    Path(request["sessionDirectory"]).mkdir(parents=True, exist_ok=True)
+    session = Session(request)
+    results = []
+    for action in request["actions"]:
+        if action["kind"] == "task":
+            results.append(session.run_task(action))
+        else:
+            results.append(session.sync_inputs(action))
+    roots = {root.root_path: root.local_root_path for root in session.roots}
+    json.dump({"roots": roots, "actions": results}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

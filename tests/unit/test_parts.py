@@ -1,0 +1,197 @@
+"""Large blobs in parts: what is in memory, in which order, and what late threads may touch."""
+
+import os
+import tempfile
+import threading
+import time
+from collections import deque
+from pathlib import Path
+
+import pytest
+
+from agent_plugin.content import parts
+from agent_plugin.content.digest import Digest
+from agent_plugin.content.errors import BlobCorruptError, CancelledError, FileChangedError
+from agent_plugin.content.flight import Lanes
+from agent_plugin.content.store import Cancellation, ignore_progress
+
+DATA = os.urandom(9 * parts.PART_BYTES + 1)
+DIGEST = Digest.of(DATA)
+
+
+def receive(
+    read_part: "ReadPart", file: int, cancellation: Cancellation | None = None, most: int = 16
+) -> None:
+    parts.receive(
+        DIGEST,
+        file,
+        read_part,
+        lanes=Lanes(most),
+        cancellation=cancellation or Cancellation(),
+        progress=parts.HighWater(ignore_progress),
+    )
+
+
+class ReadPart:
+    """Reads from memory; counts how many parts were begun and not yet let go of."""
+
+    def __init__(self) -> None:
+        self.begun: list[int] = []
+        self.lock = threading.Lock()
+
+    def __call__(self, offset: int, length: int, stop: Cancellation) -> parts.Part:
+        del stop
+        with self.lock:
+            self.begun.append(offset)
+        return self.part(offset, DATA[offset : offset + length])
+
+    def part(self, offset: int, data: bytes) -> parts.Part:
+        del offset
+        return parts.Part(data, "v1", len(DATA))
+
+
+def test_parts_that_arrive_in_any_order_make_the_blob() -> None:
+    class LastFirst(ReadPart):
+        def part(self, offset: int, data: bytes) -> parts.Part:
+            time.sleep(0.002 * (9 - offset // parts.PART_BYTES % 6))
+            return super().part(offset, data)
+
+    with tempfile.TemporaryFile() as file:
+        receive(LastFirst(), file.fileno())
+        assert os.pread(file.fileno(), len(DATA) + 1, 0) == DATA
+
+
+def test_what_was_received_out_of_order_stays_within_the_window() -> None:
+    """While the first part is awaited, no more are begun than the window has."""
+    first = threading.Event()
+    cancellation = Cancellation()
+
+    class FirstHangs(ReadPart):
+        def part(self, offset: int, data: bytes) -> parts.Part:
+            if offset == 0:
+                first.wait(20)
+            return super().part(offset, data)
+
+    read_part = FirstHangs()
+    with tempfile.TemporaryFile() as file:
+        threading.Timer(0.5, cancellation.cancel).start()
+        with pytest.raises(CancelledError):
+            receive(read_part, file.fileno(), cancellation)
+    first.set()
+    assert len(read_part.begun) == parts.WINDOW_PARTS
+
+
+def test_parts_of_two_versions_are_not_mixed() -> None:
+    class Replaced(ReadPart):
+        def part(self, offset: int, data: bytes) -> parts.Part:
+            return parts.Part(data, "v1" if offset < 20_000_000 else "v2", len(DATA))
+
+    with tempfile.TemporaryFile() as file, pytest.raises(BlobCorruptError, match="replaced"):
+        receive(Replaced(), file.fileno())
+
+
+def test_a_part_of_another_blob_is_found_out() -> None:
+    class Wrong(ReadPart):
+        def part(self, offset: int, data: bytes) -> parts.Part:
+            return super().part(offset, data if offset else bytes(len(data)))
+
+    class Longer(ReadPart):
+        def part(self, offset: int, data: bytes) -> parts.Part:
+            del offset
+            return parts.Part(data, "v1", len(DATA) + 1)
+
+    with tempfile.TemporaryFile() as file:
+        with pytest.raises(BlobCorruptError, match="stored as xxh128"):
+            receive(Wrong(), file.fileno())
+        with pytest.raises(BlobCorruptError, match=f"stored as {len(DATA) + 1} bytes"):
+            receive(Longer(), file.fileno())
+
+
+def test_a_late_part_is_written_nowhere_and_no_descriptor_is_kept() -> None:
+    """The caller's descriptor number is free again, and soon somebody else's."""
+    late = threading.Event()
+    done = threading.Semaphore(0)
+    cancellation = Cancellation()
+
+    class Late(ReadPart):
+        def part(self, offset: int, data: bytes) -> parts.Part:
+            late.wait(20)
+            done.release()
+            return super().part(offset, data)
+
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - closed before its readers end
+    threading.Timer(0.2, cancellation.cancel).start()
+    with pytest.raises(CancelledError):
+        receive(Late(), file.fileno(), cancellation)
+    number = file.fileno()
+    file.close()
+    with tempfile.TemporaryFile() as other:
+        assert other.fileno() == number
+        late.set()
+        for _ in range(parts.WINDOW_PARTS):
+            assert done.acquire(timeout=10)
+        time.sleep(0.1)
+        assert os.fstat(other.fileno()).st_size == 0
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_what_is_wrong_with_the_file_is_the_systems_own_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (tmp_path / "file").open("rb") as readable, pytest.raises(OSError, match="descriptor"):
+        receive(ReadPart(), readable.fileno())
+
+
+def send(data: bytes, size: int, cancellation: Cancellation | None = None) -> tuple[str, list[int]]:
+    return parts.send(
+        size,
+        lambda offset, length: data[offset : offset + length],
+        lambda number, part, _stop: number * 1000 + len(part) % 1000,
+        lanes=Lanes(4),
+        cancellation=cancellation or Cancellation(),
+        progress=parts.HighWater(ignore_progress),
+        pending=deque(),
+    )
+
+
+def test_what_is_sent_is_hashed_and_numbered_in_order() -> None:
+    digest, sent = send(DATA, len(DATA))
+    assert digest == DIGEST.hex
+    assert sent == [number * 1000 + parts.PART_BYTES % 1000 for number in range(1, 10)] + [10_001]
+
+
+def test_fewer_bytes_than_promised_are_a_changed_file() -> None:
+    with pytest.raises(FileChangedError, match=f"{len(DATA)} bytes were there"):
+        send(DATA, len(DATA) + 5)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        (1, 8),
+        (1024**3 - 1, 8),
+        (1024**3, 16),
+        (10_000 * 16 * 1024**2, 16),
+        (10_000 * 16 * 1024**2 + 1, 17),
+        (5 * 1024**4, 525),
+    ],
+)
+def test_parts_grow_so_that_there_are_never_too_many(size: int, expected: int) -> None:
+    assert parts.part_size(size) == expected * 1024**2
+    assert -(-size // parts.part_size(size)) <= parts.MAX_PARTS
+
+
+def test_space_is_claimed_before_anything_is_written(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("wb+") as file:
+        parts.reserve(file.fileno(), 1024**2)
+        status = os.fstat(file.fileno())
+    assert status.st_size == 1024**2
+    assert status.st_blocks * 512 >= 1024**2
+
+
+def test_progress_is_told_once() -> None:
+    told: list[int] = []
+    water = parts.HighWater(told.append)
+    for position in [10, 30, 10, 30, 40]:
+        water.reached(position)
+    assert told == [10, 20, 10]

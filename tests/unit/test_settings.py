@@ -1,0 +1,265 @@
+"""Settings come from one strict file and two variables, and have a default for everything."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from agent_plugin.content.errors import SettingsInvalidError
+from agent_plugin.settings import CacheSettings, Settings, Size, load
+
+GIB = 1024**3
+HOME = {"HOME": "/home/someone"}
+
+
+def load_text(text: str, tmp_path: Path, environment: dict[str, str] | None = None) -> Settings:
+    file = tmp_path / "config.toml"
+    file.write_text(text, encoding="utf-8")
+    return load(file, environment=environment or HOME, user_id=1000)
+
+
+def load_default(
+    environment: dict[str, str], tmp_path: Path, user_id: int | None = 1000
+) -> Settings:
+    return load(environment=environment, default_file=tmp_path / "absent", user_id=user_id)
+
+
+def refused(text: str, tmp_path: Path) -> SettingsInvalidError:
+    with pytest.raises(SettingsInvalidError) as caught:
+        load_text(text, tmp_path)
+    return caught.value
+
+
+def test_without_a_file_everything_has_its_default(tmp_path: Path) -> None:
+    settings = load_default(HOME, tmp_path)
+
+    assert settings.store.concurrency == 16
+    assert settings.store.existence_max_age == 86400
+    assert settings.cache.shared_between_stores is False
+    assert settings.outputs.upload_failed is False
+
+
+def test_root_has_the_systems_directories(tmp_path: Path) -> None:
+    paths = load_default({}, tmp_path, user_id=0).paths
+
+    assert paths.cache_dir == Path("/var/cache/propmaster")
+    assert paths.state_dir == Path("/var/lib/propmaster")
+
+
+def test_a_user_has_directories_below_home_or_where_xdg_says(tmp_path: Path) -> None:
+    paths = load_default(HOME, tmp_path).paths
+    assert paths.cache_dir == Path("/home/someone/.cache/propmaster")
+    assert paths.state_dir == Path("/home/someone/.local/state/propmaster")
+
+    environment = HOME | {"XDG_CACHE_HOME": "/fast/cache", "XDG_STATE_HOME": "relative"}
+    paths = load_default(environment, tmp_path).paths
+    assert paths.cache_dir == Path("/fast/cache/propmaster")
+    assert paths.state_dir == Path("/home/someone/.local/state/propmaster")
+
+
+def test_a_user_without_home_must_set_the_directories(tmp_path: Path) -> None:
+    with pytest.raises(SettingsInvalidError, match="no HOME") as caught:
+        load_default({}, tmp_path)
+    assert "PROPMASTER_CACHE_DIR" in caught.value.hint
+
+
+def test_variables_override_the_files_directories(tmp_path: Path) -> None:
+    text = '[paths]\ncache_dir = "/file/cache"\nstate_dir = "/file/state"\n'
+
+    paths = load_text(text, tmp_path, HOME | {"PROPMASTER_STATE_DIR": "/variable"}).paths
+
+    assert paths.cache_dir == Path("/file/cache")
+    assert paths.state_dir == Path("/variable")
+
+
+def test_a_variable_that_is_no_directory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsInvalidError, match=r"PROPMASTER_CACHE_DIR: 'a/b' is no directory"):
+        load_default(HOME | {"PROPMASTER_CACHE_DIR": "a/b"}, tmp_path)
+
+
+def test_every_setting_can_be_set(tmp_path: Path) -> None:
+    settings = load_text(
+        """
+        [paths]
+        cache_dir = "/a"
+        state_dir = "/b"
+        [cache]
+        max_bytes = "200 GiB"
+        min_free = "10 %"
+        shared_between_stores = true
+        [store]
+        concurrency = 8
+        attempts = 3
+        deadline_seconds = 60
+        connect_timeout = 1.5
+        read_timeout = 2
+        existence_max_age = 0
+        [outputs]
+        upload_failed = true
+        """,
+        tmp_path,
+    )
+
+    assert settings.paths.cache_dir == Path("/a")
+    assert settings.cache == CacheSettings(Size(200 * GIB), Size(percent=10.0), True)
+    assert settings.store.concurrency == 8
+    assert settings.store.deadline_seconds == 60.0
+    assert settings.store.existence_max_age == 0
+    assert settings.outputs.upload_failed is True
+
+
+def test_the_file_is_the_named_one_else_the_variables_else_the_systems(tmp_path: Path) -> None:
+    files = {}
+    for number, name in enumerate(("named", "variable", "system"), start=1):
+        files[name] = tmp_path / name
+        files[name].write_text(f"store.concurrency = {number}")
+    variable = HOME | {"PROPMASTER_CONFIG": str(files["variable"])}
+
+    def concurrency(config: Path | None, environment: dict[str, str]) -> int:
+        settings = load(config, environment=environment, default_file=files["system"], user_id=1000)
+        return settings.store.concurrency
+
+    assert concurrency(files["named"], variable) == 1
+    assert concurrency(None, variable) == 2
+    assert concurrency(None, HOME) == 3
+
+
+def test_a_named_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    absent = tmp_path / "absent.toml"
+    with pytest.raises(SettingsInvalidError, match=r"absent\.toml: there is no such file"):
+        load(absent, environment=HOME, user_id=1000)
+    with pytest.raises(SettingsInvalidError, match=r"absent\.toml: there is no such file"):
+        load_default(HOME | {"PROPMASTER_CONFIG": str(absent)}, tmp_path)
+
+
+def test_a_file_that_can_not_be_read_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SettingsInvalidError, match="can not be read: Is a directory"):
+        load(tmp_path, environment=HOME, user_id=1000)
+    (tmp_path / "latin").write_bytes(b"# \xe9")
+    with pytest.raises(SettingsInvalidError, match="latin is not UTF-8"):
+        load(tmp_path / "latin", environment=HOME, user_id=1000)
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("[store", "config.toml is not TOML: ", ""),
+        (
+            "\n[store]\nconcurrent = 3",
+            "config.toml, line 3: store.concurrent: unknown key",
+            "did you mean concurrency? known: concurrency, attempts,",
+        ),
+        (
+            "[caches]\nmax_bytes = 3",
+            "config.toml, line 1: caches: unknown key",
+            "did you mean cache? known: paths, cache, store, outputs",
+        ),
+        (
+            "[cache]\n[store]\nattempts = 1\nconcurrency = 500",
+            "config.toml, line 4: store.concurrency: expected `int` <= 256",
+            "",
+        ),
+        (
+            "store.attempts = '3'",
+            "config.toml, line 1: store.attempts: expected `int`, got `str`",
+            "",
+        ),
+        (
+            "store = { attempts = '3' }",
+            "config.toml: store.attempts: expected `int`, got `str`",
+            "",
+        ),
+        (
+            "[cache]\n# the most\nmax_bytes = '5 apples'",
+            "config.toml, line 3: cache.max_bytes: '5 apples' is no size; allowed: bytes as",
+            "",
+        ),
+        ("[cache]\nmin_free = '101 %'", "config.toml, line 2: cache.min_free: '101 %' is no", ""),
+        ("[cache]\nmax_bytes = -1", "config.toml, line 2: cache.max_bytes: -1 is no size", ""),
+        ("[cache]\nmax_bytes = true", "config.toml, line 2: cache.max_bytes: true is no size", ""),
+        (
+            "[paths]\ncache_dir = 'cache'",
+            "config.toml, line 2: paths.cache_dir: 'cache' is no directory; allowed: an absolute",
+            "",
+        ),
+        ("paths = 3", "config.toml, line 1: paths: expected `object`, got `int`", ""),
+        ("store.read_timeout = nan", "config.toml, line 1: store.read_timeout: ", ""),
+        ("store.read_timeout = inf", "config.toml, line 1: store.read_timeout: ", ""),
+    ],
+)
+def test_what_is_not_allowed_is_named_with_file_line_and_key(
+    tmp_path: Path, text: str, message: str, hint: str
+) -> None:
+    error = refused(text, tmp_path)
+
+    assert error.message.startswith(f"{tmp_path}/{message}")
+    assert error.hint.startswith(hint)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        (0, Size(0)),
+        (12345, Size(12345)),
+        ("12345", Size(12345)),
+        ("1 KiB", Size(1024)),
+        ("1.5GB", Size(1_500_000_000)),
+        (" 2 tib ", Size(2 * 1024**4)),
+        ("7 B", Size(7)),
+        ("5 %", Size(percent=5.0)),
+        ("2.5%", Size(percent=2.5)),
+    ],
+)
+def test_sizes_are_bytes_or_text_with_a_unit(text: object, size: Size) -> None:
+    assert Size.parse(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "1 XB", "1e9", "٣", 1.5, True, None, 2**63, []])
+def test_other_sizes_are_refused(text: object) -> None:
+    with pytest.raises(ValueError, match="is no size"):
+        Size.parse(text)
+
+
+def test_a_part_of_the_disk_is_of_the_file_system_that_the_directory_will_be_on(
+    tmp_path: Path,
+) -> None:
+    filesystem = os.statvfs(tmp_path)
+    total = filesystem.f_blocks * filesystem.f_frsize
+
+    assert Size(percent=50.0).on(tmp_path / "not" / "there" / "yet") == total // 2
+    assert Size(7).on(tmp_path) == 7
+
+
+def test_the_cache_takes_a_quarter_of_the_disk_and_leaves_a_twentieth_unless_told(
+    tmp_path: Path,
+) -> None:
+    filesystem = os.statvfs(tmp_path)
+    total = filesystem.f_blocks * filesystem.f_frsize
+
+    assert CacheSettings().max_bytes_on(tmp_path) == total // 4
+    assert CacheSettings(max_bytes=Size(5)).max_bytes_on(tmp_path) == 5
+    assert CacheSettings().min_free_bytes_on(tmp_path) == max(total * 5 // 100, GIB)
+    assert CacheSettings(min_free=Size(0)).min_free_bytes_on(tmp_path) == 0
+
+
+def test_a_small_disk_keeps_a_gibibyte_free() -> None:
+    # procfs has no blocks at all.
+    assert CacheSettings().min_free_bytes_on(Path("/proc")) == GIB
+
+
+def test_loading_defaults_loads_neither_the_toml_parser_nor_a_client() -> None:
+    program = (
+        "import sys; from agent_plugin.settings import load; load();"
+        "print(sorted({'tomllib', 'boto3', 'botocore', 'difflib', 'rich'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+    assert done.stdout.strip() == "[]"
