@@ -4,6 +4,8 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ from hypothesis import settings
 
 from agent_plugin.cli.demo_store import DemoStore
 from agent_plugin.content import events
+from agent_plugin.content.s3_upload import ABORT_SECONDS, ABORT_THREAD
 from tests.servers.fault_proxy import FaultProxy
 from tests.servers.s3_server import S3Server
 
@@ -131,6 +134,19 @@ def fault_proxy(s3: S3Server) -> Iterator[FaultProxy]:
     credentials = (s3.access_key, s3.secret_key)
     with FaultProxy(s3.endpoint_url, seed=0, credentials=credentials) as proxy:
         yield proxy
+        # A cancelled upload is aborted once more when its last part has ended, by a stall perhaps.
+        # Without the proxy that fails, and its warning would be put down to the next test.
+        proxy.refuse(0)
+        proxy.clear()
+        _await_aborts()
+
+
+def _await_aborts() -> None:
+    deadline = time.monotonic() + ABORT_SECONDS
+    for thread in threading.enumerate():
+        if thread.name == ABORT_THREAD:
+            thread.join(max(0.0, deadline - time.monotonic()))
+            assert not thread.is_alive(), "an abort does not end"
 
 
 @pytest.fixture(scope="session")

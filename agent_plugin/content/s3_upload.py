@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 CANCELLED_WAIT_SECONDS: Final = 0.7
 ABORT_SECONDS: Final = 10.0
 ABORT_ATTEMPTS: Final = 4
+ABORT_THREAD: Final = "propmaster-abort"
 
 log = events.get_logger()
 
@@ -119,7 +120,7 @@ class Upload:
             begun = bool(self._id)
         if self._completed or not begun:
             return
-        threading.Thread(target=self._abandon, name="propmaster-abort", daemon=True).start()
+        threading.Thread(target=self._abandon, name=ABORT_THREAD, daemon=True).start()
         self._aborted.wait(CANCELLED_WAIT_SECONDS if cancellation.wished else ABORT_SECONDS)
 
     def _abandon(self) -> None:

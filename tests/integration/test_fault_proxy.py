@@ -181,6 +181,19 @@ def test_a_closed_proxy_leaves_no_thread_and_no_socket(s3: S3Server) -> None:
         socket.create_connection(("127.0.0.1", port), 1)
 
 
+def test_a_stalled_request_ends_with_its_connection_though_its_body_is_unread(
+    s3: S3Server,
+) -> None:
+    with FaultProxy(s3.endpoint_url, seed=0) as proxy:
+        proxy.inject(Fault.STALL)
+        client = socket.create_connection(("127.0.0.1", urlsplit(proxy.url).port or 0), 10)
+        client.sendall(b"GET /b/k HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n")
+        until(lambda: len(proxy.requests) == 1)
+        client.sendall(b"body")
+        client.close()
+        until(lambda: not [t for t in threading.enumerate() if t.name == f"{proxy.url} client"])
+
+
 def _sockets_with(port: int) -> set[int]:
     found = psutil.Process().net_connections(kind="inet")
     return {

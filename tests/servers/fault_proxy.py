@@ -61,7 +61,7 @@ class FaultProxy:
         self._reservation = _bound(0)
         self._port: int = self._reservation.getsockname()[1]
         self._listener = _bound(self._port)
-        self._thread = threading.Thread(target=self._accept, name="fault-proxy")
+        self._thread = threading.Thread(target=self._accept, name="fault-proxy", daemon=True)
 
     @property
     def url(self) -> str:
@@ -200,7 +200,9 @@ class _Connection:
         self._proxy = proxy
         self._client = client
         self._store: Wire | None = None
-        self.thread = threading.Thread(target=self._run, name=f"{proxy.url} client")
+        # A daemon, so that one that does not end fails its test and not the whole run.
+        name = f"{proxy.url} client"
+        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def wake(self) -> None:
         self._client.wake()

@@ -6,6 +6,7 @@ Not for more than one thread per connection.
 
 import contextlib
 import fcntl
+import math
 import select
 import socket
 import struct
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 CHUNK_BYTES = 256 * 1024
 _MAX_HEAD_BYTES = 64 * 1024
 _FLUSH_SECONDS = 5.0
+_POLL_SECONDS = 0.2
 
 
 class WireError(Exception):
@@ -118,14 +120,13 @@ class Wire:
         Raises:
             WireError: The other end closed meanwhile, or we did.
         """
-        deadline = None if seconds is None else time.monotonic() + seconds
-        while deadline is None or (left := deadline - time.monotonic()) > 0:
-            period = 0.2 if deadline is None else min(0.2, left)
-            if not select.select([self.socket], [], [], period)[0]:
-                continue
-            if not self.socket.recv(1, socket.MSG_PEEK):
+        deadline = math.inf if seconds is None else time.monotonic() + seconds
+        # Not by reading: what the other end sent before it closed may lie unread here, for ever.
+        hung_up = select.poll()
+        hung_up.register(self.socket, select.POLLRDHUP)
+        while (left := deadline - time.monotonic()) > 0:
+            if hung_up.poll(min(_POLL_SECONDS, left) * 1000):
                 raise WireError("closed while waiting")
-            time.sleep(min(0.01, period))
 
     def wake(self) -> None:
         """Make whoever reads or waits on this stop; from any thread."""
