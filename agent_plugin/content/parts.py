@@ -2,8 +2,11 @@
 
 Parts are submitted in order and waited for in order, so what was received but not yet hashed never
 exceeds the window, however unevenly the parts arrive. Whoever stops early leaves the threads of the
-other parts behind (flight.py); they write through a descriptor of their own, closed by the last of
-them, so that they never touch a file that got the caller's descriptor number meanwhile.
+other parts behind (flight.py). One of them may be in the middle of a write, which a busy disk can
+hold up for long: the file is not given back before that is over, because what is written into it
+next, and verified, would be changed by it. Only a wish to stop does not wait, and the file is then
+nobody's: the threads write through a descriptor of their own, closed by the last of them, so that
+they never touch a file that got the caller's descriptor number meanwhile.
 """
 
 import errno
@@ -27,7 +30,7 @@ from agent_plugin.content.errors import (
     FileChangedError,
     LocalReadError,
 )
-from agent_plugin.content.flight import Lanes
+from agent_plugin.content.flight import POLL_SECONDS, Lanes
 from agent_plugin.content.store import Cancellation, Progress
 
 if TYPE_CHECKING:
@@ -88,12 +91,15 @@ def receive(
 ) -> None:
     """Read a blob's parts into a file and verify the whole.
 
+    Nobody writes to the file any more when this has returned or raised, unless it raised
+    CancelledError: then a write may still be under way, and the file must not be used.
+
     Args:
         digest: The blob, of more than 0 bytes.
         fd: The file, at least as long as the blob or growing as it is written.
         read_part: Given offset, length and a cancellation, returns exactly that part; retries.
         lanes: Where the parts are read.
-        cancellation: Checked while parts are awaited.
+        cancellation: Checked while parts, and the ends of late writes, are awaited.
         progress: Told when a part is written and hashed.
 
     Raises:
@@ -103,7 +109,8 @@ def receive(
     """
     hashing = xxhash.xxh3_128()
     version = None
-    with _stopping() as stop, _SharedFile(fd) as file:
+    # The other parts are stopped before the end of what they write is awaited.
+    with _SharedFile(fd, cancellation) as file, _stopping() as stop:
 
         def move(offset: int) -> Part:
             part = read_part(offset, min(PART_BYTES, digest.size - offset), stop)
@@ -258,11 +265,19 @@ def _stopping() -> Iterator[Cancellation]:
 
 
 class _SharedFile:
-    """A file written by threads that may be slower than whoever lent it."""
+    """A file written by threads that may be slower than whoever lent it.
 
-    def __init__(self, fd: int) -> None:
+    Leaving it waits until no write is under way.
+
+    Args:
+        fd: The file; a copy of the descriptor is kept until the last write has ended.
+        cancellation: Ends the wait with CancelledError, and the file is abandoned.
+    """
+
+    def __init__(self, fd: int, cancellation: Cancellation) -> None:
         self._fd = os.dup(fd)
-        self._lock = threading.Lock()
+        self._cancellation = cancellation
+        self._changed = threading.Condition()
         self._writers = 0
         self._left = False
 
@@ -275,24 +290,26 @@ class _SharedFile:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with self._lock:
+        with self._changed:
             self._left = True
-            if self._writers == 0:
-                os.close(self._fd)
+            self._close_if_unused()
+            while self._writers:
+                self._cancellation.check()
+                self._changed.wait(POLL_SECONDS)
 
     def write(self, data: "Buffer", offset: int) -> None:
-        with self._lock:
+        with self._changed:
             if self._left:
                 raise CancelledError("the transfer has ended")
             self._writers += 1
         try:
             write_all(self._fd, data, offset)
         finally:
-            self._release()
+            with self._changed:
+                self._writers -= 1
+                self._close_if_unused()
+                self._changed.notify_all()
 
-    def _release(self) -> None:
-        with self._lock:
-            self._writers -= 1
-            last = self._left and self._writers == 0
-        if last:
+    def _close_if_unused(self) -> None:
+        if self._left and self._writers == 0:
             os.close(self._fd)

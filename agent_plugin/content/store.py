@@ -118,13 +118,15 @@ class Store(Protocol):
     ) -> None:
         """Write a whole blob to an empty file open for reading and writing, verified on return.
 
-        On any error the file's content is undefined and the caller drops it. Parts are fetched in
-        parallel and hashed while they arrive. Progress tells each byte of the blob once; bytes
-        fetched a second time are not told again.
+        On any error the file's content is undefined and the caller drops it; on return, and on any
+        error but CancelledError, nobody writes to it any more. Parts are fetched in parallel and
+        hashed while they arrive. Progress tells each byte of the blob once; bytes fetched a second
+        time are not told again.
 
         Raises:
             BlobNotFoundError, BlobCorruptError: As for get.
-            CancelledError: Cancellation was wished.
+            CancelledError: Cancellation was wished. A write may still be under way, so that the
+                file must not be used, not even as an empty one.
             OSError: The file could not be written; ENOSPC among others.
         """
 

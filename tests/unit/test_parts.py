@@ -5,7 +5,10 @@ import tempfile
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -14,9 +17,14 @@ from agent_plugin.content.digest import Digest
 from agent_plugin.content.errors import BlobCorruptError, CancelledError, FileChangedError
 from agent_plugin.content.flight import Lanes
 from agent_plugin.content.store import Cancellation, ignore_progress
+from tests.servers.proxied_object import until
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 DATA = os.urandom(9 * parts.PART_BYTES + 1)
 DIGEST = Digest.of(DATA)
+THIRD_PART = 2 * parts.PART_BYTES
 
 
 def receive(
@@ -134,6 +142,87 @@ def test_a_late_part_is_written_nowhere_and_no_descriptor_is_kept() -> None:
         time.sleep(0.1)
         assert os.fstat(other.fileno()).st_size == 0
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+class HeldUp:
+    """Has the first write at a position wait, as a disk may that has much to write back.
+
+    Such a disk can not be had on order, so it is os.pwrite that waits.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, held_up_at: int) -> None:
+        self.begun = threading.Event()
+        self.go_on = threading.Event()
+        write = os.pwrite
+
+        def pwrite(fd: int, data: "Buffer", offset: int) -> int:
+            if offset == held_up_at and not self.begun.is_set():
+                self.begun.set()
+                self.go_on.wait(30)
+            return write(fd, data, offset)
+
+        monkeypatch.setattr(os, "pwrite", pwrite)
+
+
+class ReplacedMeanwhile(ReadPart):
+    """Of the third part other bytes come, and a replaced object is noticed while they are written.
+
+    `stop` is wished when the attempt has failed.
+    """
+
+    def __init__(self, held_up: HeldUp) -> None:
+        super().__init__()
+        self.held_up = held_up
+        self.stop = Cancellation()
+
+    def __call__(self, offset: int, length: int, stop: Cancellation) -> parts.Part:
+        self.stop = stop
+        return super().__call__(offset, length, stop)
+
+    def part(self, offset: int, data: bytes) -> parts.Part:
+        if offset == THIRD_PART:
+            data = bytes(len(data))
+        if offset == parts.PART_BYTES:
+            self.held_up.begun.wait(30)
+            return parts.Part(data, "v2", len(DATA))
+        return super().part(offset, data)
+
+
+def test_no_write_of_a_failed_attempt_comes_after_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would change what the next attempt has verified."""
+    held_up = HeldUp(monkeypatch, THIRD_PART)
+    replaced = ReplacedMeanwhile(held_up)
+    with tempfile.TemporaryFile() as file, ThreadPoolExecutor(1) as pool:
+        attempt = pool.submit(receive, replaced, file.fileno())
+        until(lambda: replaced.stop.wished)
+        # Longer than the wait looks for a wish to stop.
+        assert wait([attempt], timeout=0.3).not_done, "a write was still under way"
+        held_up.go_on.set()
+        with pytest.raises(BlobCorruptError, match="replaced"):
+            attempt.result(10)
+        receive(ReadPart(), file.fileno())
+        assert os.pread(file.fileno(), len(DATA) + 1, 0) == DATA
+
+
+@pytest.mark.parametrize("make", [ReplacedMeanwhile, lambda _held_up: ReadPart()])
+def test_a_write_that_does_not_end_does_not_delay_a_wish_to_stop(
+    monkeypatch: pytest.MonkeyPatch, make: Callable[[HeldUp], ReadPart]
+) -> None:
+    """Whether the attempt has failed already and awaits its end, or has not."""
+    held_up = HeldUp(monkeypatch, THIRD_PART)
+    read_part = make(held_up)
+    cancellation = Cancellation()
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with tempfile.TemporaryFile() as file, ThreadPoolExecutor(1) as pool:
+        attempt = pool.submit(receive, read_part, file.fileno(), cancellation)
+        until(held_up.begun.is_set)
+        if isinstance(read_part, ReplacedMeanwhile):
+            until(lambda: read_part.stop.wished)
+        cancellation.cancel()
+        with pytest.raises(CancelledError):
+            attempt.result(1)
+    held_up.go_on.set()
+    until(lambda: len(list(Path("/proc/self/fd").iterdir())) == before)
 
 
 def test_what_is_wrong_with_the_file_is_the_systems_own_error(tmp_path: Path) -> None:
