@@ -13,7 +13,7 @@ from typing import Final
 
 from agent_plugin.content import events
 from agent_plugin.content.digest import Digest, hash_name
-from agent_plugin.content.errors import LocalError, ManifestInvalidError
+from agent_plugin.content.errors import CacheUnsafeError, LocalError, ManifestInvalidError
 from agent_plugin.content.manifest import MAX_MANIFEST_BYTES, Manifest, decode, merge
 from agent_plugin.content.store import Document, DocumentInfo, Store
 from agent_plugin.session.job import JobDocument, ManifestProperties
@@ -57,21 +57,33 @@ def fetch_input_manifest(
     Raises:
         ManifestInvalidError: It breaks a rule, or is not what the job's hash says.
         DocumentNotFoundError, StoreAccessError, StoreUnavailableError: It can not be had.
+        CacheUnsafeError: Others can write to the cache.
     """
     key = properties.input_manifest_path
     if key is None:
         return None
     expected = properties.input_manifest_hash
-    if expected and context.cache is not None:
-        data = context.cache.read_by_hash(expected, max_bytes=MAX_MANIFEST_BYTES)
-        if data is not None:
-            return decode(data, source=key)
+    if expected and (cached := _cached(context, expected)) is not None:
+        return decode(cached, source=key)
     data, manifest = _fetch_decoded(context, key, expected)
     if expected and context.cache is not None:
         # If that fails only a copy is lost; the transfer that follows tells what is wrong.
         with suppress(LocalError):
             context.cache.add(Digest.of(data), data)
     return manifest
+
+
+def _cached(context: TransferContext, hash_: str) -> bytes | None:
+    """Return a manifest that the cache has; a cache that can not be read is done without."""
+    if context.cache is None:
+        return None
+    try:
+        return context.cache.read_by_hash(hash_, max_bytes=MAX_MANIFEST_BYTES)
+    except CacheUnsafeError:
+        raise
+    except LocalError as error:
+        log.warning(events.CACHE_BYPASSED, extra={"reason": error.message})
+        return None
 
 
 def _fetch_decoded(

@@ -94,6 +94,23 @@ def test_a_read_only_cache_is_bypassed(farm: Farm, expected_events: set[str]) ->
         farm.assert_starts(host, job, "second")
 
 
+def test_a_damaged_manifest_in_a_read_only_cache_is_fetched_anew(
+    farm: Farm, expected_events: set[str]
+) -> None:
+    expected_events.add(events.CACHE_BYPASSED)
+    job = farm.submit(FILES)
+    host = farm.host()
+    farm.assert_starts(host, job)
+    manifest = job.attachments.manifests[0].input_manifest_hash
+    [cached] = [blob for blob in blobs_of(host) if blob.name == manifest]
+    _flipped(cached)
+    quarantine = host.cache_dir / "v1/quarantine"
+    with read_only(quarantine):
+        farm.assert_starts(host, job, "second")
+
+    assert manifest in {blob.name for blob in blobs_of(host)}, "it could not be taken away"
+
+
 def test_a_cache_that_this_user_may_not_make_is_bypassed(farm: Farm) -> None:
     """A service that runs as a user without rights on the directory that the cache is to be in."""
     job = farm.submit(FILES)
