@@ -105,15 +105,15 @@ def finish_task(
         upload_failed: unless this asks for it.
 
     Raises:
-        SessionStateError: The session has not started.
+        SessionStateError: The session has not started, or the sync of a step did not finish.
         FileChangedError: A file kept changing while it was read.
         PropmasterError: Any other of the tree; no manifest names what is not stored.
     """
     begun = time.monotonic()
     state = state_file.read_ready()
-    if state.unfinished_step:
+    if state.unfinished_steps:
         raise SessionStateError(
-            f"the sync of {state.unfinished_step} did not finish",
+            f"the sync of {', '.join(state.unfinished_steps)} did not finish",
             hint="run `propmaster session sync-step` for it again; it goes on where it stopped",
         )
     manifests = [OutputManifestResult() for _ in state.job.attachments.manifests]

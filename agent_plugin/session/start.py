@@ -154,9 +154,10 @@ def sync_step(
     state = state_file.read_ready()
     if depends_on is None:
         depends_on = state.job.step_dependencies.get(step_id, ())
-    # Until all is there nobody may take what has come for a task's own output.
-    state.unfinished_step = step_id
-    state_file.write(state)
+    if step_id not in state.unfinished_steps:
+        # Until all is there nobody may take what has come for a task's own output.
+        state.unfinished_steps.append(step_id)
+        state_file.write(state)
     outputs = [
         output
         for dependency in depends_on
@@ -169,7 +170,7 @@ def sync_step(
     results = materialise(merged, state, context, kind="sync-step", step=step_id)
     for root, manifest in merged:
         root.baseline.update(_baseline(root, manifest, only_known=True))
-    state.unfinished_step = ""
+    state.unfinished_steps.remove(step_id)
     state_file.write(state)
     result = StartResult(
         roots=[_root_result(root, done) for (root, _), done in zip(merged, results, strict=True)],
@@ -204,7 +205,7 @@ def _state_before(
 
 def _carry_over(before: SessionState, state: SessionState) -> None:
     state.was_ready = before.ready or before.was_ready
-    state.unfinished_step = before.unfinished_step
+    state.unfinished_steps = before.unfinished_steps
     if state.was_ready:
         baselines = {root.local_root: root.baseline for root in before.roots}
         for root in state.roots:

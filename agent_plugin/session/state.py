@@ -69,7 +69,7 @@ class SessionState(msgspec.Struct, rename="camel"):
         ready: Whether start has finished; until then there is nothing to work with.
         account_id: Of the bucket's owner; empty: not to be had; None: not asked yet.
         was_ready: The session had started once when it was started again: tasks may have run.
-        unfinished_step: The step whose sync has begun and not finished; empty when there is none.
+        unfinished_steps: The steps whose sync has begun and not finished.
     """
 
     version: int
@@ -80,7 +80,7 @@ class SessionState(msgspec.Struct, rename="camel"):
     roots: list[RootState]
     account_id: str | None = None
     was_ready: bool = False
-    unfinished_step: str = ""
+    unfinished_steps: list[str] = []
 
 
 def session_id(session_dir: Path) -> str:

@@ -137,6 +137,7 @@ def test_what_a_killed_sync_step_left_is_no_output_and_goes_with_the_next_step(
     sessions.host.sync_step(sessions.session_dir, step(4), [step(2)])
     assert not left.exists()
     assert (root / "renders/note").read_bytes() == b"of step 2"
+    sessions.host.sync_step(sessions.session_dir, step(3), [step(1)])
     left.write_bytes(b"as if the kill had come now")
     finished = sessions.host.finish_task(sessions.session_dir, action(4, 0))
     assert paths_of(sessions.host, finished) == [[]]

@@ -90,6 +90,32 @@ def test_after_a_sync_that_failed_no_task_is_finished_until_it_succeeds(
     assert sessions.finish(1).files == 0
 
 
+def test_the_sync_of_another_step_does_not_make_up_for_one_that_failed(
+    sessions: Sessions, tmp_path: Path
+) -> None:
+    root = sessions.started(sessions.submitted())
+    for name in ("0.exr", "1.exr"):
+        (root / "renders" / name).write_bytes(name.encode())
+    sessions.finish(0)
+    for name in ("0.exr", "1.exr"):
+        (root / "renders" / name).unlink()
+    sessions.host.finish_task(sessions.session_dir, action(9, 0))
+    shutil.rmtree(sessions.host.cache_dir)
+    [last] = (tmp_path / "store/Data").glob(f"{hash_of(b'1.exr')}*")
+    last.rename(tmp_path / "away")
+    with pytest.raises(PropmasterError):
+        sessions.host.sync_step(sessions.session_dir, step(2), [step(1)])
+    assert (root / "renders/0.exr").exists(), "half of the dependency is there"
+
+    sessions.host.sync_step(sessions.session_dir, step(3), [])
+    with pytest.raises(SessionStateError, match=f"the sync of {step(2)} did not finish"):
+        sessions.host.finish_task(sessions.session_dir, action(3, 0))
+
+    (tmp_path / "away").rename(last)
+    sessions.host.sync_step(sessions.session_dir, step(2), [step(1)])
+    assert sessions.host.finish_task(sessions.session_dir, action(3, 0)).files == 0
+
+
 def test_a_store_that_was_emptied_is_filled_again_by_the_next_submission(
     any_sessions: Sessions, s3: S3Server
 ) -> None:
