@@ -20,6 +20,7 @@ from agent_plugin.content.errors import (
 )
 from agent_plugin.content.manifest import Manifest, merge
 from agent_plugin.content.snapshot import walk
+from agent_plugin.content.store import Cancellation
 from agent_plugin.session.inputs import materialise
 from agent_plugin.session.job import JobDocument, PathMappingRule
 from agent_plugin.session.manifests import fetch_input_manifest, find_outputs, merge_by_root
@@ -102,7 +103,7 @@ def start(
             list(zip(state.roots, manifests, strict=True)), state, context, kind="sync-in"
         )
         for root, manifest in zip(state.roots, manifests, strict=True):
-            found = _baseline(root, manifest, only_known=state.was_ready)
+            found = _baseline(root, manifest, context.cancellation, only_known=state.was_ready)
             root.baseline = {**root.baseline, **found}
     except PropmasterError as error:
         log.error(  # noqa: TRY400 - an expected failure: its text says all, a trace says nothing
@@ -169,7 +170,7 @@ def sync_step(
     ]
     results = materialise(merged, state, context, kind="sync-step", step=step_id)
     for root, manifest in merged:
-        root.baseline.update(_baseline(root, manifest, only_known=True))
+        root.baseline.update(_baseline(root, manifest, context.cancellation, only_known=True))
     state.unfinished_steps.remove(step_id)
     state_file.write(state)
     result = StartResult(
@@ -264,7 +265,11 @@ def _manifest_of(root: RootState, job: JobDocument, context: TransferContext) ->
 
 
 def _baseline(
-    root: RootState, manifest: Manifest | None, *, only_known: bool = False
+    root: RootState,
+    manifest: Manifest | None,
+    cancellation: Cancellation,
+    *,
+    only_known: bool = False,
 ) -> dict[str, BaselineFile]:
     """Return what is in the root's output directories now, with the manifest's hashes.
 
@@ -275,21 +280,20 @@ def _baseline(
         return {}
     entries = manifest.by_path() if manifest is not None else {}
     baseline = {}
-    for found in walk(Path(root.local_root), root.output_directories):
+    for found in walk(Path(root.local_root), root.output_directories, cancellation=cancellation):
         entry = entries.get(found.path)
         if entry is not None and (found.size, found.mtime_ns) != (entry.size, entry.mtime * 1000):
             # Somebody has written to it since it was placed: content must decide.
             continue
-        if entry is None and only_known:
-            continue
-        baseline[found.path] = BaselineFile(
-            hash=entry.hash if entry else "",
-            size=found.size,
-            mtime=entry.mtime if entry else found.mtime_us,
-            mtime_ns=found.mtime_ns,
-            ctime_ns=found.ctime_ns,
-            inode=found.inode,
-        )
+        if entry is not None or not only_known:
+            baseline[found.path] = BaselineFile(
+                hash=entry.hash if entry else "",
+                size=found.size,
+                mtime=found.mtime_us,
+                mtime_ns=found.mtime_ns,
+                ctime_ns=found.ctime_ns,
+                inode=found.inode,
+            )
     return baseline
 
 

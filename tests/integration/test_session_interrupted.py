@@ -7,15 +7,16 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from agent_plugin.content import events
-from agent_plugin.content.errors import (
-    PropmasterError,
-)
+from agent_plugin.content.errors import CancelledError, PropmasterError
 from agent_plugin.content.store import Cancellation
+from agent_plugin.session import start as start_module
 from agent_plugin.session.job import JobDocument
+from agent_plugin.transfer.download import TransferResult
 from agent_plugin.transfer.states import TransferStatus
 from tests.servers.fault_proxy import FaultProxy
 from tests.servers.faults import Fault
@@ -139,6 +140,28 @@ def test_a_wish_to_stop_that_comes_first_stops_everything(
     with pytest.raises(PropmasterError) as caught:
         sessions.host.start(job, sessions.session_dir, cancellation=cancellation)
     assert caught.value.exit_code == 77
+
+
+def test_a_wish_to_stop_that_comes_when_all_is_in_place_stops_the_start(
+    sessions: Sessions, expected_events: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is in the output directories is looked at then, on a shared disk perhaps for long."""
+    expected_events.add(events.SESSION_START_FAILED)
+    job = sessions.submitted()
+    cancellation = Cancellation()
+    materialise = start_module.materialise
+
+    def materialising(*args: Any, **options: Any) -> list[TransferResult]:
+        results = materialise(*args, **options)
+        cancellation.cancel()
+        return results
+
+    with monkeypatch.context() as patch:
+        patch.setattr(start_module, "materialise", materialising)
+        with pytest.raises(CancelledError):
+            sessions.host.start(job, sessions.session_dir, cancellation=cancellation)
+
+    assert files_below(sessions.started(job)) == files_below(sessions.source)
 
 
 def test_a_start_that_was_killed_goes_on_where_it_was(
