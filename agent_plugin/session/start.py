@@ -283,9 +283,10 @@ def _baseline(
     for found in walk(Path(root.local_root), root.output_directories, cancellation=cancellation):
         entry = entries.get(found.path)
         if entry is not None and (found.size, found.mtime_ns) != (entry.size, entry.mtime * 1000):
-            # Somebody has written to it since it was placed: content must decide.
-            continue
-        if entry is not None or not only_known:
+            # Somebody has written to it since it was placed, or the file system can not keep such
+            # a time: content must decide, so nothing that stat() says is that of a known file.
+            baseline[found.path] = BaselineFile(entry.hash, entry.size, entry.mtime, -1, -1, -1)
+        elif entry is not None or not only_known:
             baseline[found.path] = BaselineFile(
                 hash=entry.hash if entry else "",
                 size=found.size,

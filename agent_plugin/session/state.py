@@ -31,7 +31,8 @@ class BaselineFile(msgspec.Struct, frozen=True, gc=False, array_like=True):
         hash: xxh128 of its content, 32 hex digits.
         size: Bytes.
         mtime: Microseconds since the epoch, as its manifest has it.
-        mtime_ns, ctime_ns, inode: As the file system has it; all equal means untouched.
+        mtime_ns, ctime_ns, inode: As the file system has it; all equal means untouched. All -1 for
+            a file whose content must be looked at, whatever the file system says.
         task: The task of this session that left it behind; empty for what was there before.
     """
 

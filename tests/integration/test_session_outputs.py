@@ -16,9 +16,12 @@ from agent_plugin.content import events
 from agent_plugin.content.digest import Digest
 from agent_plugin.content.local_index import LocalIndex
 from agent_plugin.session.roots import session_directory_name
-from tests.servers.hooks import action, step
+from tests.servers.disks import MEBIBYTE, image_mounted, tmpfs_mounted
+from tests.servers.hooks import action, job_of, step
 from tests.servers.sessions import INPUTS, MTIME_NS, Sessions, hash_of, manifest_at, paths_of
 from tests.servers.trees import files_below, write_files
+
+NS = 1_000_000_000
 
 
 def test_inputs_come_outputs_go_and_nothing_stays(any_sessions: Sessions) -> None:
@@ -110,6 +113,29 @@ def test_a_file_that_was_only_touched_is_no_output(sessions: Sessions) -> None:
 
     assert (result.files, result.bytes_uploaded) == (0, 0)
     assert paths_of(sessions.host, result) == [[]]
+
+
+def test_an_input_whose_time_the_file_system_can_not_keep_is_no_output(
+    sessions: Sessions,
+) -> None:
+    """The submitter's disk has the year 1890; ext4 has nothing before 1901."""
+    s = sessions
+    image, disk = s.tmp_path / "image", s.tmp_path / "disk"
+    with (
+        tmpfs_mounted(s.tmp_path / "from", size=MEBIBYTE) as before_1901,
+        image_mounted("ext4", image, disk, size=100 * MEBIBYTE) as ext4,
+    ):
+        s.source, s.session_dir = before_1901 / "source", ext4 / "session"
+        write_files(s.source, {"renders/a": b"a", "renders/b": b"b"}, mtime_ns=-2_500_000_000 * NS)
+        root = s.started(job_of(s.host.submit(s.source, output_directories=["renders"])[0]))
+        assert (root / "renders/a").stat().st_mtime_ns > -2_500_000_000 * NS
+        (root / "renders/b").unlink()
+
+        result = s.finish(0)
+
+        assert (result.files, result.deleted) == (0, ["renders/b"])
+        (root / "renders/a").write_bytes(b"written")
+        assert paths_of(s.host, s.finish(1)) == [["renders/a"]]
 
 
 def test_an_edit_that_keeps_size_and_time_is_found(sessions: Sessions) -> None:
