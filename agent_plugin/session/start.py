@@ -80,29 +80,30 @@ def start(
     begun = time.monotonic()
     _make_session_dir(session_dir)
     before = _state_before(state_file, job, session_dir)
+    roots = _root_states(job, choose_local_roots(job, session_dir))
     state = SessionState(
         version=VERSION,
         session_id=session_id(session_dir),
         session_dir=os.fspath(session_dir),
         ready=False,
         job=job,
-        roots=_root_states(job, choose_local_roots(job, session_dir)),
+        roots=[*roots],
         account_id=_account_id(context),
     )
     if before is not None:
         _carry_over(before, state)
     state_file.write(state)
     try:
-        manifests = [_manifest_of(root, job, context) for root in state.roots]
+        manifests = [_manifest_of(root, job, context) for root in roots]
         if state.was_ready:
             manifests = [
                 _without_outputs(manifest, root)
-                for root, manifest in zip(state.roots, manifests, strict=True)
+                for root, manifest in zip(roots, manifests, strict=True)
             ]
         results = materialise(
-            list(zip(state.roots, manifests, strict=True)), state, context, kind="sync-in"
+            list(zip(roots, manifests, strict=True)), state, context, kind="sync-in"
         )
-        for root, manifest in zip(state.roots, manifests, strict=True):
+        for root, manifest in zip(roots, manifests, strict=True):
             found = _baseline(root, manifest, context.cancellation, only_known=state.was_ready)
             root.baseline = {**root.baseline, **found}
     except PropmasterError as error:
@@ -115,7 +116,7 @@ def start(
     state.account_id = _account_id(context)
     state_file.write(state)
     result = StartResult(
-        roots=[_root_result(root, done) for root, done in zip(state.roots, results, strict=True)],
+        roots=[_root_result(root, done) for root, done in zip(roots, results, strict=True)],
         path_mapping_rules=path_mapping_rules(job, session_dir),
         seconds=round(time.monotonic() - begun, 3),
     )
@@ -164,10 +165,14 @@ def sync_step(
         for dependency in depends_on
         for output in find_outputs(context, state.job, step_id=dependency)
     ]
+    known = len(state.roots)
     merged = [
         (_state_of_root(state, location, root_path), manifest)
         for (location, root_path), manifest in merge_by_root(outputs).items()
     ]
+    if len(state.roots) > known:
+        # Who ends the session removes what the state names, so it is named before it is made.
+        state_file.write(state)
     results = materialise(merged, state, context, kind="sync-step", step=step_id)
     for root, manifest in merged:
         root.baseline.update(_baseline(root, manifest, context.cancellation, only_known=True))
@@ -207,6 +212,13 @@ def _state_before(
 def _carry_over(before: SessionState, state: SessionState) -> None:
     state.was_ready = before.ready or before.was_ready
     state.unfinished_steps = before.unfinished_steps
+    local_roots = {root.local_root for root in state.roots}
+    # A sync made them, or the job was mapped otherwise: they are to be removed when it all ends.
+    state.roots += [
+        msgspec.structs.replace(root, manifests=[], output_directories=[], baseline={})
+        for root in before.roots
+        if root.local_root not in local_roots
+    ]
     if state.was_ready:
         baselines = {root.local_root: root.baseline for root in before.roots}
         for root in state.roots:

@@ -7,11 +7,13 @@ import subprocess
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from agent_plugin.content import events
 from agent_plugin.content.leftovers import partial_name
 from agent_plugin.session.inputs import hidden_root
+from agent_plugin.session.roots import session_directory_name
 from tests.servers.disks import MEBIBYTE, fill, tmpfs_mounted
 from tests.servers.hooks import action, step
 from tests.servers.local_farm import FILES, Farm
@@ -145,6 +147,57 @@ def test_what_a_killed_sync_step_left_is_no_output_and_goes_with_the_next_step(
 
 
 # -------------------------------------------------------------------------------------------- end
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_root_that_a_killed_sync_step_added_goes_with_the_session(
+    sessions: Sessions, restarted: bool
+) -> None:
+    elsewhere = sessions.tmp_path / "sessions/other"
+    other = sessions.submitted({"a": b"a"}, "out", root="other")
+    made = Path(sessions.host.start(other, elsewhere).roots[0].local_root) / "out"
+    made.mkdir()
+    with (made / "large").open("wb") as file:
+        file.truncate(LARGE_BYTES)
+    sessions.host.finish_task(elsewhere, action(1, 0))
+    job = sessions.submitted()
+    root = sessions.started(job)
+
+    process = sessions.host.popen(
+        "session", "sync-step", "--session-dir", sessions.session_dir,
+        "--step-id", step(2), "--depends-on", step(1),
+    )  # fmt: skip
+    await_partial(sessions.session_dir, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=30)
+    added = root.with_name(session_directory_name(str(sessions.tmp_path / "other")))
+    assert [path for path in sessions.session_dir.iterdir() if path != root] == [hidden_root(added)]
+    if restarted:
+        sessions.started(job)
+    removed = sessions.host.end(sessions.session_dir).removed
+
+    assert sorted(removed) == sorted([str(root), str(added)])
+    assert list(sessions.session_dir.iterdir()) == []
+
+
+def test_a_session_that_is_started_again_has_the_roots_of_its_job(sessions: Sessions) -> None:
+    elsewhere = sessions.tmp_path / "sessions/other"
+    other = sessions.submitted({"a": b"a"}, "out", root="other")
+    made = Path(sessions.host.start(other, elsewhere).roots[0].local_root) / "out"
+    made.mkdir()
+    (made / "x").write_bytes(b"x")
+    sessions.host.finish_task(elsewhere, action(1, 0))
+    job = sessions.submitted()
+    root = sessions.started(job)
+    [added] = sessions.host.sync_step(sessions.session_dir, step(2), [step(1)]).roots
+
+    again = sessions.host.start(job, sessions.session_dir)
+
+    assert [found.local_root for found in again.roots] == [str(root)]
+    assert sessions.host.sync_step(sessions.session_dir, step(2), [step(1)]).roots == [
+        msgspec.structs.replace(added, bytes_fetched=0, bytes_reused=1)
+    ]
+    assert len(sessions.host.end(sessions.session_dir).removed) == 2
 
 
 def test_a_session_on_a_full_disk_is_ended_and_its_files_go(farm: Farm) -> None:
