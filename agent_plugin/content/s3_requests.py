@@ -37,6 +37,10 @@ T = TypeVar("T")
 # Bodies whose bytes differ from the object's; decoding them is not ours to do.
 _CODED: Final = "Content-Encoding"
 _NOT_CODED: Final = frozenset({"", "identity", "aws-chunked"})
+# What every listing has, and every entry of one:
+# https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html
+_PAGE: Final = frozenset({"Name", "IsTruncated"})
+_ENTRY: Final = frozenset({"Key", "Size", "LastModified"})
 
 
 class Requests:
@@ -126,24 +130,31 @@ class Requests:
         self.make(ask, f"put {self.place(below)}")
 
     def list_below(self, start: str) -> "Iterator[ObjectTypeDef]":
-        """Yield what boto3 says of the objects whose keys below the prefix start with `start`."""
+        """Yield what boto3 says of the objects whose keys below the prefix start with `start`.
+
+        Each has key, size and time. What is no listing of them, such as a proxy's page with status
+        200, would look like an empty one, so it is asked for again.
+        """
         key = self.access.location.key(start)
         what = f"list {self.place(start)}"
         token = ""
 
         def ask(client: "S3Client", common: dict[str, Any]) -> "ListObjectsV2OutputTypeDef":
             if token:
-                return client.list_objects_v2(**common, Prefix=key, ContinuationToken=token)
-            return client.list_objects_v2(**common, Prefix=key)
+                common = {**common, "ContinuationToken": token}
+            page = client.list_objects_v2(**common, Prefix=key)
+            if not _lists(page, key):
+                raise DamagedAnswerError(f"{what}: the answer is no listing of that")
+            if page["IsTruncated"] and page.get("NextContinuationToken", "") in ("", token):
+                raise DamagedAnswerError(f"{what}: the listing does not go on")
+            return page
 
         while True:
             page = self.boto(ask, what)
             yield from page.get("Contents", [])
-            if not page.get("IsTruncated"):
+            if not page["IsTruncated"]:
                 return
-            before, token = token, page.get("NextContinuationToken", "")
-            if token == before:
-                raise DamagedAnswerError(f"{what}: the listing does not go on")
+            token = page["NextContinuationToken"]
 
     def _ask(self, ask: Callable[[Clients], T], what: str, cancellation: Cancellation | None) -> T:
         clients = self.access.clients
@@ -216,6 +227,14 @@ def refuse_coded(attributes: "obstore.Attributes", place: str) -> None:
     """
     if (coding := attributes.get(_CODED, "")) not in _NOT_CODED:
         raise DamagedAnswerError(f"{place}: the answer is coded as {coding[:40]!r}")
+
+
+def _lists(page: "ListObjectsV2OutputTypeDef", prefix: str) -> bool:
+    """Return whether an answer is a listing, and of nothing but what starts with the prefix."""
+    return page.keys() >= _PAGE and all(
+        entry.keys() >= _ENTRY and entry["Key"].startswith(prefix)
+        for entry in page.get("Contents", [])
+    )
 
 
 def _for_body(clients: Clients, data: bytes) -> "obstore.store.S3Store":
