@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from agent_plugin import settings as host_settings
@@ -26,14 +26,17 @@ from agent_plugin.content.errors import (
     PropmasterError,
     SettingsInvalidError,
 )
+from agent_plugin.content.flight import Lanes
 from agent_plugin.content.open_store import build_store
 from agent_plugin.content.retry import RetryPolicy
 from agent_plugin.content.s3_environment import Credentials, locate
-from agent_plugin.content.store import Store
+from agent_plugin.content.store import Cancellation, Store
 from agent_plugin.doctor_files import Probe, file_probes, nearest_existing, privacy_fault
 from agent_plugin.settings import Settings
 
 __all__ = ["Probe", "examine"]
+
+T = TypeVar("T")
 
 LIBRARIES: Final = ("boto3", "botocore", "click", "msgspec", "obstore", "psutil", "rich", "xxhash")
 MACHINES: Final = ("x86_64", "aarch64")
@@ -266,7 +269,9 @@ def _store_probes(
         yield Probe("store", False, f"{url}: there is no such directory", consequence, needed=True)
         return
     try:
-        store = build_store(url, environment=environment, policy=_STORE_POLICY, concurrency=2)
+        store = _waited_for(
+            lambda: build_store(url, environment=environment, policy=_STORE_POLICY, concurrency=2)
+        )
     except PropmasterError as error:
         yield Probe("store", False, _why(error), consequence, needed=True)
         return
@@ -283,9 +288,14 @@ def _store_probes(
 
 def _request(name: str, request: Callable[[], str], consequence: str) -> Probe:
     try:
-        return Probe(name, True, request(), consequence, needed=True)
+        return Probe(name, True, _waited_for(request), consequence, needed=True)
     except PropmasterError as error:
         return Probe(name, False, _why(error), consequence, needed=True)
+
+
+def _waited_for(request: Callable[[], T]) -> T:
+    """Return what a request returns; another thread makes it, since none that waits is stopped."""
+    return Lanes(1).run(request, Cancellation())
 
 
 def _list(store: Store) -> str:

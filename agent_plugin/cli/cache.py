@@ -13,8 +13,8 @@ from pathlib import Path
 import click
 import msgspec
 
-from agent_plugin.cli.main import cancel_on_signals
 from agent_plugin.cli.options import common_options, escaped, print_json, say
+from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.content import events
 from agent_plugin.content.blob_cache import BlobCache, CacheUsage, CollectReport, VerifyReport
 from agent_plugin.settings import Settings, Size, load
@@ -122,10 +122,14 @@ def verify_command(as_json: bool, config: Path | None) -> None:
     Exits with 1 if there was one. Jobs go on meanwhile, and fetch again what is gone.
     """
     settings = load(config)
-    with _quarantined() as quarantined, _opened(settings) as cache:
+    with (
+        cancel_on_signals() as cancellation,
+        _quarantined() as quarantined,
+        _opened(settings) as cache,
+    ):
         report = VerifyReport(0, 0, ())
         if cache is not None:
-            report = cache.verify(cancel_on_signals())
+            report = cache.verify(cancellation)
     directory = os.fspath(settings.paths.cache_dir)
     result = VerifyResult(directory, report.blobs, report.bytes, quarantined)
     if as_json:

@@ -10,7 +10,6 @@ import logging
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
@@ -73,8 +72,6 @@ def command(input_dir: Path | None, keep: bool, as_json: bool) -> None:
     Starts a real S3 server on loopback, submits a directory, runs a task on it in each of two
     sessions, downloads what they left, and compares and counts it all.
     """
-    # So that SIGTERM, like Ctrl-C, ends the server and removes the files.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     # The commands' own events are read from them, and told in words.
     events.configure(level=logging.ERROR)
     begun = time.monotonic()

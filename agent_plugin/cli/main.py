@@ -4,25 +4,23 @@ Commands are imported when they are called, not before: a finish-task has 0.3 s 
 """
 
 import importlib
-import os
 import platform
-import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
 from typing import Final
 
 import click
 
 from agent_plugin import __version__
+from agent_plugin.cli import streams
 from agent_plugin.cli.options import escaped, say
+from agent_plugin.cli.signals import raise_on_signals
 from agent_plugin.content import events
 from agent_plugin.content.errors import (
     CancelledError,
     PropmasterError,
     UnsupportedPlatformError,
 )
-from agent_plugin.content.store import Cancellation
 
 EXIT_CRASHED: Final = 1
 EXIT_USAGE: Final = 2
@@ -87,47 +85,31 @@ def check_platform(system: str, machine: str) -> None:
         )
 
 
-def cancel_on_signals() -> Cancellation:
-    """Return a cancellation that SIGINT and SIGTERM wish; a second signal ends the process."""
-    cancellation = Cancellation()
-
-    def wish(number: int, _frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        cancellation.cancel()
-
-    signal.signal(signal.SIGINT, wish)
-    signal.signal(signal.SIGTERM, wish)
-    return cancellation
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit the process; the only place where failures become exit codes."""
-    # A path that is not UTF-8 must not stop a message from being printed.
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # a TextIOWrapper
-    sys.stderr.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # likewise
+    streams.prepare()
     events.configure()
+    raise_on_signals()
     try:
-        check_platform(platform.system(), platform.machine())
-        code = propmaster.main(
-            args=list(arguments) if arguments is not None else None,
-            prog_name="propmaster",
-            standalone_mode=False,
-        )
-    except click.exceptions.Exit as leave:
-        code = leave.exit_code
+        code = _run(arguments)
+        # Here, because a full disk and a reader who has gone are told as failures, too.
+        sys.stdout.flush()
     except click.ClickException as error:
-        error.message = escaped(error.message)  # type: ignore[misc] # show() reads it; no other way
+        # The help that stands for a missing command is no message about anybody's names.
+        if not isinstance(error, click.exceptions.NoArgsIsHelpError):
+            error.message = escaped(error.message)  # type: ignore[misc] # show() reads it
         error.show()
         code = EXIT_USAGE
     except (click.Abort, KeyboardInterrupt):
+        # Writing what was printed could take for ever: a pipe that nobody empties.
+        streams.drop_output()
         print("error[cancelled]: stopped on request", file=sys.stderr)
         code = CancelledError.exit_code
     except PropmasterError as error:
         _print_error(error)
         code = error.exit_code
     except BrokenPipeError:
-        # The reader of our output has gone; Python would complain again while it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of our output has gone.
         code = EXIT_CRASHED
     except Exception:  # noqa: BLE001 - the last door: told as a defect, with its trace
         events.get_logger().exception(events.COMMAND_CRASHED)
@@ -137,9 +119,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             file=sys.stderr,
         )
         code = EXIT_CRASHED
+    streams.flush_output()
     # Threads that still wait for a store are daemons; they must not hold the process up.
-    sys.stdout.flush()
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(code)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    check_platform(platform.system(), platform.machine())
+    code = propmaster.main(
+        args=list(arguments) if arguments is not None else None,
+        prog_name="propmaster",
+        standalone_mode=False,
+    )
+    return code if isinstance(code, int) else 0
 
 
 def _print_error(error: PropmasterError) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import click
 import msgspec
 
-from agent_plugin.cli.main import cancel_on_signals
 from agent_plugin.cli.options import common_options, print_json, say
+from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.content.digest import Digest, hash_fd
 from agent_plugin.content.errors import (
     LocalReadError,
@@ -19,6 +19,7 @@ from agent_plugin.content.errors import (
     UnsafePathError,
     local_write_error,
 )
+from agent_plugin.content.flight import Lanes
 from agent_plugin.content.local_index import LocalIndex
 from agent_plugin.content.manifest import (
     MAX_MANIFEST_BYTES,
@@ -143,22 +144,17 @@ def verify_command(
     Exits with 1 if a file differs, and names each one; with 65 if FILE itself breaks a rule. Every
     byte below --root is read; of the blobs in --store, only that they are there and their size.
     """
-    cancellation = cancel_on_signals()
     document = _read(file, expected_hash=expected_hash)
     manifest = document.manifest
     result = VerifyResult(len(manifest), manifest.total_bytes, document.hash, [], [])
-    if root is not None:
-        result.checked.append("root")
-        result.differences.extend(_below(root, manifest, cancellation))
-    if store_url is not None:
-        result.checked.append("store")
-        store = LazyStore(store_url, load(config), os.environ, None)()
-        missing = store.find_missing({entry.digest for entry in manifest.entries})
-        result.differences.extend(
-            Difference(entry.path, "store", f"the store lacks {entry.digest}")
-            for entry in manifest.entries
-            if entry.digest in missing
-        )
+    with cancel_on_signals() as cancellation:
+        if root is not None:
+            result.checked.append("root")
+            result.differences.extend(_below(root, manifest, cancellation))
+        if store_url is not None:
+            result.checked.append("store")
+            open_store = LazyStore(store_url, load(config), os.environ, None)
+            result.differences.extend(_lacking(open_store, manifest, cancellation))
     if as_json:
         print_json(result)
     else:
@@ -221,8 +217,10 @@ def snapshot_command(
     the file it leads to; each one that leads out of DIR, or nowhere, is skipped with a
     `file.skipped` event on standard error. Without --output, standard output is the manifest.
     """
-    cancellation = cancel_on_signals()
-    with LocalIndex.open(state_directory(load(config)) / "index.db") as index:
+    with (
+        cancel_on_signals() as cancellation,
+        LocalIndex.open(state_directory(load(config)) / "index.db") as index,
+    ):
         manifest = _snapshot(directory, include_dirs or (".",), index, cancellation)
     data = encode(manifest)
     if output is None:
@@ -258,6 +256,17 @@ def _below(root: Path, manifest: Manifest, cancellation: Cancellation) -> Iterat
             reason = _difference(opened, entry, cancellation)
             if reason:
                 yield Difference(entry.path, "root", reason)
+
+
+def _lacking(
+    open_store: LazyStore, manifest: Manifest, cancellation: Cancellation
+) -> Iterator[Difference]:
+    digests = {entry.digest for entry in manifest.entries}
+    # By another thread: this one would notice no signal while it waits for the store.
+    missing = Lanes(1).run(lambda: open_store().find_missing(digests), cancellation)
+    for entry in manifest.entries:
+        if entry.digest in missing:
+            yield Difference(entry.path, "store", f"the store lacks {entry.digest}")
 
 
 def _difference(root: Root, entry: FileEntry, cancellation: Cancellation) -> str:

@@ -69,12 +69,14 @@ def say(text: str, *, err: bool = False) -> None:
 
 
 def print_json(result: object) -> None:
-    """Print a result as one line of JSON."""
+    """Print a result as one line of JSON, in UTF-8 whatever the locale's encoding is."""
     try:
-        text = msgspec.json.encode(result).decode()
+        data = msgspec.json.encode(result)
     except UnicodeEncodeError:
         # A name that is not UTF-8: json escapes what msgspec refuses.
         import json  # noqa: PLC0415 - only then
 
-        text = json.dumps(msgspec.to_builtins(result))
-    sys.stdout.write(f"{text}\n")
+        data = json.dumps(msgspec.to_builtins(result)).encode("ascii")
+    # What was printed as text comes first.
+    sys.stdout.flush()
+    sys.stdout.buffer.write(data + b"\n")

@@ -6,7 +6,6 @@ from typing import ParamSpec, TypeVar
 
 import click
 
-from agent_plugin.cli.main import cancel_on_signals
 from agent_plugin.cli.options import (
     common_options,
     farm_option,
@@ -15,6 +14,7 @@ from agent_plugin.cli.options import (
     say,
     store_option,
 )
+from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.services import open_services
 from agent_plugin.session.job import check_id
 from agent_plugin.session.outputs import OutputsResult, get_outputs, list_outputs
@@ -59,9 +59,10 @@ def list_command(
 ) -> None:
     """List the output files of JOB with size and hash."""
     _check(farm_id, queue_id, job_id, step_id, task_id)
-    with open_services(
-        load(config), store_url, cancellation=cancel_on_signals(), quiet=True
-    ) as context:
+    with (
+        cancel_on_signals() as cancellation,
+        open_services(load(config), store_url, cancellation=cancellation, quiet=True) as context,
+    ):
         result = list_outputs(
             context, (farm_id, queue_id, job_id), step_id=step_id, task_id=task_id
         )
@@ -96,7 +97,10 @@ def get_command(
 ) -> None:
     """Download the output files of JOB, verified; what is in place already stays."""
     _check(farm_id, queue_id, job_id, step_id, task_id)
-    with open_services(load(config), store_url, cancellation=cancel_on_signals()) as context:
+    with (
+        cancel_on_signals() as cancellation,
+        open_services(load(config), store_url, cancellation=cancellation) as context,
+    ):
         result = get_outputs(
             context, (farm_id, queue_id, job_id), to, step_id=step_id, task_id=task_id
         )

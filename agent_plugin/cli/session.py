@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from agent_plugin.cli.main import cancel_on_signals
 from agent_plugin.cli.options import common_options, print_json, say, session_dir_option
+from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.content.errors import JobInvalidError, LocalReadError
 from agent_plugin.services import open_records, open_services, state_directory
 from agent_plugin.session.end import end
@@ -61,8 +61,9 @@ def start_command(
     if (file_system or job.attachments.file_system) == "VIRTUAL":
         say("note: VIRTUAL is not in this version; the inputs are copied", err=True)
     with (
+        cancel_on_signals() as cancellation,
         locked_state(state_directory(settings), session_dir) as state_file,
-        open_services(settings, job.store_url, cancellation=cancel_on_signals()) as context,
+        open_services(settings, job.store_url, cancellation=cancellation) as context,
     ):
         result = start(job, session_dir, context, state_file)
     _print_started(result, as_json=as_json)
@@ -160,9 +161,11 @@ def finish_task_command(
 def end_command(session_dir: Path, keep_files: bool, as_json: bool, config: Path | None) -> None:
     """Remove what the session has on this host. Ending it twice does no harm."""
     settings = load(config)
-    # An end that has begun goes on to its end: half a root helps nobody.
-    cancel_on_signals()
-    with locked_state(state_directory(settings), session_dir) as state_file:
+    with (
+        # Lent to nobody: an end that has begun goes on to its end, half a root helps nobody.
+        cancel_on_signals(),
+        locked_state(state_directory(settings), session_dir) as state_file,
+    ):
         result = end(session_dir, open_records(settings), state_file, keep_files=keep_files)
     if as_json:
         print_json(result)
@@ -173,12 +176,15 @@ def end_command(session_dir: Path, keep_files: bool, as_json: bool, config: Path
 
 @contextmanager
 def _started(settings: Settings, session_dir: Path) -> Iterator[tuple[TransferContext, StateFile]]:
-    with locked_state(state_directory(settings), session_dir) as state_file:
+    with (
+        cancel_on_signals() as cancellation,
+        locked_state(state_directory(settings), session_dir) as state_file,
+    ):
         state = state_file.read_ready()
         with open_services(
             settings,
             state.job.store_url,
-            cancellation=cancel_on_signals(),
+            cancellation=cancellation,
             account_id=state.account_id,
         ) as context:
             yield context, state_file

@@ -5,7 +5,6 @@ from typing import Literal
 
 import click
 
-from agent_plugin.cli.main import cancel_on_signals
 from agent_plugin.cli.options import (
     common_options,
     farm_option,
@@ -14,6 +13,7 @@ from agent_plugin.cli.options import (
     say,
     store_option,
 )
+from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.content.errors import JobInvalidError
 from agent_plugin.services import open_services
 from agent_plugin.session.job import check_id
@@ -70,12 +70,15 @@ def command(
                 f"--output-dir {directory} is not below ROOT", hint="give a relative path"
             )
     settings = load(config)
-    with open_services(
-        settings,
-        store_url,
-        cancellation=cancel_on_signals(),
-        existence_max_age=0 if force_store_check else None,
-    ) as context:
+    with (
+        cancel_on_signals() as cancellation,
+        open_services(
+            settings,
+            store_url,
+            cancellation=cancellation,
+            existence_max_age=0 if force_store_check else None,
+        ) as context,
+    ):
         result, summary = submit(
             root,
             context,

@@ -53,6 +53,16 @@ class Command:
             "PROPMASTER_STATE_DIR": str(self.state_dir),
         }
 
+    def popen(self, *arguments: str | Path) -> "subprocess.Popen[bytes]":
+        """Start a command whose three streams are pipes."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "agent_plugin", *map(str, arguments)],
+            env=self._environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
     def __call__(self, *arguments: str | Path, stdin: bytes = b"") -> Done:
         done = subprocess.run(
             [sys.executable, "-m", "agent_plugin", *map(str, arguments)],

@@ -1,0 +1,205 @@
+"""A signal ends each command within a second, with 77, whatever it waits for."""
+
+import fcntl
+import os
+import signal
+import sqlite3
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from agent_plugin.content.blob_cache import BlobCache
+from agent_plugin.content.digest import Digest
+from agent_plugin.content.manifest import FileEntry, Manifest, encode
+from tests.servers.command import Command
+from tests.servers.fault_proxy import FaultProxy
+from tests.servers.faults import Fault
+from tests.servers.s3_server import S3Server
+from tests.servers.sessions import Sessions
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+PIPE_BYTES = 4096
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Command:
+    return Command(tmp_path / "host")
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    """A manifest whose listing is larger than a pipe."""
+    path = tmp_path / "manifest"
+    digest = Digest.of(b"content")
+    path.write_bytes(
+        encode(
+            Manifest.of(
+                FileEntry(hash=digest.hex, mtime=0, path=f"textures/{at:08}", size=digest.size)
+                for at in range(2000)
+            )
+        )
+    )
+    return path
+
+
+def in_pipe(stream: IO[bytes] | None) -> int:
+    """Return how many bytes of a pipe are not read yet; either end tells."""
+    assert stream is not None
+    (count,) = struct.unpack("i", fcntl.ioctl(stream.fileno(), termios.FIONREAD, b"\0" * 4))
+    return int(count)
+
+
+def await_that(truth: Callable[[], bool], process: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + 30
+    while not truth():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "the command did not get that far"
+        time.sleep(0.005)
+
+
+def stopped_by(number: signal.Signals, process: "subprocess.Popen[bytes]") -> str:
+    """Send a signal and return what the command says, which has to end within a second."""
+    process.send_signal(number)
+    signalled = time.monotonic()
+    code = process.wait(30)
+    seconds = time.monotonic() - signalled
+    stderr = process.communicate()[1].decode()
+
+    assert (code, "error[cancelled]: stopped on request" in stderr) == (77, True), stderr
+    assert "Traceback" not in stderr
+    assert seconds < 1.5, "a second, and some for a busy machine"
+    return stderr
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(
+    "words",
+    [
+        "manifest show -",
+        "manifest verify -",
+        "manifest diff - MANIFEST",
+        "session start --session-dir SESSION --job -",
+        "cache clear",
+    ],
+)
+def test_a_command_that_waits_for_its_input_is_stopped(
+    command: Command, manifest: Path, words: str, number: signal.Signals
+) -> None:
+    with BlobCache.open(command.cache_dir, store_url="", max_bytes=1, min_free_bytes=0):
+        pass
+    places = {"MANIFEST": str(manifest), "SESSION": str(manifest.parent / "session")}
+    with command.popen(*(places.get(word, word) for word in words.split())) as process:
+        assert process.stdin is not None
+        process.stdin.write(b'{"half a line')
+        process.stdin.flush()
+        await_that(lambda: in_pipe(process.stdin) == 0, process)
+
+        stopped_by(number, process)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_command_whose_output_nobody_takes_is_stopped(
+    command: Command, manifest: Path, number: signal.Signals
+) -> None:
+    with command.popen("manifest", "show", manifest) as process:
+        assert process.stdout is not None
+        fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        await_that(lambda: in_pipe(process.stdout) == PIPE_BYTES, process)
+
+        stopped_by(number, process)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("words", ["manifest verify MANIFEST", "doctor --session-dir SESSIONS"])
+def test_a_command_that_asks_a_store_which_hangs_is_stopped(
+    s3: S3Server,
+    s3_prefix: str,
+    fault_proxy: FaultProxy,
+    manifest: Path,
+    words: str,
+    number: signal.Signals,
+) -> None:
+    fault_proxy.inject(Fault.STALL, methods={"GET", "HEAD"}, key="Data/")
+    environment = s3.environment_at(fault_proxy.url) | {"AWS_ACCOUNT_ID": "000000000000"}
+    command = Command(manifest.parent / "host", environment)
+    places = {"MANIFEST": str(manifest), "SESSIONS": str(manifest.parent)}
+    arguments = [places.get(word, word) for word in words.split()]
+    store = f"s3://{s3.bucket}/{s3_prefix}"
+    with command.popen(*arguments, "--store", store) as process:
+        await_that(lambda: any("Data/" in request.key for request in fault_proxy.requests), process)
+
+        stopped_by(number, process)
+
+
+def test_an_end_that_has_begun_goes_on_to_its_end(sessions: Sessions) -> None:
+    sessions.started(sessions.submitted())
+    ledger = sqlite3.connect(sessions.host.state_dir / "ledger.db", isolation_level=None)
+    # An end forgets the session's transfers when its files are gone; so long it waits for us.
+    ledger.execute("BEGIN IMMEDIATE")
+    arguments = ["session", "end", "--session-dir", str(sessions.session_dir)]
+    with sessions.host.popen(*arguments) as process:
+        deadline = time.monotonic() + 30
+        while list(sessions.session_dir.glob("assetroot-*")):
+            assert time.monotonic() < deadline, "the command removed nothing"
+            time.sleep(0.005)
+
+        process.send_signal(signal.SIGTERM)
+        ledger.execute("ROLLBACK")
+        ledger.close()
+        _, stderr = process.communicate(timeout=30)
+
+    assert process.returncode == 0, stderr
+    assert sessions.host.read_state(sessions.session_dir) is None
+
+
+@pytest.mark.parametrize("second", SIGNALS)
+@pytest.mark.parametrize("install", ["cancel_on_signals()", "nullcontext(raise_on_signals())"])
+def test_a_second_signal_of_either_kind_ends_the_process(
+    install: str, second: signal.Signals
+) -> None:
+    program = f"""
+import time
+from contextlib import nullcontext
+from agent_plugin.cli.signals import cancel_on_signals, raise_on_signals
+with {install} as lent:
+    try:
+        print("ready", flush=True)
+        lent.sleep(60) if lent else time.sleep(60)
+    finally:
+        print("first", flush=True)
+        time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == b"first\n"
+        process.send_signal(second)
+
+        assert process.wait(30) == -second
+
+
+def test_a_wish_is_over_when_its_work_is() -> None:
+    program = """
+import os, signal
+from agent_plugin.cli.signals import cancel_on_signals
+with cancel_on_signals() as cancellation:
+    os.kill(os.getpid(), signal.SIGTERM)
+    print(cancellation.wished)
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+except KeyboardInterrupt:
+    print("raised")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, timeout=30, check=False
+    )
+
+    assert (done.returncode, done.stdout) == (0, b"True\nraised\n"), os.fsdecode(done.stderr)
