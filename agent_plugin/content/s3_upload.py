@@ -11,17 +11,18 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import wait
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from agent_plugin.content import events
 from agent_plugin.content.errors import PropmasterError, StoreUnavailableError
 from agent_plugin.content.parts import Pending
 from agent_plugin.content.s3_access import CONTENT_TYPE
-from agent_plugin.content.s3_errors import UploadGoneError
+from agent_plugin.content.s3_errors import DamagedAnswerError, UploadGoneError
 from agent_plugin.content.s3_requests import Requests
 from agent_plugin.content.store import Cancellation
 
 if TYPE_CHECKING:
+    from mypy_boto3_s3.client import S3Client
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef
 
 # How long an abort may hold up whoever cancelled, in seconds; users are promised one second.
@@ -64,50 +65,61 @@ class Upload:
 
     def create(self, cancellation: Cancellation) -> None:
         """Begin; if nobody waits for it any more, end at once."""
-        answer = self._requests.boto(
-            lambda client, common: client.create_multipart_upload(
+        what = f"begin the upload of {self._place}"
+
+        def ask(client: "S3Client", common: dict[str, Any]) -> str:
+            answer = client.create_multipart_upload(
                 **common, Key=self._key, ContentType=CONTENT_TYPE, Metadata=self._metadata
-            ),
-            f"begin the upload of {self._place}",
-            cancellation,
-        )
+            )
+            return _told(answer, "UploadId", what)
+
+        upload_id = self._requests.boto(ask, what, cancellation)
         with self._lock:
-            self._id = answer["UploadId"]
+            self._id = upload_id
             left = self._left
         if left:
             self._abort()
 
     def send(self, number: int, data: bytes, stop: Cancellation) -> "CompletedPartTypeDef":
         """Send a part, numbered from 1."""
-        answer = self._requests.boto(
-            lambda client, common: client.upload_part(
+        what = f"upload part {number} of {self._place}"
+
+        def ask(client: "S3Client", common: dict[str, Any]) -> "CompletedPartTypeDef":
+            answer = client.upload_part(
                 **common, Key=self._key, UploadId=self._id, PartNumber=number, Body=data
-            ),
-            f"upload part {number} of {self._place}",
-            stop,
-        )
-        part: CompletedPartTypeDef = {"PartNumber": number, "ETag": answer["ETag"]}
-        if "ChecksumCRC32" in answer:
-            part["ChecksumCRC32"] = answer["ChecksumCRC32"]
-        return part
+            )
+            part: CompletedPartTypeDef = {
+                "PartNumber": number,
+                "ETag": _told(answer, "ETag", what),
+            }
+            if "ChecksumCRC32" in answer:
+                part["ChecksumCRC32"] = answer["ChecksumCRC32"]
+            return part
+
+        return self._requests.boto(ask, what, stop)
 
     def complete(self, sent: "Sequence[CompletedPartTypeDef]", cancellation: Cancellation) -> None:
         """Make the object of its parts.
 
         Raises:
             StoreUnavailableError: Somebody aborted the upload.
+            StoreProtocolError: The store says neither that it is complete nor why not.
         """
-        try:
-            self._requests.boto(
-                lambda client, common: client.complete_multipart_upload(
-                    **common, Key=self._key, UploadId=self._id, MultipartUpload={"Parts": sent}
-                ),
-                f"complete the upload of {self._place}",
-                cancellation,
+        what = f"complete the upload of {self._place}"
+
+        def ask(client: "S3Client", common: dict[str, Any]) -> None:
+            answer = client.complete_multipart_upload(
+                **common, Key=self._key, UploadId=self._id, MultipartUpload={"Parts": sent}
             )
-        except UploadGoneError as error:
-            # It was completed if the answer to an earlier attempt got lost.
+            _told(answer, "ETag", what)
+
+        try:
+            self._requests.boto(ask, what, cancellation)
+        except (UploadGoneError, DamagedAnswerError) as error:
+            # It was completed if the answer to an earlier attempt got lost, or came without a word.
             if self._requests.size(self._below, cancellation) != self._size:
+                if isinstance(error, DamagedAnswerError):
+                    raise
                 raise StoreUnavailableError(
                     error.message, hint="Somebody aborted the upload; try again."
                 ) from error
@@ -150,3 +162,15 @@ class Upload:
             pass  # As wished.
         except PropmasterError as error:
             log.warning(events.UPLOAD_LEFT, extra={"object": self._place, "reason": error.message})
+
+
+def _told(answer: Mapping[str, Any], field: str, what: str) -> str:
+    """Return what an answer has to tell; with status 200 but without it, something broke it.
+
+    Raises:
+        DamagedAnswerError: It does not.
+    """
+    told = answer.get(field)
+    if not told:
+        raise DamagedAnswerError(f"{what}: the answer has no {field}")
+    return str(told)

@@ -205,6 +205,35 @@ def test_a_completion_whose_answer_was_lost_is_a_success(
     assert uploads_of(s3, s3_prefix) == []
 
 
+@pytest.mark.parametrize("times", [1, None], ids=["once", "always"])
+def test_a_completion_whose_answer_came_empty_is_a_success_if_the_object_is_there(
+    store: Store,
+    fault_proxy: FaultProxy,
+    s3: S3Server,
+    s3_prefix: str,
+    large: bytes,
+    times: int | None,
+) -> None:
+    fault_proxy.inject(Fault.SHORT_OBJECT, offset=0, methods={"POST"}, skip=1, times=times)
+
+    assert put_file(store, large) is True
+
+    assert fetched(store, Digest.of(large)) == large
+    assert uploads_of(s3, s3_prefix) == []
+
+
+def test_a_completion_whose_answer_came_empty_is_none_if_the_object_is_not_there(
+    store: Store, fault_proxy: FaultProxy, s3: S3Server, s3_prefix: str, large: bytes
+) -> None:
+    fault_proxy.inject(Fault.EMPTY_OK, methods={"POST"}, skip=1)
+
+    with pytest.raises(StoreProtocolError, match="the answer has no ETag"):
+        put_file(store, large)
+
+    assert store.find_missing([Digest.of(large)]) == {Digest.of(large)}
+    assert uploads_of(s3, s3_prefix) == []
+
+
 @pytest.mark.parametrize(
     ("fault", "expected"),
     [

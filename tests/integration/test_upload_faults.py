@@ -199,6 +199,8 @@ OPERATIONS = {
         pytest.param(Fault.UNAVAILABLE, marks=pytest.mark.slow),
         pytest.param(Fault.RESET, marks=pytest.mark.slow),
         Fault.REPLY_LOST,
+        Fault.EMPTY_OK,
+        Fault.XML_OK,
     ],
 )
 def test_a_large_file_arrives_though_any_one_request_fails(
@@ -300,6 +302,7 @@ def test_a_fault_that_lasts_is_told_and_once_it_is_gone_the_same_command_succeed
         pytest.param(Fault.RESET, 68, marks=pytest.mark.slow),
         (Fault.FORBIDDEN, 70),
         (Fault.REPLY_LOST, 68),
+        (Fault.EMPTY_OK, 82),
     ],
 )
 @pytest.mark.parametrize("operation", ["create", "part", "complete"])
