@@ -6,33 +6,22 @@ over at once. Task states are buffered (`note`) and written in batches (`flush`)
 most the last batch, and the engine never trusts a row over the file it speaks of. Losing the whole
 ledger therefore loses history, not data; a corrupt file is set aside and a new one begun.
 
-One connection, used under one lock: SQLite serialises writers anyway, and rows are few.
+One connection, used under one lock (ledger_file.py): SQLite serialises writers anyway, and rows are
+few. What is noted is under a lock of its own, so that no crew thread waits for the disk.
 """
 
 import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
 from agent_plugin.content import events
-from agent_plugin.content.errors import (
-    PropmasterError,
-    TransferStateError,
-    local_write_error,
-)
-from agent_plugin.transfer.ledger_file import (
-    connect,
-    from_sql,
-    is_damaged,
-    ledger_error,
-    set_aside,
-    to_sql,
-)
+from agent_plugin.content.errors import PropmasterError, TransferStateError
+from agent_plugin.transfer.ledger_file import LedgerFile, from_sql, to_sql
 from agent_plugin.transfer.states import (
     TaskStatus,
     TransferStatus,
@@ -141,13 +130,10 @@ def lease_owner(pid: int | None = None) -> str | None:
 class Ledger:
     """The ledger file, open. May be used from any thread; close() when done."""
 
-    def __init__(
-        self, path: Path, connection: sqlite3.Connection, clock: Callable[[], float]
-    ) -> None:
-        self._path = path
-        self._connection = connection
+    def __init__(self, file: LedgerFile, clock: Callable[[], float]) -> None:
+        self._file = file
         self._clock = clock
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._notes: dict[int, tuple[TaskStatus, str, str]] = {}
 
     @classmethod
@@ -161,18 +147,7 @@ class Ledger:
         Raises:
             NoSpaceError, LocalWriteError: It can not be opened or made.
         """
-        try:
-            try:
-                return cls(path, connect(path), clock)
-            except sqlite3.DatabaseError as error:
-                if not is_damaged(error):
-                    raise
-                set_aside(path, error, clock())
-            return cls(path, connect(path), clock)
-        except sqlite3.DatabaseError as error:
-            raise ledger_error(path, error) from error
-        except OSError as error:
-            raise local_write_error(error, os.fspath(path)) from error
+        return cls(LedgerFile(path, clock), clock)
 
     def close(self) -> None:
         """Write what is buffered and close the file.
@@ -183,8 +158,7 @@ class Ledger:
         try:
             self.flush()
         finally:
-            with self._lock:
-                self._connection.close()
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -203,7 +177,7 @@ class Ledger:
             TransferStateError: A living process is running it right now.
             LocalWriteError: The ledger can not be written.
         """
-        with self._write() as connection:
+        with self._file.write() as connection:
             now = self._clock()
             found = connection.execute(
                 "SELECT id, lease_owner, lease_until FROM transfer WHERE session = ? AND kind = ?"
@@ -288,7 +262,7 @@ class Ledger:
         Raises:
             TransferStateError: There is none of that id.
         """
-        with self._read() as connection:
+        with self._file.read() as connection:
             row = connection.execute(
                 f"SELECT {_TRANSFER_COLUMNS} FROM transfer WHERE id = ?",  # noqa: S608 - constant
                 (transfer_id,),
@@ -300,7 +274,7 @@ class Ledger:
     def transfers(self, *, session: str | None = None) -> list[TransferRow]:
         """Return all transfers, or those of one session, oldest first."""
         where, arguments = ("WHERE session = ?", (session,)) if session is not None else ("", ())
-        with self._read() as connection:
+        with self._file.read() as connection:
             rows = connection.execute(
                 f"SELECT {_TRANSFER_COLUMNS} FROM transfer {where} ORDER BY id",  # noqa: S608
                 arguments,
@@ -310,7 +284,7 @@ class Ledger:
     def tasks(self, transfer_id: int) -> list[TaskRow]:
         """Return a transfer's tasks in the order in which they were planned."""
         self.flush()
-        with self._read() as connection:
+        with self._file.read() as connection:
             rows = connection.execute(
                 f"SELECT {_TASK_COLUMNS} FROM task WHERE transfer = ? ORDER BY id",  # noqa: S608
                 (transfer_id,),
@@ -331,7 +305,7 @@ class Ledger:
 
     def task_ids(self, transfer_id: int) -> dict[tuple[str, str], int]:
         """Return the ids of a transfer's tasks by (source, destination)."""
-        with self._read() as connection:
+        with self._file.read() as connection:
             rows = connection.execute(
                 "SELECT source, destination, id FROM task WHERE transfer = ?", (transfer_id,)
             ).fetchall()
@@ -349,21 +323,22 @@ class Ledger:
         Raises:
             LocalWriteError: The ledger can not be written.
         """
-        with self._lock:
-            notes, self._notes = self._notes, {}
-            if not notes:
-                return
-            now = self._clock()
-            with self._write() as connection:
-                connection.executemany(
-                    "UPDATE task SET status = ?1, error_code = ?2, error = ?3,"
-                    " started = coalesce(started, ?4),"
-                    " finished = CASE WHEN ?1 IN ('done', 'failed') THEN ?4 END WHERE id = ?5",
-                    (
-                        (status, code, to_sql(text), now, task_id)
-                        for task_id, (status, code, text) in notes.items()
-                    ),
-                )
+        if not self._notes:
+            return
+        now = self._clock()
+        with self._file.write() as connection:
+            # Taken in here, so that of two threads none writes a task's older state last.
+            with self._lock:
+                notes, self._notes = self._notes, {}
+            connection.executemany(
+                "UPDATE task SET status = ?1, error_code = ?2, error = ?3,"
+                " started = coalesce(started, ?4),"
+                " finished = CASE WHEN ?1 IN ('done', 'failed') THEN ?4 END WHERE id = ?5",
+                (
+                    (status, code, to_sql(text), now, task_id)
+                    for task_id, (status, code, text) in notes.items()
+                ),
+            )
 
     def beat(self, transfer_id: int, moved: int) -> TransferStatus:
         """Renew the lease, record the bytes moved since the last beat, and flush.
@@ -376,7 +351,7 @@ class Ledger:
             NoSpaceError, LocalWriteError: The ledger can not be written.
         """
         self.flush()
-        with self._write() as connection:
+        with self._file.write() as connection:
             now = self._clock()
             ours = connection.execute(
                 "UPDATE transfer SET lease_until = ?, done = done + ?, modified = ?"
@@ -406,7 +381,7 @@ class Ledger:
         another process has taken over, or that was ended meanwhile, stays as it is.
         """
         self.flush()
-        with self._write() as connection:
+        with self._file.write() as connection:
             now = self._clock()
             status = self._final_status(connection, transfer_id, error)
             check_transfer_change(TransferStatus.RUNNING, status)
@@ -450,7 +425,7 @@ class Ledger:
 
     def samples(self, transfer_id: int) -> list[tuple[float, int]]:
         """Return (time, bytes moved since the sample before) of the last minute, oldest first."""
-        with self._read() as connection:
+        with self._file.read() as connection:
             return list(
                 connection.execute(
                     "SELECT time, bytes FROM sample WHERE transfer = ? AND time >= ? ORDER BY time",
@@ -464,7 +439,7 @@ class Ledger:
         What is still live becomes aborted. The tasks of transfers that were done a day ago go, and
         transfers that finished two weeks ago, so that the file does not grow for ever.
         """
-        with self._write() as connection:
+        with self._file.write() as connection:
             now = self._clock()
             connection.execute(
                 "UPDATE transfer SET status = 'aborted', lease_owner = '', finished = ?,"
@@ -480,33 +455,6 @@ class Ledger:
             connection.execute(
                 "DELETE FROM transfer WHERE finished < ?", (now - TRANSFERS_KEPT_SECONDS,)
             )
-
-    @contextmanager
-    def _read(self) -> Iterator[sqlite3.Connection]:
-        """Lend the connection; what SQLite says becomes an error of ours.
-
-        A file that turns out damaged is set aside, so that the next command begins a new one.
-        """
-        with self._lock:
-            try:
-                yield self._connection
-            except sqlite3.DatabaseError as error:
-                if is_damaged(error):
-                    set_aside(self._path, error, self._clock())
-                raise ledger_error(self._path, error) from error
-
-    @contextmanager
-    def _write(self) -> Iterator[sqlite3.Connection]:
-        with self._read() as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield connection
-                connection.execute("COMMIT")
-            except BaseException:
-                # SQLite has rolled back by itself after some errors, a full disk among them.
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-                raise
 
 
 def _transfer_row(row: Sequence[Any]) -> TransferRow:

@@ -2,8 +2,6 @@
 -- kill -9 and is taken up again. Times are seconds since the epoch (UTC), sizes are bytes.
 -- Version history: 1 first.
 
-PRAGMA user_version = 1;
-
 CREATE TABLE IF NOT EXISTS transfer (
   id          INTEGER PRIMARY KEY,
   name        TEXT    NOT NULL,              -- for people: kind and root or task
@@ -52,3 +50,6 @@ CREATE TABLE IF NOT EXISTS sample (          -- what moved, for speed and time l
   bytes       INTEGER NOT NULL,              -- moved since the sample before
   PRIMARY KEY (transfer, time)
 ) WITHOUT ROWID;
+
+-- Last: until this is committed the file counts as empty.
+PRAGMA user_version = 1;

@@ -1,80 +1,255 @@
-"""The file that the ledger is in: made private, opened, set aside when it is damaged."""
+"""The file that the ledger is in: made private, opened, lent, set aside when it is damaged.
 
+A file is made, and set aside, by one process at a time, under a lock of its directory. Its tables
+and its version come in one transaction: whenever the maker is killed, the file counts as empty, and
+the next one makes it. A file that is not damaged is never set aside, whatever a statement says.
+"""
+
+import errno
+import fcntl
 import os
 import sqlite3
-from contextlib import suppress
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 from agent_plugin.content import events
-from agent_plugin.content.errors import LocalWriteError, NoSpaceError, PropmasterError
+from agent_plugin.content.errors import (
+    LocalWriteError,
+    NoSpaceError,
+    PropmasterError,
+    local_write_error,
+)
 
 SCHEMA_VERSION: Final = 1
 BUSY_TIMEOUT_SECONDS: Final = 10.0
-# Result codes: https://sqlite.org/rescode.html. SQLITE_ERROR: a table or column is missing.
-_DAMAGED: Final = frozenset({sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
-
+_TABLES: Final = frozenset({"transfer", "task", "sample"})
+# Result codes: https://sqlite.org/rescode.html. SQLITE_ERROR is not among them: it may be anything.
+_DAMAGED: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+_WRONG_KINDS: Final = {stat.S_IFLNK: errno.ELOOP, stat.S_IFDIR: errno.EISDIR}
+_POLL_SECONDS: Final = 0.02
 _SHM_BYTES: Final = 32 * 1024
 
 log = events.get_logger()
 
 
-class LedgerVersionError(sqlite3.DatabaseError):
-    """The file's tables are of another version of this program."""
+class _UnusableError(sqlite3.DatabaseError):
+    """The file can be opened and is no ledger of this version: damaged, another's, or empty."""
 
 
-def connect(path: Path) -> sqlite3.Connection:
-    """Open the file, and make it (0600) when there is none.
+class LedgerFile:
+    """The file, open; one connection, lent under one lock. May be used from any thread.
+
+    Args:
+        path: The file; its directory exists and is private to this user.
+        clock: Seconds since the epoch, for the name of a file that is set aside.
 
     Raises:
-        sqlite3.DatabaseError: It can not be opened, is damaged or of another version.
-        OSError: It can not be opened or made; a symbolic link is not followed.
+        NoSpaceError, LocalWriteError: It can not be opened or made; a link is not followed.
     """
-    # The file holds paths and errors of all jobs: made private before SQLite opens it.
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+
+    def __init__(self, path: Path, clock: Callable[[], float]) -> None:
+        self._path = path
+        self._clock = clock
+        self._lock = threading.RLock()
+        try:
+            self._connection = self._open()
+            self._identity = _identity(path)
+        except sqlite3.DatabaseError as error:
+            raise ledger_error(path, error) from error
+        except OSError as error:
+            raise local_write_error(error, os.fspath(path)) from error
+
+    def close(self) -> None:
+        """Close it; a second time does nothing."""
+        with self._lock:
+            self._connection.close()
+
+    @contextmanager
+    def read(self) -> Iterator[sqlite3.Connection]:
+        """Lend the connection; what SQLite says becomes an error of ours.
+
+        A file that turns out damaged is set aside, so that the next command begins a new one.
+
+        Raises:
+            NoSpaceError, LocalWriteError: Instead of any error of SQLite.
+        """
+        with self._lock:
+            try:
+                yield self._connection
+            except sqlite3.DatabaseError as error:
+                if _is_damaged(error):
+                    self._give_up(error)
+                raise ledger_error(self._path, error) from error
+
+    @contextmanager
+    def write(self) -> Iterator[sqlite3.Connection]:
+        """Lend the connection in a transaction, which an error undoes.
+
+        Raises:
+            NoSpaceError, LocalWriteError: Instead of any error of SQLite.
+        """
+        with self.read() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                # SQLite has rolled back by itself after some errors, a full disk among them.
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
+
+    def _open(self) -> sqlite3.Connection:
+        with suppress(_UnusableError):
+            return _connect(self._path, create=False)
+        # One process at a time, or the second would set aside what the first has just made.
+        with _locked_directory(self._path.parent):
+            try:
+                return _connect(self._path, create=True)
+            except _UnusableError as error:
+                self._set_aside(error)
+                return _connect(self._path, create=True)
+
+    def _give_up(self, error: sqlite3.Error) -> None:
+        """Set the damaged file aside, unless another stands in its place already."""
+        try:
+            with _locked_directory(self._path.parent):
+                if _identity(self._path) == self._identity:
+                    self._set_aside(error)
+        except OSError as failure:
+            raise local_write_error(failure, os.fspath(self._path)) from failure
+
+    def _set_aside(self, reason: sqlite3.Error) -> None:
+        aside = self._path.with_name(f"{self._path.name}.unreadable-{int(self._clock())}")
+        # The file first: who opens it from now on must not find another's write-ahead log.
+        with suppress(FileNotFoundError):
+            self._path.replace(aside)
+        for suffix in ("-wal", "-shm"):
+            Path(f"{self._path}{suffix}").unlink(missing_ok=True)
+        extra = {"path": str(aside), "reason": str(reason)}
+        log.warning(events.LEDGER_QUARANTINED, extra=extra)
+
+
+def _connect(path: Path, *, create: bool) -> sqlite3.Connection:
+    """Return a connection to a file of our version; with `create`, make it (0600) if need be.
+
+    Raises:
+        _UnusableError: It is damaged, of another version, or (without `create`) absent or empty.
+        sqlite3.DatabaseError, OSError: It can not be opened or made.
+    """
+    _insist_file(path, create=create)
     connection = sqlite3.connect(
         path, timeout=BUSY_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=False
     )
     try:
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        if version not in {0, SCHEMA_VERSION}:
-            raise LedgerVersionError(f"schema version {version}, this is {SCHEMA_VERSION}")  # noqa: TRY301
-        connection.execute("PRAGMA journal_mode = WAL")
+        _insist_version(connection, create=create)
+        # With WAL this loses the last transactions in a power cut and nothing else:
+        # https://sqlite.org/pragma.html#pragma_synchronous
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.execute("PRAGMA foreign_keys = ON")
-        if version == 0:
-            schema = Path(__file__).with_name("ledger.sql")
-            connection.executescript(schema.read_text(encoding="utf-8"))
-    except BaseException:
+    except sqlite3.DatabaseError as error:
         connection.close()
+        if _is_damaged(error):
+            raise _UnusableError(str(error)) from error
         raise
     return connection
 
 
-def is_damaged(error: sqlite3.Error) -> bool:
-    """Whether the file is no ledger of ours, rather than that it can not be used right now."""
+def _insist_file(path: Path, *, create: bool) -> None:
+    try:
+        # Not opened to look: closing it would drop the locks that SQLite holds on it for this
+        # process (https://sqlite.org/howtocorrupt.html, 2.2).
+        mode = path.lstat().st_mode
+    except FileNotFoundError as error:
+        if not create:
+            raise _UnusableError("it is not there") from error
+        # It holds paths and errors of all jobs: made private before SQLite opens it.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        os.close(os.open(path, flags, 0o600))
+        return
+    if not stat.S_ISREG(mode):
+        code = _WRONG_KINDS.get(stat.S_IFMT(mode), errno.EINVAL)
+        raise OSError(code, os.strerror(code), os.fspath(path))
+
+
+def _insist_version(connection: sqlite3.Connection, *, create: bool) -> None:
+    """Accept a file of our version; with `create`, make an empty one so."""
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+    if version == SCHEMA_VERSION and tables >= _TABLES:
+        return
+    if version or tables:
+        raise _UnusableError(
+            f"version {version} with {', '.join(sorted(tables)) or 'no tables'}, not version"
+            f" {SCHEMA_VERSION} with {', '.join(sorted(_TABLES))}"
+        )
+    if not create:
+        raise _UnusableError("it is empty")
+    _switch_to_wal(connection)
+    schema = Path(__file__).with_name("ledger.sql").read_text(encoding="utf-8")
+    connection.executescript(f"BEGIN IMMEDIATE;\n{schema}\nCOMMIT;")
+
+
+def _switch_to_wal(connection: sqlite3.Connection) -> None:
+    """Switch to the write-ahead log, for which SQLite does not wait for a writer by itself."""
+    until = time.monotonic() + BUSY_TIMEOUT_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if _code(error) != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+            time.sleep(_POLL_SECONDS)
+        else:
+            return
+
+
+@contextmanager
+def _locked_directory(path: Path) -> Iterator[None]:
+    """Hold a flock on a directory, or go on without it when that takes too long."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        until = time.monotonic() + BUSY_TIMEOUT_SECONDS
+        while True:
+            with suppress(BlockingIOError):
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            if time.monotonic() > until:
+                break
+            time.sleep(_POLL_SECONDS)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return device and inode of the file that stands there now; None when there is none."""
+    try:
+        info = path.lstat()
+    except FileNotFoundError:
+        return None
+    return info.st_dev, info.st_ino
+
+
+def _code(error: sqlite3.Error) -> int:
     # The low byte is the primary code, the rest tells where exactly.
     code: int = getattr(error, "sqlite_errorcode", -1)
-    return isinstance(error, LedgerVersionError) or (code >= 0 and code & 0xFF in _DAMAGED)
+    return code & 0xFF if code >= 0 else code
 
 
-def set_aside(path: Path, error: sqlite3.Error, now: float) -> None:
-    """Rename a damaged file; somebody else may have done so already.
-
-    Raises:
-        OSError: It can not be renamed.
-    """
-    aside = path.with_name(f"{path.name}.unreadable-{int(now)}")
-    for suffix in ("-wal", "-shm"):
-        Path(f"{path}{suffix}").unlink(missing_ok=True)
-    with suppress(FileNotFoundError):
-        path.replace(aside)
-    log.warning(events.LEDGER_QUARANTINED, extra={"path": str(aside), "reason": str(error)})
+def _is_damaged(error: sqlite3.Error) -> bool:
+    """Whether the file is no ledger of ours, rather than that it can not be used right now."""
+    return isinstance(error, _UnusableError) or _code(error) in _DAMAGED
 
 
 def ledger_error(path: Path, error: sqlite3.Error) -> PropmasterError:
     """Return the error of our tree for one of SQLite's: NoSpaceError or LocalWriteError."""
-    code: int = getattr(error, "sqlite_errorcode", -1) & 0xFF
+    code = _code(error)
     # A full disk is an input/output error to who maps the shared-memory file.
     if code == sqlite3.SQLITE_FULL or (code == sqlite3.SQLITE_IOERR and _is_full(path)):
         return NoSpaceError(f"{path}: {error}", hint="free some space in the state directory")

@@ -505,6 +505,171 @@ def test_damage_that_is_found_late_fails_the_command_and_not_the_next_one(
     assert len(list(path.parent.glob("ledger.db.unreadable-*"))) == 1
 
 
+DIES_AT_STATEMENT = """
+import os, signal, sqlite3, sys
+from pathlib import Path
+from agent_plugin.transfer.ledger import Ledger
+
+left = int(sys.argv[2])
+connect = sqlite3.connect
+
+def count(statement):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def connect_counting(*arguments, **more):
+    connection = connect(*arguments, **more)
+    connection.set_trace_callback(count)
+    return connection
+
+sqlite3.connect = connect_counting
+Ledger.open(Path(sys.argv[1])).close()
+"""
+
+
+def test_a_ledger_whose_maker_was_killed_at_any_statement_is_made_by_the_next(
+    tmp_path: Path,
+) -> None:
+    killed = 0
+    for statements in range(100):
+        path = tmp_path / f"ledger-{statements}.db"
+        maker = subprocess.run(
+            [sys.executable, "-c", DIES_AT_STATEMENT, path, str(statements)], check=False
+        )
+
+        with Ledger.open(path) as ledger:
+            row = ledger.begin(SPEC, TASKS)
+            ledger.beat(row.id, 1)
+            assert len(ledger.tasks(row.id)) == 3
+        if maker.returncode == 0:
+            break
+        assert maker.returncode == -signal.SIGKILL
+        killed += 1
+
+    assert killed >= 8, "between any two of the tables, at least"
+    assert maker.returncode == 0
+    assert list(tmp_path.glob("*.unreadable-*")) == []
+
+
+OPENER = """
+import sys, time
+from pathlib import Path
+from agent_plugin.transfer.ledger import Ledger, TaskSpec, TransferSpec
+spec = TransferSpec("sync-in", "s3://b/p", f"/roots/{sys.argv[1]}", session=sys.argv[1])
+for line in sys.stdin:
+    path, moment = line.split()
+    time.sleep(max(0, float(moment) - time.time()))
+    with Ledger.open(Path(path)) as ledger:
+        row = ledger.begin(spec, [TaskSpec("aa", "one", 1)])
+        ledger.finish(row.id)
+    print("opened", flush=True)
+"""
+
+
+class Openers:
+    """Twenty processes that open a ledger at the same moment and carry a transfer out."""
+
+    def __init__(self) -> None:
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", OPENER, str(at)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+            for at in range(20)
+        ]  # fmt: skip
+
+    def open(self, path: Path, moment: float) -> list[str]:
+        for process in self.processes:
+            assert process.stdin is not None
+            process.stdin.write(f"{path} {moment}\n")
+            process.stdin.flush()
+        return [process.stdout.readline() for process in self.processes if process.stdout]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture
+def openers() -> Iterator[Openers]:
+    started = Openers()
+    yield started
+    started.close()
+
+
+def test_twenty_processes_that_open_a_fresh_ledger_at_once_all_succeed(
+    openers: Openers, tmp_path: Path
+) -> None:
+    for number in range(6):
+        path = tmp_path / f"ledger-{number}.db"
+
+        # The first time they are still starting.
+        opened = openers.open(path, time.time() + 0.1)
+
+        assert opened == ["opened\n"] * 20
+        with Ledger.open(path) as ledger:
+            assert len(ledger.transfers()) == 20
+    assert list(tmp_path.glob("*.unreadable-*")) == []
+
+
+def test_twenty_processes_that_open_a_damaged_ledger_at_once_set_it_aside_once(
+    openers: Openers, path: Path
+) -> None:
+    openers.open(path.with_name("other.db"), 0.0)
+    path.write_bytes(b"not a database, " * 100)
+
+    assert openers.open(path, time.time() + 0.1) == ["opened\n"] * 20
+    with Ledger.open(path) as ledger:
+        assert len(ledger.transfers()) == 20
+    assert len(list(path.parent.glob("*.unreadable-*"))) == 1
+
+
+def test_a_fresh_ledger_is_made_though_another_is_about_to_make_it(path: Path) -> None:
+    """SQLite does not wait for a writer when it switches to the write-ahead log."""
+    path.touch(0o600)
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    leaving = threading.Timer(0.5, other.close)
+    leaving.start()
+
+    with Ledger.open(path) as ledger:
+        assert ledger.begin(SPEC, TASKS).id == 1
+    leaving.join()
+
+
+def test_a_statement_that_fails_is_no_damage(ledger: Ledger, path: Path) -> None:
+    row = ledger.begin(SPEC, TASKS)
+    with sqlite3.connect(path) as other:
+        other.execute("ALTER TABLE sample RENAME TO held")
+    other.close()
+
+    with pytest.raises(LocalWriteError, match="no such table: sample"):
+        ledger.beat(row.id, 1)
+    with sqlite3.connect(path) as other:
+        other.execute("ALTER TABLE held RENAME TO sample")
+    other.close()
+    ledger.beat(row.id, 1)
+    assert list(path.parent.glob("*.unreadable-*")) == []
+
+
+def test_a_ledger_without_a_table_is_set_aside_when_it_is_opened(
+    path: Path, expected_events: set[str]
+) -> None:
+    expected_events.add(events.LEDGER_QUARANTINED)
+    with Ledger.open(path):
+        pass
+    with sqlite3.connect(path) as other:
+        other.execute("DROP TABLE sample")
+    other.close()
+
+    with Ledger.open(path) as ledger:
+        ledger.beat(ledger.begin(SPEC, TASKS).id, 1)
+    assert len(list(path.parent.glob("*.unreadable-*"))) == 1
+
+
 def test_a_link_in_the_ledgers_place_is_not_followed(path: Path) -> None:
     target = path.with_name("precious")
     path.symlink_to(target)
