@@ -2,22 +2,21 @@
 
 The calling thread places files; a crew of threads obtains blobs that the cache lacks. A small blob
 travels in memory and is published to the cache by the calling thread (file creation does not gain
-from more threads); a large one is written by its crew thread into the cache's staging area. While a
-blob is fetched its claim is held, so that another process waits for it instead of fetching it too;
-the claim is released after publication. Without a cache, or when the cache fails, blobs go
-straight to their places.
+from more threads); a large one is written by its crew thread into a staged file under the root, and
+copied from there into the cache. While a blob is fetched its claim is held, so that another process
+waits for it instead of fetching it too; the claim is released after publication. Without a cache,
+or when the cache fails, blobs only go to their places.
 
 A failure of one file stops the transfer: a session whose inputs are not complete must not start.
 What is complete stays, in place and in the cache, for the next try.
 """
 
 import os
-import tempfile
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final, Self
 
 from agent_plugin.content import events
@@ -35,11 +34,11 @@ from agent_plugin.content.errors import (
 )
 from agent_plugin.content.layout import blob_key
 from agent_plugin.content.manifest import FileEntry
-from agent_plugin.content.store import WHOLE_BLOB_BYTES, Cancellation
+from agent_plugin.content.store import WHOLE_BLOB_BYTES, Cancellation, Progress
 from agent_plugin.transfer.context import TransferContext
 from agent_plugin.transfer.engine import TICK_SECONDS, ByteBudget, Crew, Products
 from agent_plugin.transfer.ledger import TaskSpec, TransferRow, TransferSpec
-from agent_plugin.transfer.placement import Placer
+from agent_plugin.transfer.placement import Placer, StagedFile
 from agent_plugin.transfer.plan import EMPTY, DownloadPlan
 from agent_plugin.transfer.progress import Meter
 from agent_plugin.transfer.states import TaskStatus
@@ -78,16 +77,16 @@ class TransferResult:
 
 @dataclass(slots=True)
 class _Obtained:
-    """A blob that a crew thread obtained: in memory, in an unnamed file, or in the cache."""
+    """A blob that a crew thread obtained: in memory, in a staged file, or in the cache."""
 
     data: bytes | None = None
-    fd: int = -1
+    staged: StagedFile | None = None
     claim: Claim | None = None
     fetched: bool = True
 
     def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
+        if self.staged is not None:
+            self.staged.close()
         if self.claim is not None:
             self.claim.release()
 
@@ -173,6 +172,10 @@ class _Download:
         self._small = Crew(self._obtain, self._obtained, context.concurrency, self._halt)
         self._large = Crew(self._obtain, self._obtained, LARGE_AT_ONCE, self._halt)
         self._meter = Meter(plan.files_to_place, plan.bytes_to_place)
+        self._view = context.view(row.kind)
+        # Bytes of large blobs that came and are not in place yet; a blob has one thread at a time.
+        self._arrived: dict[Digest, int] = {}
+        self._counting = threading.Lock()
         # The time as well, since another host's ledger may have the same id for the same root.
         label = f"{row.id}-{int(row.created * 1_000_000):x}"
         self._placer = Placer(
@@ -207,20 +210,22 @@ class _Download:
             else:
                 self._order(digest)
                 outstanding += 1
-        with self._context.view(self._row.kind) as view:
+        with self._view:
             while outstanding or ready:
-                self._context.cancellation.check()
+                self._tick()
                 taken = self._obtained.take(0 if ready else TICK_SECONDS)
                 if taken is not None:
                     outstanding -= 1
                     outstanding += self._place_obtained(*taken)
                 elif ready:
                     outstanding += self._place_cached(ready.popleft())
-                if time.monotonic() >= self.counts.next_beat:
-                    self._beat()
-                    view.show(self._meter.snapshot())
             self._beat()
-            view.show(self._meter.snapshot())
+
+    def _tick(self) -> None:
+        """Stop if that is wished, and say now and then how far it is."""
+        self._context.cancellation.check()
+        if time.monotonic() >= self.counts.next_beat:
+            self._beat()
 
     def _order(self, digest: Digest) -> None:
         crew = self._small if digest.size <= WHOLE_BLOB_BYTES else self._large
@@ -228,10 +233,12 @@ class _Download:
 
     def _beat(self) -> None:
         self.counts.next_beat = time.monotonic() + BEAT_SECONDS
-        moved, self.counts.moved = self.counts.moved, 0
+        with self._counting:
+            moved, self.counts.moved = self.counts.moved, 0
         seen, self.counts.seen = self.counts.seen, []
         self._context.remember_present(seen)
         self._context.ledger.beat(self._row.id, moved)
+        self._view.show(self._meter.snapshot())
 
     def _keep(self) -> None:
         for entry in self._plan.retimed:
@@ -295,31 +302,42 @@ class _Download:
             return None
 
     def _obtain_large(self, digest: Digest, claim: Claim | None) -> _Obtained:
-        store = self._context.open_store()
-        cache = self._filling
-        if cache is not None:
-            try:
-                with cache.staging(digest.size) as staged:
-                    store.fetch(digest, staged.fd, cancellation=self._halt)
-                    staged.publish(digest)
-                return _Obtained(claim=claim)
-            except (LocalError, OSError) as error:
-                self._bypass(error)
-        fd = self._unnamed_file(self._plan.root)
+        staged: StagedFile | None = None
         try:
-            store.fetch(digest, fd, cancellation=self._halt)
-        except OSError as error:
-            os.close(fd)
-            raise local_write_error(error, os.fspath(self._plan.root)) from error
-        except BaseException:
-            os.close(fd)
+            staged = self._placer.stage()
+            self._context.open_store().fetch(
+                digest, staged.fd, cancellation=self._halt, progress=self._told(digest)
+            )
+            self._keep_copy(digest, staged)
+        except BaseException as error:
+            if staged is not None:
+                staged.close()
+            if isinstance(error, OSError):
+                raise local_write_error(error, os.fspath(self._plan.root)) from error
             raise
-        return _Obtained(fd=fd, claim=claim)
+        return _Obtained(staged=staged, claim=claim)
 
-    @staticmethod
-    def _unnamed_file(directory: Path) -> int:
-        with tempfile.TemporaryFile(dir=directory) as file:
-            return os.dup(file.fileno())
+    def _keep_copy(self, digest: Digest, staged: StagedFile) -> None:
+        cache = self._filling
+        if cache is None:
+            return
+        try:
+            with cache.staging(digest.size) as kept:
+                self._placer.copy_to_cache(staged, kept.fd, digest.size, self._halt)
+                kept.publish(digest)
+        except (LocalError, OSError) as error:
+            self._bypass(error)
+
+    def _told(self, digest: Digest) -> Progress:
+        """Return what counts the bytes of a large blob as they come, those of its first file."""
+
+        def count(size: int) -> None:
+            # A blob that has to be fetched again comes twice.
+            size = min(size, digest.size - self._arrived.get(digest, 0))
+            self._arrived[digest] = self._arrived.get(digest, 0) + size
+            self._count(size)
+
+        return count
 
     # ------------------------------------------------------------------ on the calling thread
 
@@ -334,11 +352,11 @@ class _Download:
             if obtained.data is not None:
                 self._publish(digest, obtained.data)
                 data = obtained.data
-                self._place_all(digest, lambda entry: self._placer.place_data(entry, data))
+                wanted = self._plan.wanted[digest]
+                self._place_all(wanted, lambda entry: self._placer.place_data(entry, data))
                 return 0
-            if obtained.fd >= 0:
-                fd = obtained.fd
-                self._place_all(digest, lambda entry: self._placer.place_copy(entry, fd))
+            if obtained.staged is not None:
+                self._place_staged(digest, obtained.staged)
                 return 0
         finally:
             if obtained.data is not None:
@@ -346,10 +364,17 @@ class _Download:
             obtained.close()
         return self._place_cached(digest)
 
+    def _place_staged(self, digest: Digest, staged: StagedFile) -> None:
+        # The copies first: once the file has its name, a job may write to it.
+        first, *others = self._plan.wanted[digest]
+        self._place_all(others, lambda entry: self._placer.place_copy(entry, staged.fd))
+        self._place_all([first], lambda entry: self._placer.place_staged(entry, staged))
+
     def _place_cached(self, digest: Digest) -> int:
         """Place a blob out of the cache; return 1 if it has to be fetched again, else 0."""
+        wanted = self._plan.wanted[digest]
         if digest == EMPTY:
-            self._place_all(digest, lambda entry: self._placer.place_data(entry, b""))
+            self._place_all(wanted, lambda entry: self._placer.place_data(entry, b""))
             return 0
         cache = self._cache
         if cache is None:
@@ -362,7 +387,7 @@ class _Download:
         if fd is None:
             return self._again(digest)
         try:
-            self._place_all(digest, lambda entry: self._placer.place_copy(entry, fd))
+            self._place_all(wanted, lambda entry: self._placer.place_copy(entry, fd))
         except BlobCorruptError as error:
             self._quarantine(cache, digest, error)
             return self._again(digest)
@@ -379,18 +404,23 @@ class _Download:
         self._order(digest)
         return 1
 
-    def _place_all(self, digest: Digest, place: Callable[[FileEntry], None]) -> None:
-        for entry in self._plan.wanted[digest]:
+    def _place_all(self, entries: Sequence[FileEntry], place: Callable[[FileEntry], None]) -> None:
+        for entry in entries:
+            self._tick()
+            task = self._tasks[entry.hash, entry.path]
             try:
                 place(entry)
             except (LocalError, InputError) as error:
-                self._context.ledger.note(
-                    self._tasks[entry.hash, entry.path], TaskStatus.FAILED, error
-                )
+                self._context.ledger.note(task, TaskStatus.FAILED, error)
                 raise
-            self._context.ledger.note(self._tasks[entry.hash, entry.path], TaskStatus.DONE)
-            self._meter.advance(entry.size, files=1)
-            self.counts.moved += entry.size
+            self._context.ledger.note(task, TaskStatus.DONE)
+            # What was counted as it came is that of one file.
+            self._count(entry.size - self._arrived.pop(entry.digest, 0), files=1)
+
+    def _count(self, size: int, *, files: int = 0) -> None:
+        self._meter.advance(size, files=files)
+        with self._counting:
+            self.counts.moved += size
 
     def _publish(self, digest: Digest, data: bytes) -> None:
         cache = self._filling

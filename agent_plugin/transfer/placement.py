@@ -6,11 +6,14 @@ creating files from several threads was slower here (two threads 271 us a file, 
 directory's lock and the GIL). Content comes from the blob cache by reflink where the file system
 can, else by copy_file_range, and what arrived in the target is hashed before it counts, so that
 damage in the cache can not reach a job. Never by hard link: names that share content have their own
-times, and a job could write through one into the cache.
+times, and a job could write through one into the cache. A large blob is fetched right into the file
+that gets its name in the end, and copied from there into the cache: who asks for its pages next is
+the job, so those of the cache's copy are given back as soon as they are on the disk.
 """
 
 import errno
 import fcntl
+import itertools
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -33,6 +36,9 @@ REFLINK_MIN_BYTES: Final = 128 * 1024
 # How much the kernel is asked to copy at once, since nothing interrupts it: at 100 MB/s, 0.7 s.
 COPY_BYTES: Final = 64 * 1024 * 1024
 
+# How much of a copy nobody is going to read may be in memory without being on its way to the disk.
+FORGET_BYTES: Final = 8 * 1024 * 1024
+
 _Fill = Callable[[int], None]
 
 _NO_REFLINK: Final = frozenset(
@@ -40,14 +46,51 @@ _NO_REFLINK: Final = frozenset(
 )
 
 
+class StagedFile:
+    """A file at the top of a root, under a temporary name, to be filled with a blob.
+
+    Attributes:
+        fd: Open for reading and writing, until `close`.
+    """
+
+    def __init__(self, name: str, directory: int) -> None:
+        # Of its own, since the root may be closed while a thread that was left behind has this.
+        self._directory = os.dup(directory)
+        self._name: str | None = name
+        try:
+            self.fd = _create(name, self._directory)
+        except OSError:
+            os.close(self._directory)
+            raise
+
+    def rename(self, name: str, directory: int) -> None:
+        """Give the file its place; a file that stands there is replaced.
+
+        Raises:
+            OSError: That is not possible; the file keeps its temporary name.
+        """
+        if self._name is None:
+            raise ValueError("it has its place")
+        os.rename(self._name, name, src_dir_fd=self._directory, dst_dir_fd=directory)
+        self._name = None
+
+    def close(self) -> None:
+        """Close the file, and remove it unless it got a place."""
+        os.close(self.fd)
+        if self._name is not None:
+            with suppress(FileNotFoundError):
+                os.unlink(self._name, dir_fd=self._directory)
+        os.close(self._directory)
+
+
 class Placer:
-    """Puts files under one root; used by one thread; close() when done.
+    """Puts files under one root; used by one thread but for `stage`; close() when done.
 
     Args:
         directory: The root; made when missing.
-        label: Names the temporary file, of which there is at most one at a time, so that a later
-            run of the same transfer removes what a killed one left. No two transfers may have the
-            same, of whatever host: the root may be on a disk that several share.
+        label: Names the temporary files, so that a later run of the same transfer removes what a
+            killed one left. No two transfers may have the same, of whatever host: the root may be
+            on a disk that several share.
         direct: Write each file under its own name at once. For a root that nobody looks at before
             it is renamed as a whole: the second name costs as much as the file.
         exclusive: Nobody else places files here meanwhile, so that every temporary file in a
@@ -74,11 +117,17 @@ class Placer:
             raise local_write_error(error, os.fspath(directory)) from error
         self._root = Root(directory)
         self._label = directory
+        self._transfer = label
         self._temporary = None if direct else partial_name(label)
         self._exclusive = exclusive
         self._swept: set[str] = set()
+        self._staged = itertools.count(1)
         self._reflink = True
         self._cancellation = cancellation or Cancellation()
+        if self._temporary:
+            # Now, before `stage` makes any; and planning makes a file there, to see whether the
+            # file system folds names.
+            self._sweep("", self._root.fd)
 
     def __enter__(self) -> Self:
         return self
@@ -111,7 +160,7 @@ class Placer:
 
         def fill(fd: int) -> None:
             try:
-                self._copy(source_fd, fd, digest.size)
+                self._copy(source_fd, fd, digest.size, self._cancellation)
                 actual = _digest_of(fd, digest.size, self._cancellation)
             except OSError as error:
                 # The same code for both sides: asking the source alone tells which disk it was.
@@ -124,6 +173,46 @@ class Placer:
                 raise BlobCorruptError(f"{entry.path}: the copy is not {digest}")
 
         self._place(entry, fill)
+
+    def stage(self) -> StagedFile:
+        """Return an empty file for a large blob; from any thread. The caller closes it.
+
+        Raises:
+            OSError: It can not be made.
+        """
+        name = partial_name(f"{self._transfer}-{next(self._staged)}")
+        staged = StagedFile(name, self._root.fd)
+        if not self._exclusive:
+            lock_partial(staged.fd)
+        return staged
+
+    def place_staged(self, entry: FileEntry, staged: StagedFile) -> None:
+        """Place a file that was filled with verified content.
+
+        Raises:
+            NoSpaceError, PathClashError, UnsafePathError, LocalWriteError: Naming the file.
+        """
+        parent, _, name = entry.path.rpartition("/")
+        nanoseconds = entry.mtime * 1000
+        try:
+            directory = self._root.directory(parent, create=True)
+            if self._temporary:
+                self._sweep(parent, directory)
+            os.utime(staged.fd, ns=(nanoseconds, nanoseconds))
+            staged.rename(name, directory)
+        except OSError as error:
+            raise local_write_error(error, os.fspath(self._label / entry.path)) from error
+
+    def copy_to_cache(
+        self, staged: StagedFile, target: int, size: int, cancellation: Cancellation
+    ) -> None:
+        """Copy what was staged to an empty file of the blob cache; from any thread.
+
+        Raises:
+            CancelledError: Cancellation was wished.
+            OSError: It can not be read or written.
+        """
+        self._copy(staged.fd, target, size, cancellation, forget=True)
 
     def retime(self, entry: FileEntry) -> None:
         """Give a file that is in place already the entry's time.
@@ -166,15 +255,19 @@ class Placer:
 
     def _sweep(self, parent: str, directory: int) -> None:
         """Remove what killed runs left in a directory, at the first file that is placed there."""
-        if not self._swept:
-            # Planning makes a file there, to see whether the file system folds names.
-            self._swept.add("")
-            remove_partials(self._root.fd, exclusive=self._exclusive)
         if parent not in self._swept:
             self._swept.add(parent)
             remove_partials(directory, exclusive=self._exclusive)
 
-    def _copy(self, source: int, target: int, size: int) -> None:
+    def _copy(
+        self,
+        source: int,
+        target: int,
+        size: int,
+        cancellation: Cancellation,
+        *,
+        forget: bool = False,
+    ) -> None:
         if self._reflink and size >= REFLINK_MIN_BYTES:
             try:
                 fcntl.ioctl(target, FICLONE, source)
@@ -186,8 +279,8 @@ class Placer:
                 return
         copied = 0
         while copied < size:
-            self._cancellation.check()
-            length = min(size - copied, COPY_BYTES)
+            cancellation.check()
+            length = min(size - copied, FORGET_BYTES if forget else COPY_BYTES)
             try:
                 count = os.copy_file_range(source, target, length, copied, copied)
             except OSError as error:
@@ -197,6 +290,10 @@ class Placer:
             if count == 0:
                 break
             copied += count
+            if forget:
+                # Begins to write what is dirty, waits for nothing, and gives back what was written:
+                # mm/fadvise.c, POSIX_FADV_DONTNEED.
+                os.posix_fadvise(target, 0, copied, os.POSIX_FADV_DONTNEED)
 
 
 def _create(name: str, directory: int) -> int:

@@ -72,6 +72,99 @@ def place_copy(placer: Placer, wanted: FileEntry, data: bytes, *, source_on: Pat
         os.close(fd)
 
 
+# -------------------------------------------------------------------------------- what is staged
+
+
+def test_a_staged_file_gets_its_place_whole_and_with_its_time(placer: Placer, root: Path) -> None:
+    data = random.Random(3).randbytes(100_000)
+    (root / "a").mkdir()
+    (root / "a/b").write_bytes(b"old")
+
+    staged = placer.stage()
+    os.pwrite(staged.fd, data, 0)
+    assert (root / "a/b").read_bytes() == b"old"
+    placer.place_staged(entry("a/b", data), staged)
+    staged.close()
+
+    assert everything_below(root) == ["a", "a/b"]
+    assert (root / "a/b").read_bytes() == data
+    assert (root / "a/b").stat().st_mtime_ns == MTIME_US * 1000
+
+
+def test_a_staged_file_that_gets_no_place_is_gone(placer: Placer, root: Path) -> None:
+    (root / "in the way").mkdir()
+    first, second = placer.stage(), placer.stage()
+
+    with pytest.raises(PathClashError, match="in the way"):
+        placer.place_staged(entry("in the way", b""), first)
+    first.close()
+    second.close()
+
+    assert everything_below(root) == ["in the way"]
+
+
+def test_a_staged_file_is_gone_though_the_root_was_closed_before(root: Path) -> None:
+    """A thread that was left behind may be the last to have it."""
+    with Placer(root, LABEL) as placer:
+        staged = placer.stage()
+
+    staged.close()
+
+    assert everything_below(root) == []
+
+
+def test_what_a_killed_run_had_staged_is_removed_by_the_next(root: Path) -> None:
+    killed = Placer(root, LABEL, exclusive=True)
+    killed.stage()
+    assert len(everything_below(root)) == 1
+
+    with Placer(root, "8-0", exclusive=True) as placer:
+        staged = placer.stage()
+        placer.place_staged(entry("sub/one", b""), staged)
+        staged.close()
+
+    killed.close()
+    assert everything_below(root) == ["sub", "sub/one"]
+
+
+def test_what_another_transfer_has_staged_stays(root: Path) -> None:
+    with Placer(root, "1-aa") as first, Placer(root, "1-bb") as second:
+        staged = first.stage()
+        second.place_data(entry("one", b"1"), b"1")
+        first.place_staged(entry("two", b""), staged)
+        staged.close()
+
+    assert everything_below(root) == ["one", "two"]
+
+
+@pytest.mark.parametrize("size", [0, 1, placement.FORGET_BYTES, 3 * placement.FORGET_BYTES + 5])
+def test_the_copy_for_the_cache_is_what_was_staged(
+    placer: Placer, tmp_path: Path, size: int
+) -> None:
+    data = random.Random(size).randbytes(size)
+    staged = placer.stage()
+    os.pwrite(staged.fd, data, 0)
+
+    with tempfile.TemporaryFile(dir=tmp_path) as target:
+        placer.copy_to_cache(staged, target.fileno(), size, Cancellation())
+        assert os.pread(target.fileno(), size + 1, 0) == data
+    staged.close()
+
+
+def test_the_copy_for_the_cache_ends_with_a_wish_to_stop(placer: Placer, tmp_path: Path) -> None:
+    staged = placer.stage()
+    os.truncate(staged.fd, 2 * placement.FORGET_BYTES)
+    cancellation = Cancellation()
+    cancellation.cancel()
+
+    with (
+        tempfile.TemporaryFile(dir=tmp_path) as target,
+        pytest.raises(CancelledError),
+    ):
+        placer.copy_to_cache(staged, target.fileno(), 2 * placement.FORGET_BYTES, cancellation)
+    staged.close()
+
+
 # -------------------------------------------------------------------------------- what is placed
 
 
