@@ -7,7 +7,6 @@ manifest, fetch, verify, put in place, fill the blob cache.
 """
 
 import functools
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -54,21 +53,21 @@ def _deadline(farm: Farm, submission: Submission, _round: int) -> dict[str, floa
     worked = farm.peers.work(
         submission, new_job_id(), session_directory=directory, actions=[SyncJob()]
     )
-    shutil.rmtree(directory)
+    farm.remove(directory)
     return deadline_seconds(worked.actions[0])
 
 
 def _s5cmd(farm: Farm, data: str, _round: int) -> dict[str, float]:
     directory = farm.fresh("s5cmd")
     seconds = seconds_of(lambda: farm.s5cmd(f"s3://{data}/*", f"{directory}/"))
-    shutil.rmtree(directory)
+    farm.remove(directory)
     return {"s5cmd": seconds}
 
 
 def _rclone(farm: Farm, data: str, _round: int) -> dict[str, float]:
     directory = farm.fresh("rclone")
     seconds = seconds_of(lambda: farm.rclone(f"store:{data}", str(directory)))
-    shutil.rmtree(directory)
+    farm.remove(directory)
     return {"rclone": seconds}
 
 
@@ -76,6 +75,5 @@ def _propmaster(farm: Farm, submission: Submission, _round: int) -> dict[str, fl
     host = farm.new_host()
     session = farm.session(host, submission)
     seconds = seconds_of(session.start)
-    session.end()
     farm.discard(session, host)
     return {"propmaster": seconds}

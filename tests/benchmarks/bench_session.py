@@ -6,7 +6,6 @@ inputs, as whole processes; the agent's script gets its manifests written withou
 """
 
 import functools
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -53,7 +52,6 @@ def _from_cache(farm: Farm, name: str, make: Callable[[Path], None]) -> dict[str
         functools.partial(_start, farm, host, submission),
     ]
     measured = interleave(turns, rounds=ROUNDS)
-    first.end()
     farm.discard(first, host)
     return measured
 
@@ -61,14 +59,13 @@ def _from_cache(farm: Farm, name: str, make: Callable[[Path], None]) -> dict[str
 def _copy(farm: Farm, source: Path, _round: int) -> dict[str, float]:
     directory = farm.fresh("copy")
     seconds = seconds_of(lambda: subprocess.run(["/bin/cp", "-r", source, directory], check=True))
-    shutil.rmtree(directory)
+    farm.remove(directory)
     return {"cp": seconds}
 
 
 def _start(farm: Farm, host: Propmaster, submission: Submission, _round: int) -> dict[str, float]:
     session = farm.session(host, submission)
     seconds = seconds_of(session.start)
-    session.end()
     farm.discard(session)
     return {"propmaster": seconds}
 
@@ -84,7 +81,6 @@ def _finish_task(farm: Farm) -> dict[str, list[float]]:
         functools.partial(_finish, farm, session),
     ]
     measured = interleave(turns, rounds=ROUNDS)
-    session.end()
     farm.discard(session, host)
     return measured
 
@@ -97,7 +93,7 @@ def _finish_by_script(farm: Farm, submission: Submission, number: int) -> dict[s
         session_directory=directory,
         actions=[SyncJob(download=False), farm.task(ONE_FILE.format(number=number))],
     )
-    shutil.rmtree(directory)
+    farm.remove(directory)
     return deadline_seconds(worked.actions[1])
 
 

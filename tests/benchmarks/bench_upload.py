@@ -7,7 +7,6 @@ imports; s5cmd and rclone copy the files to keys of their own; `propmaster` is t
 """
 
 import functools
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,7 +48,7 @@ def _deadline(farm: Farm, submission: Submission, source: Path, number: int) -> 
         session_directory=directory,
         actions=[SyncJob(), farm.task(RENDER, SOURCE=source)],
     )
-    shutil.rmtree(directory)
+    farm.remove(directory)
     return deadline_seconds(worked.actions[1])
 
 
@@ -70,6 +69,5 @@ def _propmaster(farm: Farm, submission: Submission, source: Path, number: int) -
     session.start()
     session.run_command(task)
     seconds = seconds_of(lambda: session.finish_task(task))
-    session.end()
     farm.discard(session, host)
     return {"propmaster": seconds}

@@ -23,6 +23,8 @@ STEP = "step-" + "1" * 32
 # Chosen, not tuned: rclone's own default is 4, s5cmd's is 256 workers, and s5cmd runs with its own.
 RCLONE_TRANSFERS = 32
 
+FEW_FILES = 500
+
 _BIN = Path(sys.executable).parent
 _INSIDE = re.compile(r"^Finished (?:downloading )?after ([0-9.]+) seconds$", re.MULTILINE)
 
@@ -76,10 +78,21 @@ class Farm:
         )
 
     def discard(self, session: WorkerSession, host: Propmaster | None = None) -> None:
-        """Remove what an ended session left, and with it the host's caches if given."""
-        shutil.rmtree(session.directory)
+        """End a session and remove what it left, and with it the host's caches if given."""
+        session.end(keep_files=True)
+        self.remove(session.directory)
         if host is not None:
-            shutil.rmtree(host.home)
+            self.remove(host.home)
+
+    def remove(self, directory: Path) -> None:
+        """Remove a tree of few files; others stay until the end.
+
+        Whenever ext4 makes a file it looks past each inode that was freed in the last five minutes
+        (fs/ext4/ialloc.c, recently_deleted), so whoever ran after thousands of files were removed
+        would pay for that: here a file then took 1 ms instead of 0.1 ms.
+        """
+        if sum(len(names) for _, _, names in os.walk(directory)) < FEW_FILES:
+            shutil.rmtree(directory)
 
     def task(self, command: str, **environment: Path) -> TaskRun:
         """Return a task that runs `command`, with ids that no other has."""

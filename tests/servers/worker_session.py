@@ -185,9 +185,9 @@ class WorkerSession:
         self.run_command(task)
         return self.finish_task(task)
 
-    def end(self) -> None:
+    def end(self, *, keep_files: bool = False) -> None:
         """End the session."""
-        self._session("end")
+        self._session("end", *(["--keep-files"] if keep_files else []))
 
     def _session(self, verb: str, *arguments: str | Path) -> bytes:
         return self._propmaster.run("session", verb, "--session-dir", self.directory, *arguments)
