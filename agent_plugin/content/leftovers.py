@@ -14,6 +14,7 @@ import stat
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Final
 
 from agent_plugin.content.safe_path import Root
@@ -24,6 +25,7 @@ ABANDONED_SECONDS: Final = 3600.0
 _PREFIX: Final = ".propmaster-"
 _SUFFIX: Final = ".partial"
 _OPEN_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_OPEN_PATH: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # Writable, since a network file system may refuse an exclusive lock otherwise (flock(2), NFS).
 _OPEN_FILE: Final = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
@@ -136,31 +138,44 @@ def remove_tree(parent: int, name: str) -> None:
     """Remove whatever has a name in a directory; nothing happens if nothing has.
 
     However deep a tree is, it takes two descriptors: what is deeper is moved up and then removed.
-    An empty mount point stays.
+    Directories of ours get the rights that it takes, if whoever made them took these away, and so
+    does the one that the tree is in. An empty mount point stays.
+
+    Args:
+        parent: The directory's descriptor, which may be opened with O_PATH.
+        name: What to remove.
 
     Raises:
-        OSError: Something can not be removed; what is left can be tried again.
+        OSError: Something can not be removed, whose path from `parent` is its `filename`; what is
+            left can be tried again.
     """
     with suppress(FileNotFoundError):
-        if not _is_directory(parent, name):
-            os.unlink(name, dir_fd=parent)
-            return
-        with _opened(parent, name) as top:
-            pending = _remove_files(top)
-            while pending:
-                directory = pending.pop()
-                with _opened(top, directory) as fd:
-                    pending += [
-                        moved
-                        for deeper in _remove_files(fd)
-                        if (moved := _move_up(fd, deeper, top))
-                    ]
-                os.rmdir(directory, dir_fd=top)
         try:
-            os.rmdir(name, dir_fd=parent)
-        except OSError as error:
-            if error.errno != errno.EBUSY:
+            _remove_tree(parent, name)
+        except PermissionError:
+            if not _take_rights(parent):
                 raise
+            _remove_tree(parent, name)
+
+
+def _remove_tree(parent: int, name: str) -> None:
+    if not _is_directory(parent, name):
+        os.unlink(name, dir_fd=parent)
+        return
+    with _opened(parent, name) as top, _below(name):
+        pending = _remove_files(top)
+        while pending:
+            directory = pending.pop()
+            with _opened(top, directory) as fd, _below(directory):
+                pending += [
+                    moved for deeper in _remove_files(fd) if (moved := _move_up(fd, deeper, top))
+                ]
+            os.rmdir(directory, dir_fd=top)
+    try:
+        os.rmdir(name, dir_fd=parent)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
 
 
 def _move_up(directory: int, name: str, top: int) -> str:
@@ -172,7 +187,12 @@ def _move_up(directory: int, name: str, top: int) -> str:
         if error.errno != errno.ENOTEMPTY:
             raise
         moved = partial_name(secrets.token_hex(8))
-        os.rename(name, moved, src_dir_fd=directory, dst_dir_fd=top)
+        try:
+            os.rename(name, moved, src_dir_fd=directory, dst_dir_fd=top)
+        except PermissionError:
+            # Moving a directory takes the right to write in it as well: opening takes it.
+            with _opened(directory, name):
+                os.rename(name, moved, src_dir_fd=directory, dst_dir_fd=top)
         return moved
     return ""
 
@@ -183,11 +203,47 @@ def _is_directory(parent: int, name: str) -> bool:
 
 @contextmanager
 def _opened(parent: int, name: str) -> Iterator[int]:
-    fd = os.open(name, _OPEN_DIRECTORY, dir_fd=parent)
+    """Open a directory to remove what is in it, with the rights that this takes."""
     try:
+        fd = os.open(name, _OPEN_DIRECTORY, dir_fd=parent)
+    except PermissionError:
+        closed = os.open(name, _OPEN_PATH, dir_fd=parent)
+        try:
+            _take_rights(closed)
+        finally:
+            os.close(closed)
+        fd = os.open(name, _OPEN_DIRECTORY, dir_fd=parent)
+    try:
+        _take_rights(fd)
         yield fd
     finally:
         os.close(fd)
+
+
+def _take_rights(directory: int) -> bool:
+    """Give a directory's owner all rights; False if he has them, or we may not give them."""
+    mode = stat.S_IMODE(os.fstat(directory).st_mode)
+    if mode & stat.S_IRWXU == stat.S_IRWXU:
+        return False
+    try:
+        # By way of /proc, since fchmod() refuses a descriptor of O_PATH.
+        Path(f"/proc/self/fd/{directory}").chmod(mode | stat.S_IRWXU)
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def _below(name: str) -> Iterator[None]:
+    """Let an error tell its path from the directory above."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        # That of a descriptor is a number.
+        path = f"{name}/{error.filename}" if isinstance(error.filename, str) else name
+        raise OSError(error.errno, error.strerror, path) from error
 
 
 def _remove_files(directory: int) -> list[str]:

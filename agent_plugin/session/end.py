@@ -58,7 +58,7 @@ def end(
 def _remove_roots(session_dir: Path, state: SessionState) -> list[str]:
     inside = os.path.realpath(session_dir)
     removed = []
-    failures: list[OSError] = []
+    failures: list[tuple[OSError, str]] = []
     for root in state.roots:
         local = Path(root.local_root)
         if os.path.realpath(local.parent) != inside:
@@ -67,16 +67,18 @@ def _remove_roots(session_dir: Path, state: SessionState) -> list[str]:
             _remove(inside, local.name, hidden_root(local).name)
             removed.append(root.local_root)
         except OSError as error:
-            failures.append(error)
+            failures.append((error, os.fspath(Path(inside, error.filename or ""))))
     if failures:
         # Of the files of a large root the first that stays tells as much as all of them.
-        raise local_write_error(failures[0], os.fspath(session_dir)) from failures[0]
+        failure, path = failures[0]
+        raise local_write_error(failure, path) from failure
     return removed
 
 
 def _remove(directory: str, *names: str) -> None:
     try:
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        # O_PATH, since a job may have taken the right to read it away.
+        fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
         return
     try:

@@ -1,6 +1,8 @@
 """Sessions of one job on a fresh host, with a store in a directory or on S3."""
 
+import tempfile
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,3 +32,12 @@ def any_sessions(request: pytest.FixtureRequest, tmp_path: Path) -> Sessions:
 def farm(tmp_path: Path, expected_events: set[str]) -> Farm:
     expected_events.add(events.SESSION_START_FAILED)
     return Farm(tmp_path)
+
+
+@pytest.fixture
+def open_farm(expected_events: set[str]) -> Iterator[Farm]:
+    """A farm in a directory that every user may enter: pytest closes its own to others."""
+    expected_events.add(events.SESSION_START_FAILED)
+    with tempfile.TemporaryDirectory(prefix="open-farm-") as directory:
+        Path(directory).chmod(0o755)
+        yield Farm(Path(directory).resolve())

@@ -6,8 +6,6 @@ could write to stops everything.
 
 import json
 import os
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,10 +23,8 @@ from tests.servers.disks import (
 )
 from tests.servers.hooks import Host
 from tests.servers.local_farm import FILES, LARGE, Farm
+from tests.servers.other_user import NOBODY, run_as_nobody
 from tests.servers.trees import files_below, write_files
-
-# The user `nobody`, on every Linux.
-_NOBODY = 65534
 
 
 def blobs_of(host: Host) -> list[Path]:
@@ -111,8 +107,9 @@ def test_a_damaged_manifest_in_a_read_only_cache_is_fetched_anew(
     assert manifest in {blob.name for blob in blobs_of(host)}, "it could not be taken away"
 
 
-def test_a_cache_that_this_user_may_not_make_is_bypassed(farm: Farm) -> None:
+def test_a_cache_that_this_user_may_not_make_is_bypassed(open_farm: Farm) -> None:
     """A service that runs as a user without rights on the directory that the cache is to be in."""
+    farm = open_farm
     job = farm.submit(FILES)
     home = farm.tmp_path / "home of nobody"
     closed = farm.tmp_path / "closed"
@@ -120,7 +117,7 @@ def test_a_cache_that_this_user_may_not_make_is_bypassed(farm: Farm) -> None:
     host = farm.host(home, cache_dir=closed / "cache")
     arguments = host.start_arguments(job, home / "session")
 
-    done = _run_as_nobody(host, arguments, farm.tmp_path)
+    done = run_as_nobody(host, arguments)
 
     assert done.returncode == 0, done.stderr
     bypassed = [line for line in done.stderr.splitlines() if events.CACHE_BYPASSED in line]
@@ -128,31 +125,6 @@ def test_a_cache_that_this_user_may_not_make_is_bypassed(farm: Farm) -> None:
     assert str(closed / "cache") in bypassed[0]
     root = Path(json.loads(done.stdout)["roots"][0]["localRoot"])
     assert files_below(root) == files_below(farm.source)
-
-
-def _run_as_nobody(
-    host: Host, arguments: list[str], tmp_path: Path
-) -> subprocess.CompletedProcess[str]:
-    """Run a command as a user who owns the host's home and may read everything else."""
-    if os.geteuid() != 0 or shutil.which("setpriv") is None:
-        pytest.skip("becoming another user needs root and setpriv")
-    for directory in (tmp_path, *tmp_path.parents):
-        directory.chmod(directory.stat().st_mode | 0o011)
-    for path in (host.home, *host.home.rglob("*")):
-        os.chown(path, _NOBODY, _NOBODY)
-    environment = host.process_environment()
-    argv = ["setpriv", f"--reuid={_NOBODY}", f"--regid={_NOBODY}", "--clear-groups"]
-    probe = [*argv, host.argv()[0], "-c", "import agent_plugin, msgspec"]
-    if subprocess.run(probe, capture_output=True, env=environment, check=False).returncode:
-        pytest.skip("this Python may not be run by another user")
-    return subprocess.run(
-        [*argv, *host.argv(*arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
 
 
 @pytest.mark.parametrize("how", ["mode", "link", "owner", "file"])
@@ -168,7 +140,7 @@ def test_a_cache_that_others_could_write_stops_the_session_with_75(farm: Farm, h
             host.cache_dir.symlink_to(farm.tmp_path / "elsewhere")
         case "owner":
             host.cache_dir.mkdir(mode=0o700)
-            os.chown(host.cache_dir, _NOBODY, _NOBODY)
+            os.chown(host.cache_dir, NOBODY, NOBODY)
         case _:
             host.cache_dir.write_bytes(b"")
 

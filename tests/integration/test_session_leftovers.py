@@ -17,6 +17,7 @@ from agent_plugin.session.roots import session_directory_name
 from tests.servers.disks import MEBIBYTE, fill, tmpfs_mounted
 from tests.servers.hooks import action, step
 from tests.servers.local_farm import FILES, Farm
+from tests.servers.other_user import NOBODY, run_as_nobody
 from tests.servers.sessions import Sessions, paths_of
 from tests.servers.trees import files_below
 
@@ -245,6 +246,54 @@ def test_a_session_is_ended_with_a_cache_that_others_could_write(
 
     assert not root.exists()
     assert host.read_state(farm.tmp_path / "session") is None
+
+
+@pytest.fixture
+def of_nobody(open_farm: Farm) -> Path:
+    """Return a started session's directory; service and job are one user here, and not root.
+
+    Root is kept from nothing by a mode.
+    """
+    place = open_farm.tmp_path / "place"
+    place.mkdir()
+    os.chown(place, NOBODY, NOBODY)
+    session = place / "session"
+    arguments = open_farm.host().start_arguments(open_farm.submit(FILES), session)
+    started = run_as_nobody(open_farm.host(), arguments)
+    assert started.returncode == 0, started.stderr
+    return session
+
+
+def test_what_a_task_made_read_only_goes_at_the_end(open_farm: Farm, of_nobody: Path) -> None:
+    [root] = of_nobody.iterdir()
+    (root / "cache/deep").mkdir(parents=True)
+    (root / "cache/deep/x").write_bytes(b"1")
+    for path in (root / "cache/deep/x", root / "cache/deep", root / "cache", root, of_nobody):
+        os.chown(path, NOBODY, NOBODY)
+        path.chmod(0o555)
+
+    ended = run_as_nobody(open_farm.host(), ["session", "end", "--session-dir", of_nobody])
+
+    assert ended.returncode == 0, ended.stderr
+    assert list(of_nobody.iterdir()) == []
+    assert list((open_farm.host().state_dir / "sessions").iterdir()) == []
+
+
+def test_what_can_not_be_removed_at_the_end_is_named_and_the_end_can_be_tried_again(
+    open_farm: Farm, of_nobody: Path
+) -> None:
+    [root] = of_nobody.iterdir()
+    (root / "theirs/deep").mkdir(parents=True)
+    arguments = ["session", "end", "--session-dir", str(of_nobody)]
+
+    ended = run_as_nobody(open_farm.host(), arguments)
+
+    assert ended.returncode == 80, ended.stderr
+    assert f"error[local-write-failed]: {root}/theirs/deep: Permission denied" in ended.stderr
+    os.chown(root / "theirs", NOBODY, NOBODY)
+    again = run_as_nobody(open_farm.host(), arguments)
+    assert again.returncode == 0, again.stderr
+    assert list(of_nobody.iterdir()) == []
 
 
 def test_links_that_a_job_put_in_the_places_of_roots_are_removed_at_the_end(

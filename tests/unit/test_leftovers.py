@@ -15,6 +15,7 @@ from agent_plugin.content.leftovers import (
     remove_tree,
 )
 from agent_plugin.content.safe_path import Root
+from tests.servers.other_user import NOBODY, being_nobody
 
 
 def everything_below(root: Path) -> list[str]:
@@ -91,6 +92,44 @@ def test_links_are_removed_and_not_followed(tmp_path: Path) -> None:
         remove_tree(opened.fd, "link")
 
     assert everything_below(tmp_path) == ["outside", "outside/precious"]
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o111, 0o222, 0o444, 0o555])
+def test_a_tree_is_removed_whose_owner_took_his_own_rights_away(tmp_path: Path, mode: int) -> None:
+    for name in ("tree/a/b/c/x", "tree/x", "tree/a/x", "tree/empty/below/deeper/x"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"1")
+    everything = sorted(tmp_path.rglob("*"), reverse=True)
+    for path in (*everything, tmp_path):
+        os.chown(path, NOBODY, NOBODY)
+        path.chmod(mode)
+    parent = os.open(tmp_path, os.O_PATH)
+
+    try:
+        with being_nobody():
+            remove_tree(parent, "tree")
+    finally:
+        os.close(parent)
+
+    assert everything_below(tmp_path) == []
+
+
+def test_what_belongs_to_somebody_else_is_told_by_its_path_and_removed_later(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "tree/a/theirs").mkdir(parents=True)
+    (tmp_path / "tree/a/theirs/x").write_bytes(b"1")
+    for path in (tmp_path, tmp_path / "tree", tmp_path / "tree/a"):
+        os.chown(path, NOBODY, NOBODY)
+    with Root(tmp_path) as opened:
+        with being_nobody(), pytest.raises(PermissionError) as caught:
+            remove_tree(opened.fd, "tree")
+        assert caught.value.filename == "tree/a/theirs"
+        os.chown(tmp_path / "tree/a/theirs", NOBODY, NOBODY)
+        with being_nobody():
+            remove_tree(opened.fd, "tree")
+
+    assert everything_below(tmp_path) == []
 
 
 def test_where_nobody_else_writes_every_temporary_file_is_a_leftover(tmp_path: Path) -> None:
