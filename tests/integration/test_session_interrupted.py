@@ -14,7 +14,7 @@ import pytest
 from agent_plugin.content import events
 from agent_plugin.content.errors import CancelledError, PropmasterError
 from agent_plugin.content.store import Cancellation
-from agent_plugin.session import start as start_module
+from agent_plugin.session.inputs import materialise
 from agent_plugin.session.job import JobDocument
 from agent_plugin.transfer.download import TransferResult
 from agent_plugin.transfer.states import TransferStatus
@@ -149,7 +149,6 @@ def test_a_wish_to_stop_that_comes_when_all_is_in_place_stops_the_start(
     expected_events.add(events.SESSION_START_FAILED)
     job = sessions.submitted()
     cancellation = Cancellation()
-    materialise = start_module.materialise
 
     def materialising(*args: Any, **options: Any) -> list[TransferResult]:
         results = materialise(*args, **options)
@@ -157,7 +156,7 @@ def test_a_wish_to_stop_that_comes_when_all_is_in_place_stops_the_start(
         return results
 
     with monkeypatch.context() as patch:
-        patch.setattr(start_module, "materialise", materialising)
+        patch.setattr("agent_plugin.session.start.materialise", materialising)
         with pytest.raises(CancelledError):
             sessions.host.start(job, sessions.session_dir, cancellation=cancellation)
 
