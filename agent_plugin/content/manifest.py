@@ -19,10 +19,10 @@ from typing import Annotated, Final, Self, TypeVar
 import msgspec
 import xxhash
 
-from agent_plugin.content import lone_surrogates
 from agent_plugin.content import manifest_rules as rules
 from agent_plugin.content.digest import HASH_ALGORITHM, Digest
 from agent_plugin.content.errors import ManifestInvalidError, PathClashError, UnsafePathError
+from agent_plugin.content.lone_surrogates import MARK, LoneSurrogateReader
 from agent_plugin.content.manifest_rules import find_folding_clashes
 
 __all__ = [
@@ -42,7 +42,9 @@ __all__ = [
 
 VERSION: Final = "2023-03-03"
 # Our own limits, so that a hostile manifest can not use up the host's memory: a million entries
-# take some 130 MiB as a document and 300 MiB in memory (docs/BENCHMARKS.md, manifest).
+# take some 130 MiB as a document and 300 MiB in memory (docs/BENCHMARKS.md, manifest). There is
+# room for paths of 400 letters, or 70 that JSON escapes; the worst of documents takes nine times
+# its size in memory while it is refused, and a second for each 14 MiB.
 MAX_ENTRIES: Final = 1_000_000
 MAX_MANIFEST_BYTES: Final = 512 * 1024 * 1024
 
@@ -385,36 +387,28 @@ def _encode_entries(entries: Sequence[FileEntry]) -> bytes:
 
 
 def _parse(data: bytes, source: str) -> _Document:
+    reader = LoneSurrogateReader(data)
     try:
-        return _parse_document(data)
+        document = reader.decode(_Document)
     except msgspec.ValidationError as error:
-        raise _explain(error, data, source) from error
+        raise _explain(error, reader, source) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _invalid(source, f"it is not JSON in UTF-8: {error}") from error
-
-
-def _parse_document(data: bytes) -> _Document:
-    try:
-        return msgspec.json.decode(data, type=_Document)
-    except msgspec.ValidationError:
-        raise
-    except msgspec.DecodeError:
-        marked = lone_surrogates.mark(data)
-        if marked == data:
-            raise
-    document = msgspec.json.decode(marked, type=_Document)
+    if not reader.is_marked:
+        return document
     paths = tuple(
-        msgspec.structs.replace(entry, path=lone_surrogates.unmark(entry.path))
-        if lone_surrogates.MARK in entry.path
+        msgspec.structs.replace(entry, path=reader.restored(entry.path))
+        if MARK in entry.path
         else entry
         for entry in document.paths
     )
     return msgspec.structs.replace(document, paths=paths)
 
 
-def _explain(error: msgspec.ValidationError, data: bytes, source: str) -> ManifestInvalidError:
-    marked = lone_surrogates.mark(data)
-    version = _peek(marked, _VersionOnly)
+def _explain(
+    error: msgspec.ValidationError, reader: LoneSurrogateReader, source: str
+) -> ManifestInvalidError:
+    version = _peek(reader, _VersionOnly)
     if version is not None and version.manifest_version != VERSION:
         return _wrong_version(source, version.manifest_version)
     # msgspec says "Expected `int`, got `bool` - at `$.paths[3].size`"; no place means the top. An
@@ -427,16 +421,16 @@ def _explain(error: msgspec.ValidationError, data: bytes, source: str) -> Manife
     index = int(found["index"])
     if found["entry_key"]:
         reason = f"{found['entry_key']}: {reason}"
-    listed = _peek(marked, _PathsOnly)
+    listed = _peek(reader, _PathsOnly)
     path = listed.paths[index].path if listed and index < len(listed.paths) else None
     if not isinstance(path, str):
         return _invalid(source, f"entry {index}: {reason}")
-    return _invalid_entry(source, index, lone_surrogates.unmark(path), reason)
+    return _invalid_entry(source, index, reader.restored(path), reason)
 
 
-def _peek(document: bytes, shape: type[_Shape]) -> _Shape | None:
+def _peek(reader: LoneSurrogateReader, shape: type[_Shape]) -> _Shape | None:
     """Return those parts of a document that has failed already, or None when they fail as well."""
     try:
-        return msgspec.json.decode(document, type=shape)
+        return reader.decode(shape)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None

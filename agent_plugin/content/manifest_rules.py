@@ -41,6 +41,9 @@ def path_defect(path: str) -> str | None:
     """Return why a path can not be one below a root on Linux, or None when it can."""
     if not path:
         return "path is empty"
+    # First, because the names of a hostile path could take twenty times its memory.
+    if len(path) > MAX_PATH_BYTES:
+        return _length_defect(len(path.encode("utf-8", "replace")))
     if "\0" in path:
         return "path holds a NUL"
     if path.startswith("/"):
@@ -72,11 +75,15 @@ def _bytes_defect(path: str) -> str | None:
     if encoded.decode("utf-8", "surrogateescape") != path:
         return "path holds lone surrogates that spell valid UTF-8, a second spelling of one name"
     if len(encoded) > MAX_PATH_BYTES:
-        return f"path is {len(encoded)} bytes long, more than {MAX_PATH_BYTES}"
+        return _length_defect(len(encoded))
     longest = max(map(len, encoded.split(b"/")))
     if longest > MAX_NAME_BYTES:
         return f"path holds a component of {longest} bytes, more than {MAX_NAME_BYTES}"
     return None
+
+
+def _length_defect(size: int) -> str:
+    return f"path is {size} bytes long, more than {MAX_PATH_BYTES}"
 
 
 def entry_defect(path: str, hash_hex: str, size: object, mtime: object) -> str | None:
@@ -162,6 +169,10 @@ def _are_hashes(hashes: Sequence[str], sizes: Sequence[int]) -> bool:
 
 
 def _are_paths(paths: Sequence[str]) -> bool:
+    # First, because several copies are made of them all.
+    longest = max(map(len, paths))
+    if longest > MAX_PATH_BYTES // _UTF8_BYTES:
+        return False
     text = "\0".join(paths)
     try:
         encoded = text.encode("utf-8", "surrogateescape")
@@ -177,9 +188,6 @@ def _are_paths(paths: Sequence[str]) -> bool:
         or (b":" in encoded and _DRIVE_AFTER_NUL.search(b"\0" + encoded))
         or not (is_ascii or encoded.decode("utf-8", "surrogateescape") == text)
     ):
-        return False
-    longest = max(map(len, paths))
-    if longest > MAX_PATH_BYTES // _UTF8_BYTES:
         return False
     if longest * (1 if is_ascii else _UTF8_BYTES) <= MAX_NAME_BYTES:
         return True

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -213,6 +214,63 @@ def test_a_document_larger_than_the_limit_is_refused_unread() -> None:
     data = bytes(manifests.MAX_MANIFEST_BYTES + 1)
 
     with pytest.raises(ManifestInvalidError, match="536870913 bytes are more than 536870912"):
+        manifests.decode(data, source=SOURCE)
+
+
+HOSTILE_BYTES = 16 * 1024 * 1024
+# Strings of such a document can be made of characters that take four times their bytes in memory.
+HOSTILE_MEMORY_BYTES = 150 * 1024 * 1024
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        (r"\udc80", "more than 4096"),
+        (r"\n", "more than 4096"),
+        (r"\\", "more than 4096"),
+        ("\U0010fffd", "more than 4096"),
+        ("dd/", "more than 4096"),
+        ("", "path is empty"),
+    ],
+)
+def test_a_hostile_document_takes_memory_in_proportion_to_its_size(
+    tmp_path: Path, path: str, reason: str
+) -> None:
+    """One path full of what is dear to read; the empty one many times. The first is not UTF-8."""
+    piece = path.encode() or json.dumps(entry(""), separators=(",", ":")).encode()[:-1] + b"},"
+    pieces = piece * (HOSTILE_BYTES // len(piece))
+    first = with_text("a/b", "\\udc80" + ("@" if path else "")).replace(b'paths":[', b'paths":[#')
+    file = tmp_path / "hostile"
+    file.write_bytes(first.replace(b"@", pieces).replace(b"#", b"" if path else pieces))
+    program = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from agent_plugin.content import manifest\n"
+        "from agent_plugin.content.errors import ManifestInvalidError\n"
+        "data = Path(sys.argv[1]).read_bytes()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try:\n"
+        "    manifest.decode(data, source='hostile')\n"
+        "except ManifestInvalidError as error:\n"
+        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, file],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    kibibytes, _, message = done.stdout.partition(" ")
+    assert reason in message
+    assert int(kibibytes) * 1024 < HOSTILE_MEMORY_BYTES
+
+
+def test_what_is_wrong_is_told_with_its_path_whatever_names_come_later() -> None:
+    """The name that is not UTF-8 comes behind what is wrong, where nobody has looked yet."""
+    data = document(entry("a\U0010fffd", size=-1), entry("\udce9"))
+
+    with pytest.raises(ManifestInvalidError, match=r"entry 0 \('a\\U0010fffd'\): size: "):
         manifests.decode(data, source=SOURCE)
 
 
