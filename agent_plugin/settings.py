@@ -140,7 +140,8 @@ class StoreSettings(_Section, frozen=True, forbid_unknown_fields=True):
     Attributes:
         concurrency: Requests at a time.
         attempts: How often a request is tried in all.
-        deadline_seconds: No attempt begins later than this after the first.
+        deadline_seconds: No attempt begins later than this after the first one failed; time in
+            which bytes moved does not count.
         connect_timeout: Seconds for a connection to be made.
         read_timeout: Seconds without a byte from the store.
         existence_max_age: Seconds for which a blob seen in the store is taken to be there still;

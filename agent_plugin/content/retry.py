@@ -32,7 +32,8 @@ class RetryPolicy:
 
     Attributes:
         attempts: Tries in all, >= 1; those that the store asked to come later do not count.
-        deadline_seconds: No try begins later than this after the first one began.
+        deadline_seconds: No try begins later than this after the first one failed, not counting the
+            time in which something moved (Movement).
         initial_seconds: The longest first wait; each further one is twice as long.
         cap_seconds: The longest wait.
         damaged_retries: Tries after an answer that was damaged (DAMAGED), besides the first. With
@@ -66,6 +67,7 @@ class RetryPolicy:
         what: str,
         cancellation: Cancellation | None = None,
         only: type[PropmasterError] = PropmasterError,
+        movement: "Movement | None" = None,
     ) -> T:
         """Return what `fn` returns, trying again while it raises an error that is `retryable`.
 
@@ -74,6 +76,7 @@ class RetryPolicy:
             what: The attempt in words for the log, such as "get s3://bucket/key".
             cancellation: Checked before each attempt; ends a wait at once.
             only: Other errors are raised as they are, also if they are retryable.
+            movement: What `fn` keeps of its attempts; its seconds put the deadline off.
 
         Raises:
             PropmasterError: The last error, when it is not retryable or the budget is spent; in the
@@ -81,6 +84,7 @@ class RetryPolicy:
             CancelledError: Cancellation was wished.
         """
         started = self.clock()
+        failing_since: float | None = None
         damaged = counted = 0
         for attempt in itertools.count(1):
             if cancellation is not None:
@@ -93,13 +97,16 @@ class RetryPolicy:
                 damaged += isinstance(error, DAMAGED)
                 counted += not isinstance(error, StoreThrottledError)
                 elapsed = self.clock() - started
+                # As on a clock that stands still while something moves.
+                still = elapsed - (movement.seconds if movement else 0.0)
+                failing_since = still if failing_since is None else failing_since
                 wait = self.wait_after(attempt)
                 if isinstance(error, DAMAGED):
                     wait = min(wait, self.damaged_cap_seconds)
                 if (
                     counted >= self.attempts
                     or damaged > self.damaged_retries
-                    or elapsed + wait > self.deadline_seconds
+                    or still - failing_since + wait > self.deadline_seconds
                 ):
                     raise _given_up(error, attempt, elapsed) from error
                 _log_retry(error, what, attempt, wait)
@@ -114,6 +121,27 @@ class RetryPolicy:
         # 2**30 is past every cap; without a bound the power would overflow a float.
         longest = min(self.cap_seconds, self.initial_seconds * 2.0 ** min(attempt - 1, 30))
         return longest * (0.5 + 0.5 * self.random())
+
+
+@dataclass(slots=True)
+class Movement:
+    """For how long something moved in the attempts of one request, whichever way they ended.
+
+    Large requests on a slow line take minutes. If those counted, a second passing fault would be
+    taken for a lasting one. What hangs must count, so an attempt counts for as long as one can last
+    in which nothing moves.
+
+    Attributes:
+        silence: Seconds after which an attempt ends by itself in which nothing moves.
+        seconds: So far, of all attempts.
+    """
+
+    silence: float
+    seconds: float = 0.0
+
+    def add(self, lasted: float) -> None:
+        """Take an attempt into account that lasted so many seconds."""
+        self.seconds += max(0.0, lasted - self.silence)
 
 
 def _log_retry(error: PropmasterError, what: str, attempt: int, wait: float) -> None:

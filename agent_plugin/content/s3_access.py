@@ -37,6 +37,7 @@ CONTENT_TYPE: Final = "binary/octet-stream"
 # a share of 128 KiB/s is what 16 uploads have on a line of 2 MiB/s. Smaller bodies fit into the
 # kernel's buffers and need none.
 UPLOAD_BYTES_PER_SECOND: Final = 128 * 1024
+UPLOAD_PATIENCE_SECONDS: Final = WHOLE_BLOB_BYTES / UPLOAD_BYTES_PER_SECOND
 QUICK_BODY_BYTES: Final = 256 * 1024
 # Far beyond every transfer; stalls are found by read_timeout.
 _TOTAL_TIMEOUT: Final = timedelta(hours=6)
@@ -127,6 +128,16 @@ class Access:
         """What every call of boto3 is given besides, to name the bucket's expected owner."""
         return {"ExpectedBucketOwner": self.account_id} if self.account_id else {}
 
+    @property
+    def boto_silence(self) -> float:
+        """Seconds after which a request through boto3 ends while nothing moves."""
+        return self._policy.connect_timeout + self._policy.read_timeout + _BOTO_PATIENCE_SECONDS
+
+    def silence(self, body_bytes: int = 0) -> float:
+        """Return the seconds after which a request through obstore ends while nothing moves."""
+        patience = UPLOAD_PATIENCE_SECONDS if body_bytes > QUICK_BODY_BYTES else 0.0
+        return self._policy.connect_timeout + self._policy.read_timeout + patience
+
     def renew(self, clients: Clients) -> bool:
         """Read the credentials anew; False if they are fixed, so that it would change nothing.
 
@@ -146,12 +157,13 @@ class Access:
 
     def _make_clients(self, generation: int) -> Clients:
         read_timeout = self._policy.read_timeout
-        patience = WHOLE_BLOB_BYTES / UPLOAD_BYTES_PER_SECOND
         credentials = self._credentials
         return Clients(
             generation,
             reader=self._obstore(read_timeout, credentials),
-            writer=Lazily(lambda: self._obstore(read_timeout + patience, credentials)),
+            writer=Lazily(
+                lambda: self._obstore(read_timeout + UPLOAD_PATIENCE_SECONDS, credentials)
+            ),
             boto=Lazily(lambda: self._boto(credentials)),
         )
 

@@ -15,7 +15,7 @@ import obstore
 from obstore.exceptions import BaseError as ObstoreError
 
 from agent_plugin.content.flight import AdaptiveLimit
-from agent_plugin.content.retry import RetryPolicy
+from agent_plugin.content.retry import Movement, RetryPolicy
 from agent_plugin.content.s3_access import QUICK_BODY_BYTES, Access, Clients
 from agent_plugin.content.s3_environment import boto_errors
 from agent_plugin.content.s3_errors import (
@@ -71,6 +71,7 @@ class Requests:
         cancellation: Cancellation | None = None,
         *,
         policy: RetryPolicy | None = None,
+        silence: float | None = None,
     ) -> T:
         """Return what `ask` returns, which makes one request and may be called again.
 
@@ -79,13 +80,19 @@ class Requests:
             what: The request in words, naming bucket and key.
             cancellation: Checked between attempts; a request under way is not interrupted.
             policy: Instead of the usual one.
+            silence: Seconds after which `ask` gives up while nothing moves; by default as long as
+                the client for reading does.
 
         Raises:
             StoreError: Whatever s3_errors.py makes of the last answer.
             CancelledError: Cancellation was wished.
         """
+        movement = Movement(self.access.silence() if silence is None else silence)
         return (policy or self.policy).call(
-            lambda: self._ask(ask, what, cancellation), what=what, cancellation=cancellation
+            lambda: self._ask(ask, what, cancellation, movement),
+            what=what,
+            cancellation=cancellation,
+            movement=movement,
         )
 
     def boto(
@@ -104,7 +111,8 @@ class Requests:
             with boto_errors(what):
                 return ask(clients.boto(), common)
 
-        return self.make(ask_boto, what, cancellation, policy=policy)
+        silence = self.access.boto_silence
+        return self.make(ask_boto, what, cancellation, policy=policy, silence=silence)
 
     def size(self, below: str, cancellation: Cancellation | None = None) -> int | None:
         """Return an object's size in bytes, None if it is absent."""
@@ -117,7 +125,10 @@ class Requests:
         """Store an object unless one of the same size is there; return whether it was stored."""
         what = f"put {self.place(below)}"
         return self.make(
-            lambda clients: self._put_if_absent(clients, below, data, what), what, cancellation
+            lambda clients: self._put_if_absent(clients, below, data, what),
+            what,
+            cancellation,
+            silence=self.access.silence(len(data)),
         )
 
     def put(self, below: str, data: bytes, metadata: dict[str, str]) -> None:
@@ -127,7 +138,7 @@ class Requests:
             store = _for_body(clients, data)
             obstore.put(store, below, data, attributes=metadata, use_multipart=False)
 
-        self.make(ask, f"put {self.place(below)}")
+        self.make(ask, f"put {self.place(below)}", silence=self.access.silence(len(data)))
 
     def list_below(self, start: str) -> "Iterator[ObjectTypeDef]":
         """Yield what boto3 says of the objects whose keys below the prefix start with `start`.
@@ -156,14 +167,20 @@ class Requests:
                 return
             token = page["NextContinuationToken"]
 
-    def _ask(self, ask: Callable[[Clients], T], what: str, cancellation: Cancellation | None) -> T:
+    def _ask(
+        self,
+        ask: Callable[[Clients], T],
+        what: str,
+        cancellation: Cancellation | None,
+        movement: Movement,
+    ) -> T:
         clients = self.access.clients
         try:
-            return self._send(ask, clients, what, cancellation)
+            return self._send(ask, clients, what, cancellation, movement)
         except ExpiredCredentialsError:
             if not self.access.renew(clients):
                 raise
-            return self._send(ask, self.access.clients, what, cancellation)
+            return self._send(ask, self.access.clients, what, cancellation, movement)
 
     def _send(
         self,
@@ -171,13 +188,17 @@ class Requests:
         clients: Clients,
         what: str,
         cancellation: Cancellation | None,
+        movement: Movement,
     ) -> T:
         with self._limit.slot(cancellation):
+            begun = self.policy.clock()
             try:
                 result = ask(clients)
             # ValueError is how obstore refuses a path.
             except (ObstoreError, FileNotFoundError, ValueError) as error:
                 raise error_of_obstore(error, what) from error
+            finally:
+                movement.add(self.policy.clock() - begun)
         self._bucket_seen = True
         return result
 

@@ -10,6 +10,7 @@ such as `a//b`.
 What is read is hashed before anyone gets it, and what is sent is hashed as it is sent.
 """
 
+import math
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
@@ -147,7 +148,8 @@ class S3Store:
             return
         parts.reserve(fd, digest.size)
         told = parts.HighWater(progress)
-        replace(self._policy, damaged_retries=WHOLE_RETRIES).call(
+        # No deadline: everything moved, and each part has one of its own.
+        replace(self._policy, damaged_retries=WHOLE_RETRIES, deadline_seconds=math.inf).call(
             lambda: self._receive(digest, fd, cancellation, told),
             what=f"fetch {self._requests.place(layout.blob_key(digest))}",
             cancellation=cancellation,

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -287,6 +288,48 @@ def test_a_large_blob_is_fetched_again_but_not_for_ever(
         store.fetch(digest, file.fileno(), cancellation=Cancellation(), progress=told.append)
     assert fault_proxy.count("GET") == 4 * 4
     assert sum(told) == digest.size
+
+
+def test_a_large_blob_is_fetched_again_however_long_that_takes(
+    store: Store, fault_proxy: FaultProxy, s3: S3Server, large: bytes
+) -> None:
+    """Each time everything came, so that only the number of tries counts."""
+    digest = Digest.of(large)
+    hasty = build_store(
+        store.url,
+        environment=s3.environment_at(fault_proxy.url),
+        policy=replace(QUICK, deadline_seconds=0.001),
+        account_id="",
+    )
+    put_file(store, large)
+    rule = fault_proxy.inject(Fault.FLIPPED_BIT, times=3)
+
+    assert fetched(hasty, digest) == large
+    assert rule.hits == 3
+
+
+def test_the_time_in_which_bytes_came_does_not_count_against_the_deadline(
+    fault_proxy: FaultProxy, s3: S3Server, s3_prefix: str, behind: Callable[[str, bytes], None]
+) -> None:
+    """As on a slow line: each try lasts a second, and half a second of silence would end it."""
+    data = b"d" * 1000
+    store = build_store(
+        f"s3://{s3.bucket}/{s3_prefix}",
+        environment=s3.environment_at(fault_proxy.url),
+        policy=RetryPolicy(
+            connect_timeout=0.25,
+            read_timeout=0.25,
+            deadline_seconds=2.0,
+            damaged_retries=3,
+            initial_seconds=0.01,
+        ),
+        account_id="",
+    )
+    behind(layout.blob_key(Digest.of(data)), data[::-1].replace(b"d", b"e", 1))
+    fault_proxy.inject(Fault.DRIP, bytes_per_second=1000)
+
+    with pytest.raises(BlobCorruptError, match="given up after 4 attempts"):
+        store.get(Digest.of(data))
 
 
 def test_an_object_replaced_between_ranges_is_not_mixed(

@@ -16,7 +16,7 @@ from agent_plugin.content.errors import (
     StoreThrottledError,
     StoreUnavailableError,
 )
-from agent_plugin.content.retry import RetryPolicy
+from agent_plugin.content.retry import Movement, RetryPolicy
 from agent_plugin.content.s3_errors import DamagedAnswerError
 from agent_plugin.content.store import Cancellation
 
@@ -115,15 +115,65 @@ def test_the_last_error_says_how_long_it_was_tried(time: Time) -> None:
     assert len(time.slept) == 11
 
 
-def test_nothing_is_tried_after_the_deadline(time: Time) -> None:
-    def attempt() -> None:
-        time.now += 50
-        raise StoreThrottledError("slow")
+def lasting(time: Time, seconds: float, error: PropmasterError) -> Callable[[], None]:
+    """Fail each time, after so many seconds."""
 
+    def attempt() -> None:
+        time.now += seconds
+        raise error
+
+    return attempt
+
+
+def test_nothing_is_tried_after_the_deadline(time: Time) -> None:
     begun = time.now
-    with pytest.raises(StoreThrottledError, match="given up after 3 attempts in 150"):
-        policy(time).call(attempt, what="ask")
-    assert time.now - begun == pytest.approx(150.3)
+    with pytest.raises(StoreThrottledError, match="given up after 4 attempts in 200"):
+        policy(time).call(lasting(time, 50, StoreThrottledError("slow")), what="ask")
+    assert time.now - begun == pytest.approx(200.7)
+
+
+@pytest.mark.parametrize("error", [StoreUnavailableError("reset"), BlobCorruptError("bits")])
+def test_the_deadline_begins_with_the_first_failure(time: Time, error: PropmasterError) -> None:
+    """However long something went well before it."""
+    fails = iter([True, False])
+
+    def attempt() -> str:
+        time.now += 1000
+        if next(fails):
+            raise error
+        return "done"
+
+    assert policy(time).call(attempt, what="fetch") == "done"
+
+
+def test_a_store_that_hangs_is_given_up_at_the_deadline(time: Time) -> None:
+    """Two attempts that hang may be outside of it: the first, and one that began just before."""
+    begun = time.now
+    attempt = lasting(time, 15, StoreUnavailableError("timed out"))
+
+    with pytest.raises(StoreUnavailableError, match="given up after 8 attempts"):
+        policy(time, random=1.0).call(attempt, what="ask")
+    assert 120 < time.now - begun < 15 + 120 + 15
+
+
+def test_the_time_in_which_something_moved_puts_the_deadline_off(time: Time) -> None:
+    movement = Movement(silence=20)
+
+    def attempt() -> None:
+        time.now += 300
+        movement.add(300)
+        raise StoreUnavailableError("reset")
+
+    with pytest.raises(StoreUnavailableError, match="given up after 7 attempts"):
+        policy(time).call(attempt, what="fetch", movement=movement)
+    assert movement.seconds == 7 * 280
+
+
+def test_an_attempt_in_which_nothing_may_have_moved_puts_nothing_off() -> None:
+    movement = Movement(silence=20)
+    for lasted in (0.1, 15, 20):
+        movement.add(lasted)
+    assert movement.seconds == 0
 
 
 @pytest.mark.parametrize("damage", [BlobCorruptError("bits"), DamagedAnswerError("range")])
