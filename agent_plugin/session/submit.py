@@ -30,6 +30,8 @@ from agent_plugin.transfer.upload import upload
 
 # How often files that changed while they were uploaded are looked at again.
 ROUNDS = 4
+# Any blob would do: what matters is that the bucket answers, and lets this user ask.
+_ASKED_FOR = Digest.of(b"")
 
 
 class SubmitResult(msgspec.Struct, rename="camel", omit_defaults=True):
@@ -80,6 +82,7 @@ def submit(
     root = Path(os.path.abspath(root))  # noqa: PTH100 - links stay as the user spelled them
     if not root.is_dir():
         raise LocalReadError(f"{root} is not a directory", hint="give the directory to submit")
+    _see_store(context)
     entries, summary = _store_files(root, context)
     properties = ManifestProperties(
         root_path=os.fspath(root),
@@ -101,6 +104,17 @@ def submit(
     summary.seconds = round(time.monotonic() - begun, 3)
     attachments = Attachments(manifests=(properties,), file_system=file_system)
     return _result(attachments, context.store_url), summary
+
+
+def _see_store(context: TransferContext) -> None:
+    """See that the store can be had, before all files are read for it.
+
+    A directory is looked at when it is opened; of a bucket nothing is known until it is asked.
+    """
+    if context.remembers_store:
+        context.ask(lambda store: store.find_missing([_ASKED_FOR]))
+    else:
+        context.ask(lambda _store: None)
 
 
 def _store_files(root: Path, context: TransferContext) -> tuple[list[FileEntry], SubmitSummary]:

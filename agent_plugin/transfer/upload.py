@@ -142,6 +142,8 @@ class _Upload:
         self._remember()
 
     def run(self) -> None:
+        # Here, so that no file is blamed for a store that can not be opened.
+        self._context.ask(lambda _store: None)
         known = self._known()
         outstanding = 0
         for digest in self._files:
@@ -178,7 +180,7 @@ class _Upload:
             store.identity, self._files, self._context.existence_max_age
         )
         sample = random.sample(sorted(known), min(len(known), SAMPLED))
-        if store.find_missing(sample):
+        if self._context.ask(lambda store: store.find_missing(sample)):
             self._context.index.forget_store(store.identity)
             return set()
         return known

@@ -21,8 +21,10 @@ from agent_plugin.content.manifest import FileEntry, Manifest, encode
 from tests.servers.command import Command
 from tests.servers.fault_proxy import FaultProxy
 from tests.servers.faults import Fault
+from tests.servers.hooks import FARM, QUEUE
 from tests.servers.s3_server import S3Server
 from tests.servers.sessions import Sessions
+from tests.servers.trees import write_files
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 PIPE_BYTES = 4096
@@ -134,6 +136,24 @@ def test_a_command_that_asks_a_store_which_hangs_is_stopped(
     store = f"s3://{s3.bucket}/{s3_prefix}"
     with command.popen(*arguments, "--store", store) as process:
         await_that(lambda: any("Data/" in request.key for request in fault_proxy.requests), process)
+
+        stopped_by(number, process)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_submission_that_asks_a_store_which_hangs_is_stopped(
+    s3: S3Server, s3_prefix: str, fault_proxy: FaultProxy, tmp_path: Path, number: signal.Signals
+) -> None:
+    write_files(tmp_path / "tree", {"scene.usd": b"a scene"}, mtime_ns=0)
+    environment = s3.environment_at(fault_proxy.url) | {"AWS_ACCOUNT_ID": "000000000000"}
+    command = Command(tmp_path / "host", environment)
+    words = ("submit", tmp_path / "tree", "--store", f"s3://{s3.bucket}/{s3_prefix}")
+    arguments = (*words, "--farm-id", FARM, "--queue-id", QUEUE)
+    assert command(*arguments).code == 0
+    # What the store is remembered to have is asked for before anything is sent.
+    fault_proxy.inject(Fault.STALL, methods={"HEAD"}, key=Digest.of(b"a scene").hex)
+    with command.popen(*arguments) as process:
+        await_that(lambda: fault_proxy.count("HEAD", Digest.of(b"a scene").hex) > 0, process)
 
         stopped_by(number, process)
 
