@@ -94,7 +94,7 @@ def start(
         _carry_over(before, state)
     state_file.write(state)
     try:
-        manifests = [_manifest_of(root, job, context) for root in roots]
+        manifests = wanted = [_manifest_of(root, job, context) for root in roots]
         if state.was_ready:
             manifests = [
                 _without_outputs(manifest, root)
@@ -116,7 +116,10 @@ def start(
     state.account_id = _account_id(context)
     state_file.write(state)
     result = StartResult(
-        roots=[_root_result(root, done) for root, done in zip(roots, results, strict=True)],
+        roots=[
+            _root_result(root, manifest, done)
+            for root, manifest, done in zip(roots, wanted, results, strict=True)
+        ],
         path_mapping_rules=path_mapping_rules(job, session_dir),
         seconds=round(time.monotonic() - begun, 3),
     )
@@ -179,7 +182,10 @@ def sync_step(
     state.unfinished_steps.remove(step_id)
     state_file.write(state)
     result = StartResult(
-        roots=[_root_result(root, done) for (root, _), done in zip(merged, results, strict=True)],
+        roots=[
+            _root_result(root, manifest, done)
+            for (root, manifest), done in zip(merged, results, strict=True)
+        ],
         path_mapping_rules=[],
         seconds=round(time.monotonic() - begun, 3),
     )
@@ -341,13 +347,14 @@ def _account_id(context: TransferContext) -> str | None:
     return getattr(context.open_store, "account_id", None)
 
 
-def _root_result(root: RootState, done: TransferResult) -> RootResult:
+def _root_result(root: RootState, manifest: Manifest | None, done: TransferResult) -> RootResult:
+    """Return what is in place: all of the manifest, whether it was placed, or kept for a task."""
     return RootResult(
         root_path=root.root_path,
         local_root=root.local_root,
         file_system=root.file_system,
-        files=done.files,
-        bytes=done.bytes,
+        files=len(manifest) if manifest is not None else 0,
+        bytes=manifest.total_bytes if manifest is not None else 0,
         bytes_fetched=done.bytes_fetched,
         bytes_reused=done.bytes_reused,
     )

@@ -25,6 +25,13 @@ def test_what_a_task_left_before_a_second_start_is_its_output_still(sessions: Se
     assert sessions.outputs() == {"renders/beauty.exr": hash_of(b"rendered, and not finished")}
 
 
+def test_a_second_start_counts_what_it_keeps_in_output_directories(sessions: Sessions) -> None:
+    job = sessions.submitted({"a": b"a", "renders/plate.exr": b"a plate"}, "renders", ".")
+    first, second = (sessions.host.start(job, sessions.session_dir).roots[0] for _ in range(2))
+
+    assert (second.files, second.bytes) == (first.files, first.bytes) == (2, 8)
+
+
 def test_an_input_that_a_task_changed_in_an_output_directory_survives_a_second_start(
     sessions: Sessions,
 ) -> None:
