@@ -37,6 +37,10 @@ _SHM_BYTES: Final = 32 * 1024
 log = events.get_logger()
 
 
+class LedgerBusyError(LocalWriteError):
+    """Another process kept the ledger to itself for longer than was waited."""
+
+
 class _UnusableError(sqlite3.DatabaseError):
     """The file can be opened and is no ledger of this version: damaged, another's, or empty."""
 
@@ -78,22 +82,21 @@ class LedgerFile:
         Raises:
             NoSpaceError, LocalWriteError: Instead of any error of SQLite.
         """
-        with self._lock:
-            try:
-                yield self._connection
-            except sqlite3.DatabaseError as error:
-                if _is_damaged(error):
-                    self._give_up(error)
-                raise ledger_error(self._path, error) from error
+        with self._lend(BUSY_TIMEOUT_SECONDS) as connection:
+            yield connection
 
     @contextmanager
-    def write(self) -> Iterator[sqlite3.Connection]:
+    def write(self, *, patience: float = BUSY_TIMEOUT_SECONDS) -> Iterator[sqlite3.Connection]:
         """Lend the connection in a transaction, which an error undoes.
 
+        Args:
+            patience: Seconds to wait for another process that writes.
+
         Raises:
-            NoSpaceError, LocalWriteError: Instead of any error of SQLite.
+            LedgerBusyError: It took longer; nothing was done.
+            NoSpaceError, LocalWriteError: Instead of any other error of SQLite.
         """
-        with self.read() as connection:
+        with self._lend(patience) as connection:
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection
@@ -103,6 +106,17 @@ class LedgerFile:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
                 raise
+
+    @contextmanager
+    def _lend(self, patience: float) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            try:
+                self._connection.execute(f"PRAGMA busy_timeout = {round(patience * 1000)}")
+                yield self._connection
+            except sqlite3.DatabaseError as error:
+                if _is_damaged(error):
+                    self._give_up(error)
+                raise ledger_error(self._path, error) from error
 
     def _open(self) -> sqlite3.Connection:
         with suppress(_UnusableError):
@@ -253,9 +267,8 @@ def ledger_error(path: Path, error: sqlite3.Error) -> PropmasterError:
     # A full disk is an input/output error to who maps the shared-memory file.
     if code == sqlite3.SQLITE_FULL or (code == sqlite3.SQLITE_IOERR and _is_full(path)):
         return NoSpaceError(f"{path}: {error}", hint="free some space in the state directory")
-    return LocalWriteError(
-        f"{path}: {error}", hint="check the state directory's owner, mode and free space"
-    )
+    kind = LedgerBusyError if code == sqlite3.SQLITE_BUSY else LocalWriteError
+    return kind(f"{path}: {error}", hint="check the state directory's owner, mode and free space")
 
 
 def _is_full(path: Path) -> bool:

@@ -20,6 +20,7 @@ from agent_plugin.content.errors import (
     StoreUnavailableError,
     TransferStateError,
 )
+from agent_plugin.content.store import Cancellation
 from agent_plugin.transfer.ledger import (
     LEASE_SECONDS,
     SAMPLE_WINDOW_SECONDS,
@@ -368,12 +369,14 @@ def test_a_process_that_has_lost_its_lease_learns_it_and_changes_nothing(
         row = ours.begin(SPEC, TASKS)
         with sqlite3.connect(path) as other:
             other.execute("UPDATE transfer SET lease_owner = '1:1'")
+            other.execute("UPDATE task SET status = 'executing' WHERE destination = 'one'")
         other.close()
 
         with pytest.raises(TransferStateError, match="transfer 1 was taken over"):
             ours.beat(row.id, 10)
         assert ours.finish(row.id).status is TransferStatus.RUNNING
         assert ours.transfer(row.id).done == 0
+        assert by_destination(ours, row.id)["one"] == ("executing", 0), "the other one moves it"
 
 
 def test_a_reused_process_id_is_another_process(path: Path) -> None:
@@ -548,8 +551,7 @@ def test_a_ledger_whose_maker_was_killed_at_any_statement_is_made_by_the_next(
         assert maker.returncode == -signal.SIGKILL
         killed += 1
 
-    assert killed >= 8, "between any two of the tables, at least"
-    assert maker.returncode == 0
+    assert 8 <= killed < 100, "between any two of the tables, at least"
     assert list(tmp_path.glob("*.unreadable-*")) == []
 
 
@@ -706,6 +708,157 @@ def test_a_hundred_thousand_tasks_are_begun_noted_and_finished(
     record_property("begin_seconds", round(begun - started, 3))
     record_property("note_seconds", round(noted - begun, 3))
     print(f"begin {begun - started:.2f} s, note {noted - begun:.2f} s", file=sys.stderr)
+
+
+SMALL_TRANSFERS = """
+import sys, time
+from pathlib import Path
+from agent_plugin.transfer.ledger import Ledger, TaskSpec, TransferSpec
+with Ledger.open(Path(sys.argv[1])) as ledger:
+    print(flush=True)
+    for number in range(1_000_000):
+        spec = TransferSpec("sync-in", "s3://b/p", "/tmp/small", session=f"small-{number}")
+        row = ledger.begin(spec, [TaskSpec("aa", "one", 1)])
+        ledger.beat(row.id, 1)
+        ledger.finish(row.id)
+        print(time.time(), flush=True)
+"""
+
+
+def test_others_write_while_a_large_transfer_begins(path: Path) -> None:
+    moments: list[float] = []
+
+    def tasks() -> Iterator[TaskSpec]:
+        for at in range(200_000):
+            if at in (20_000, 199_999):
+                moments.append(time.time())
+            yield TaskSpec("aa", f"textures/{at}.tx", 1)
+
+    with Ledger.open(path) as ledger:
+        other = subprocess.Popen(
+            [sys.executable, "-c", SMALL_TRANSFERS, path], stdout=subprocess.PIPE, text=True
+        )
+        assert other.stdout is not None
+        other.stdout.readline()
+        row = ledger.begin(SPEC, tasks())
+        other.kill()
+        finished = [float(moment) for moment in other.communicate()[0].splitlines()]
+
+    assert (row.status, row.size) == (TransferStatus.RUNNING, 200_000)
+    early, late = moments
+    assert sum(early < moment < late for moment in finished) >= 2
+
+
+BEGINNER = """
+import os, signal, sys
+from pathlib import Path
+from agent_plugin.transfer.ledger import Ledger, TaskSpec, TransferSpec
+spec = TransferSpec(kind="sync-in", source="s3://b/p", destination="/tmp/root", session="s1",
+                    job="job-1")
+
+def tasks():
+    for at in range(25_000):
+        yield TaskSpec("aa", str(at), 1)
+    print("most are there", flush=True)
+    sys.stdin.readline()
+
+Ledger.open(Path(sys.argv[1])).begin(spec, tasks())
+"""
+
+
+@pytest.fixture
+def beginner(path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process, in the middle of a begin."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", BEGINNER, path],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "most are there\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_transfer_that_is_being_expanded_is_init_and_nobody_elses(
+    path: Path, beginner: subprocess.Popen[str]
+) -> None:
+    with Ledger.open(path) as ledger:
+        [row] = ledger.transfers()
+        assert (row.status, row.size, row.done) == (TransferStatus.INIT, -1, 0)
+        with pytest.raises(TransferStateError, match=f"process {beginner.pid} is running"):
+            ledger.begin(SPEC, TASKS)
+
+
+def test_a_begin_that_was_killed_is_taken_up_by_the_next(
+    path: Path, beginner: subprocess.Popen[str]
+) -> None:
+    beginner.kill()
+    beginner.wait()
+
+    with Ledger.open(path) as ledger:
+        assert len(ledger.tasks(1)) == 20_000
+        row = ledger.begin(SPEC, [TaskSpec("aa", str(at), 1) for at in range(5_000, 30_000)])
+
+        assert (row.id, row.status, row.size) == (1, TransferStatus.RUNNING, 25_000)
+        states = [str(task.status) for task in ledger.tasks(1)]
+    assert (states.count("queued"), states.count("excluded")) == (25_000, 5_000)
+
+
+def test_a_begin_stops_when_that_is_wished_and_goes_on_later(ledger: Ledger) -> None:
+    cancellation = Cancellation()
+
+    def tasks() -> Iterator[TaskSpec]:
+        for at in range(1_000_000):
+            if at == 15_000:
+                cancellation.cancel()
+            yield TaskSpec("aa", str(at), 1)
+
+    with pytest.raises(CancelledError):
+        ledger.begin(SPEC, tasks(), cancellation)
+    assert len(ledger.tasks(1)) == 10_000
+    again = ledger.begin(SPEC, [TaskSpec("aa", str(at), 1) for at in range(12_000)])
+    assert (again.id, again.status, again.size) == (1, TransferStatus.RUNNING, 12_000)
+
+
+def test_a_busy_ledger_delays_no_beat_and_gets_all_of_them_later(
+    ledger: Ledger, path: Path, clock: Clock
+) -> None:
+    row = ledger.begin(SPEC, TASKS)
+    one = ids(ledger, row.id)["one"]
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    started = time.monotonic()
+    for _ in range(3):
+        clock.now += 15
+        ledger.note(one, TaskStatus.DONE)
+        assert ledger.beat(row.id, 10) is TransferStatus.RUNNING
+    seconds = time.monotonic() - started
+    other.execute("ROLLBACK")
+    other.close()
+
+    assert seconds < 2, "whoever beats has other things to do"
+    assert ledger.transfer(row.id).done == 0
+    ledger.beat(row.id, 1)
+    assert ledger.transfer(row.id).done == 31
+    assert by_destination(ledger, row.id)["one"] == ("done", 0)
+
+
+def test_a_ledger_that_stays_busy_until_the_lease_runs_out_is_an_error(
+    ledger: Ledger, path: Path, clock: Clock
+) -> None:
+    row = ledger.begin(SPEC, TASKS)
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    clock.now += LEASE_SECONDS - 15
+    ledger.beat(row.id, 1)
+    clock.now += 6
+
+    with pytest.raises(LocalWriteError, match="database is locked"):
+        ledger.beat(row.id, 1)
+    other.close()
 
 
 WRITER = """
