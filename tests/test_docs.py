@@ -22,11 +22,10 @@ from agent_plugin.cli.demo_screen import DemoResult
 from agent_plugin.cli.main import COMMANDS, propmaster
 from agent_plugin.content import errors, events
 from agent_plugin.session.end import EndResult
-from agent_plugin.session.finish_task import FinishResult
 from agent_plugin.session.job import JobDocument
 from agent_plugin.session.outputs import OutputsResult
 from agent_plugin.session.start import StartResult
-from agent_plugin.session.state import SessionState
+from agent_plugin.session.state import FinishResult, SessionState
 from agent_plugin.session.submit import SubmitResult
 from agent_plugin.settings import Settings, load
 

@@ -4,7 +4,9 @@ The output directories are walked once and compared with the baseline of the sta
 the file system says is untouched (size, times, inode) is not read; the rest is hashed, and content
 decides: a file that was only touched, or rewritten with what it held, is no output. What this very
 task had left behind when it ran before is one again, even if it came out the same: readers take
-only a task's last manifest. All blobs of all roots are stored before the first manifest is, since a
+only a task's last manifest. Of a chunk of tasks that is so for the same session action, whose key a
+second manifest would have. An action that is run again because its answer was lost gets the answer
+that the state keeps. All blobs of all roots are stored before the first manifest is, since a
 manifest is what readers go by.
 """
 
@@ -15,8 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-import msgspec
-
 from agent_plugin.content import events
 from agent_plugin.content.digest import Digest
 from agent_plugin.content.errors import FileChangedError, SessionStateError
@@ -26,7 +26,15 @@ from agent_plugin.content.snapshot import FoundFile, hash_files, walk
 from agent_plugin.content.store import Store
 from agent_plugin.session.inputs import refuse_link
 from agent_plugin.session.roots import is_below, output_manifest_key, output_metadata
-from agent_plugin.session.state import BaselineFile, RootState, SessionState, StateFile
+from agent_plugin.session.state import (
+    AnsweredAction,
+    BaselineFile,
+    FinishResult,
+    OutputManifestResult,
+    RootState,
+    SessionState,
+    StateFile,
+)
 from agent_plugin.transfer.context import TransferContext
 from agent_plugin.transfer.ledger import TransferSpec
 from agent_plugin.transfer.upload import upload
@@ -35,31 +43,6 @@ log = events.get_logger()
 
 # How often files that changed while they were uploaded are looked at again.
 ROUNDS: Final = 4
-
-
-class OutputManifestResult(msgspec.Struct, rename="camel", omit_defaults=True):
-    """Where a root's output manifest is; both empty, and so left out, when it has no outputs."""
-
-    output_manifest_path: str = ""
-    output_manifest_hash: str = ""
-
-
-class FinishResult(msgspec.Struct, rename="camel"):
-    """What finish-task did; printed by `session finish-task --json`.
-
-    Attributes:
-        manifests: Parallel to the job's list of manifests.
-        files: Files in all output manifests.
-        bytes_uploaded, bytes_reused: Of their distinct content, what the store lacked and had.
-        deleted: Paths of the output directories, below their local roots, that are gone.
-    """
-
-    manifests: list[OutputManifestResult]
-    files: int
-    bytes_uploaded: int
-    bytes_reused: int
-    deleted: list[str]
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +59,11 @@ class TaskAction:
     session_action_id: str
     started_at: float
 
+    @property
+    def owner(self) -> str:
+        """What the files that it leaves are known by: the task, or for a chunk the action."""
+        return self.task_id or self.session_action_id
+
 
 @dataclass(slots=True)
 class _Changes:
@@ -85,6 +73,10 @@ class _Changes:
     changed: dict[str, FileEntry] = field(default_factory=dict)
     baseline: dict[str, BaselineFile] = field(default_factory=dict)
     deleted: list[str] = field(default_factory=list)
+
+    def differ(self) -> bool:
+        """Whether anything is not as the state has it."""
+        return self.baseline != self.root.baseline
 
 
 def finish_task(
@@ -116,17 +108,10 @@ def finish_task(
             f"the sync of {', '.join(state.unfinished_steps)} did not finish",
             hint="run `propmaster session sync-step` for it again; it goes on where it stopped",
         )
-    manifests = [OutputManifestResult() for _ in state.job.attachments.manifests]
-    result = FinishResult(manifests, 0, 0, 0, [], 0.0)
-    if not failed or upload_failed:
-        changes = _store_changes(state, action, context, result)
-        _store_manifests(state, changes, action, context, result)
-        result.deleted = [path for change in changes for path in change.deleted]
-        if any(change.baseline != change.root.baseline for change in changes):
-            for change in changes:
-                change.root.baseline = change.baseline
-            state.account_id = getattr(context.open_store, "account_id", None)
-            state_file.write(state)
+    if failed and not upload_failed:
+        result = _empty_result(state)
+    else:
+        result = _store_outputs(state, action, context, state_file)
     result.seconds = round(time.monotonic() - begun, 3)
     log.info(
         events.TASK_FINISHED,
@@ -144,39 +129,70 @@ def finish_task(
     return result
 
 
+def _empty_result(state: SessionState) -> FinishResult:
+    manifests = [OutputManifestResult() for _ in state.job.attachments.manifests]
+    return FinishResult(manifests, 0, 0, 0, [], 0.0)
+
+
+def _store_outputs(
+    state: SessionState, action: TaskAction, context: TransferContext, state_file: StateFile
+) -> FinishResult:
+    """Store what became of all roots, and note it; what was stored and noted is told again."""
+    roots = [root for root in state.roots if root.output_directories]
+    for root in roots:
+        refuse_link(Path(root.local_root), Path(state.session_dir))
+    found = [_find_changes(root, action.owner, context) for root in roots]
+    if not any(changes.differ() for changes in found) and (answer := _answer_before(state, action)):
+        return answer
+    result = _empty_result(state)
+    found = [_store_changes(changes, state, action, context, result) for changes in found]
+    _store_manifests(state, found, action, context, result)
+    result.deleted = [path for changes in found for path in changes.deleted]
+    if result.files or any(changes.differ() for changes in found):
+        for changes in found:
+            changes.root.baseline = changes.baseline
+        state.answered = AnsweredAction(
+            action.step_id, action.task_id, action.session_action_id, result
+        )
+        state.account_id = getattr(context.open_store, "account_id", None)
+        state_file.write(state)
+    return result
+
+
+def _answer_before(state: SessionState, action: TaskAction) -> FinishResult | None:
+    """Return what this very action was answered before, if it was the last that stored anything."""
+    answered = state.answered
+    if answered is None or (
+        answered.step_id,
+        answered.task_id,
+        answered.session_action_id,
+    ) != (action.step_id, action.task_id, action.session_action_id):
+        return None
+    return answered.result
+
+
 def _store_changes(
-    state: SessionState, action: TaskAction, context: TransferContext, result: FinishResult
-) -> list[_Changes]:
-    """Find and store the changed content of every root."""
-    return [
-        _store_changes_of(root, state, action, context, result)
-        for root in state.roots
-        if root.output_directories
-    ]
-
-
-def _store_changes_of(
-    root: RootState,
+    changes: _Changes,
     state: SessionState,
     action: TaskAction,
     context: TransferContext,
     result: FinishResult,
 ) -> _Changes:
+    """Store the changed content of a root; return its changes as they were stored."""
     restless: list[str] = []
-    refuse_link(Path(root.local_root), Path(state.session_dir))
     for _ in range(ROUNDS):
-        changes = _find_changes(root, action.task_id or "", context)
         restless = _upload(changes, state, action, context, result)
         if not restless:
             return changes
+        changes = _find_changes(changes.root, action.owner, context)
     raise FileChangedError(
-        f"{restless[0]} in {root.local_root} kept changing while it was uploaded"
+        f"{restless[0]} in {changes.root.local_root} kept changing while it was uploaded"
         f" ({len(restless)} such files)",
         hint="the task must have ended, and closed its files, before finish-task",
     )
 
 
-def _find_changes(root: RootState, task: str, context: TransferContext) -> _Changes:
+def _find_changes(root: RootState, owner: str, context: TransferContext) -> _Changes:
     changes = _Changes(root)
     suspects: list[FoundFile] = []
     local_root = Path(root.local_root)
@@ -187,24 +203,24 @@ def _find_changes(root: RootState, task: str, context: TransferContext) -> _Chan
             suspects.append(found)
             continue
         changes.baseline[found.path] = known
-        if task and known.task == task:
+        if known.owner == owner:
             changes.changed[found.path] = FileEntry(known.hash, known.mtime, found.path, known.size)
     if suspects:
         with Root(local_root) as opened:
             for found, digest in hash_files(
                 opened, suspects, context.index, cancellation=cancellation
             ):
-                _compare(changes, found, digest, task)
+                _compare(changes, found, digest, owner)
     # Also what was found and had vanished when it was to be read.
     changes.deleted = sorted(root.baseline.keys() - changes.baseline.keys())
     return changes
 
 
-def _compare(changes: _Changes, found: FoundFile, digest: Digest, task: str) -> None:
+def _compare(changes: _Changes, found: FoundFile, digest: Digest, owner: str) -> None:
     """Note what became of one file that is not as it was."""
     known = changes.root.baseline.get(found.path)
     same = known is not None and (known.hash, known.size) == (digest.hex, digest.size)
-    own = known is not None and bool(task) and known.task == task
+    own = known is not None and known.owner == owner
     if not same or own:
         changes.changed[found.path] = FileEntry(
             hash=digest.hex, mtime=found.mtime_us, path=found.path, size=digest.size
@@ -216,7 +232,7 @@ def _compare(changes: _Changes, found: FoundFile, digest: Digest, task: str) -> 
         mtime_ns=found.mtime_ns,
         ctime_ns=found.ctime_ns,
         inode=found.inode,
-        task=known.task if same and known else task,
+        owner=known.owner if same and known else owner,
     )
 
 

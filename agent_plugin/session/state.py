@@ -33,7 +33,8 @@ class BaselineFile(msgspec.Struct, frozen=True, gc=False, array_like=True):
         mtime: Microseconds since the epoch, as its manifest has it.
         mtime_ns, ctime_ns, inode: As the file system has it; all equal means untouched. All -1 for
             a file whose content must be looked at, whatever the file system says.
-        task: The task of this session that left it behind; empty for what was there before.
+        owner: The task of this session that left it behind, or the session action of a chunk of
+            tasks; empty for what was there before.
     """
 
     hash: str
@@ -42,7 +43,7 @@ class BaselineFile(msgspec.Struct, frozen=True, gc=False, array_like=True):
     mtime_ns: int
     ctime_ns: int
     inode: int
-    task: str = ""
+    owner: str = ""
 
 
 class RootState(msgspec.Struct, rename="camel"):
@@ -63,6 +64,40 @@ class RootState(msgspec.Struct, rename="camel"):
     baseline: dict[str, BaselineFile] = {}
 
 
+class OutputManifestResult(msgspec.Struct, rename="camel", omit_defaults=True):
+    """Where a root's output manifest is; both empty, and so left out, when it has no outputs."""
+
+    output_manifest_path: str = ""
+    output_manifest_hash: str = ""
+
+
+class FinishResult(msgspec.Struct, rename="camel"):
+    """What finish-task did; printed by `session finish-task --json`.
+
+    Attributes:
+        manifests: Parallel to the job's list of manifests.
+        files: Files in all output manifests.
+        bytes_uploaded, bytes_reused: Of their distinct content, what the store lacked and had.
+        deleted: Paths of the output directories, below their local roots, that are gone.
+    """
+
+    manifests: list[OutputManifestResult]
+    files: int
+    bytes_uploaded: int
+    bytes_reused: int
+    deleted: list[str]
+    seconds: float
+
+
+class AnsweredAction(msgspec.Struct, rename="camel"):
+    """What finish-task answered a session action; `seconds` is left open."""
+
+    step_id: str
+    task_id: str | None
+    session_action_id: str
+    result: FinishResult
+
+
 class SessionState(msgspec.Struct, rename="camel"):
     """A session between two hooks.
 
@@ -71,6 +106,7 @@ class SessionState(msgspec.Struct, rename="camel"):
         account_id: Of the bucket's owner; empty: not to be had; None: not asked yet.
         was_ready: The session had started once when it was started again: tasks may have run.
         unfinished_steps: The steps whose sync has begun and not finished.
+        answered: The last action that stored anything, for whom the answer did not reach.
     """
 
     version: int
@@ -82,6 +118,7 @@ class SessionState(msgspec.Struct, rename="camel"):
     account_id: str | None = None
     was_ready: bool = False
     unfinished_steps: list[str] = []
+    answered: AnsweredAction | None = None
 
 
 def session_id(session_dir: Path) -> str:

@@ -12,8 +12,8 @@ from agent_plugin.content.errors import (
     SessionStateError,
     UnsafePathError,
 )
-from agent_plugin.session.finish_task import FinishResult
 from agent_plugin.session.job import JobDocument
+from agent_plugin.session.state import FinishResult
 from tests.servers.hooks import Host, action, job_of, step, task
 from tests.servers.trees import files_below, write_files
 

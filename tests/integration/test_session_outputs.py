@@ -4,8 +4,10 @@ Most tests use a store in a directory, since what they are about is this host; `
 on S3 as well.
 """
 
+import dataclasses
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -336,3 +338,77 @@ def test_a_chunk_of_tasks_has_its_manifest_below_the_step(any_sessions: Sessions
         found.output_manifest_path
     )
     assert s.outputs() == {"renders/0.exr": hash_of(b"chunk")}
+
+
+# ------------------------------------------------------------ an answer that was lost
+
+
+@pytest.mark.parametrize("task_number", [0, None], ids=["task", "chunk"])
+def test_an_action_that_is_finished_again_gets_the_same_answer(
+    any_sessions: Sessions, task_number: int | None
+) -> None:
+    s = any_sessions
+    root = s.started(s.submitted())
+    (root / "renders/0.exr").write_bytes(b"zero")
+    (root / "renders/reference.exr").unlink()
+    run = action(1, task_number, started_at=1_700_000_000.0)
+    first = s.host.finish_task(s.session_dir, run)
+    assert (first.files, first.bytes_uploaded, first.deleted) == (1, 4, ["renders/reference.exr"])
+    transfers = len(s.host.transfers())
+
+    # As from a command line without --started-at.
+    again = s.host.finish_task(s.session_dir, dataclasses.replace(run, started_at=time.time()))
+
+    assert msgspec.structs.replace(again, seconds=first.seconds) == first
+    assert len(s.host.transfers()) == transfers, "nothing is stored again"
+    failed = s.host.finish_task(s.session_dir, run, failed=True)
+    assert (failed.files, failed.deleted) == (0, [])
+
+
+def test_an_answer_survives_a_second_start(sessions: Sessions) -> None:
+    job = sessions.submitted()
+    root = sessions.started(job)
+    (root / "renders/0.exr").write_bytes(b"zero")
+    run = action(1, 0)
+    first = sessions.host.finish_task(sessions.session_dir, run)
+    sessions.started(job)
+
+    again = sessions.host.finish_task(sessions.session_dir, run)
+
+    assert msgspec.structs.replace(again, seconds=first.seconds) == first
+    assert again.bytes_uploaded == 4, "not what a second upload would have said"
+
+
+@pytest.mark.parametrize("task_number", [0, None], ids=["task", "chunk"])
+def test_an_action_that_is_finished_again_after_a_change_has_all_that_it_left(
+    sessions: Sessions, task_number: int | None
+) -> None:
+    """Both manifests have one key, so the second one must have what the first one had."""
+    root = sessions.started(sessions.submitted())
+    for name in ("0.exr", "1.exr", "2.exr"):
+        (root / "renders" / name).write_bytes(name.encode())
+    run = action(1, task_number, started_at=1_700_000_000.0)
+    sessions.host.finish_task(sessions.session_dir, run)
+    (root / "renders/1.exr").write_bytes(b"1 is written late")
+    (root / "renders/2.exr").touch()
+
+    again = sessions.host.finish_task(sessions.session_dir, run)
+
+    assert paths_of(sessions.host, again) == [["renders/0.exr", "renders/1.exr", "renders/2.exr"]]
+    assert sessions.outputs()["renders/1.exr"] == hash_of(b"1 is written late")
+    assert len(sessions.outputs()) == 3
+
+
+def test_another_chunk_does_not_have_what_one_before_it_left(sessions: Sessions) -> None:
+    root = sessions.started(sessions.submitted())
+    (root / "renders/0.exr").write_bytes(b"zero")
+    first = action(1, None)
+    sessions.host.finish_task(sessions.session_dir, first)
+    (root / "renders/1.exr").write_bytes(b"one")
+
+    second = sessions.host.finish_task(sessions.session_dir, action(1, None))
+
+    assert paths_of(sessions.host, second) == [["renders/1.exr"]]
+    # The state has room for one answer, but whose a file is stays known.
+    again = sessions.host.finish_task(sessions.session_dir, first)
+    assert paths_of(sessions.host, again) == [["renders/0.exr"]]

@@ -19,7 +19,8 @@ from agent_plugin.content import events
 from agent_plugin.content.digest import hash_fd
 from agent_plugin.content.errors import CancelledError, PropmasterError
 from agent_plugin.content.store import Cancellation
-from agent_plugin.session.finish_task import FinishResult, TaskAction
+from agent_plugin.session.finish_task import TaskAction
+from agent_plugin.session.state import FinishResult
 from agent_plugin.transfer.states import TransferStatus
 from tests.servers.fault_proxy import FaultProxy
 from tests.servers.faults import Fault

@@ -19,11 +19,11 @@ import msgspec
 from agent_plugin.content.store import Cancellation
 from agent_plugin.services import open_records, open_services, state_directory
 from agent_plugin.session.end import EndResult, end
-from agent_plugin.session.finish_task import FinishResult, TaskAction, finish_task
+from agent_plugin.session.finish_task import TaskAction, finish_task
 from agent_plugin.session.job import JobDocument
 from agent_plugin.session.outputs import OutputsResult, get_outputs, list_outputs
 from agent_plugin.session.start import StartResult, start, sync_step
-from agent_plugin.session.state import SessionState, StateFile, locked_state
+from agent_plugin.session.state import FinishResult, SessionState, StateFile, locked_state
 from agent_plugin.session.submit import SubmitResult, SubmitSummary, submit
 from agent_plugin.settings import Settings, load
 from agent_plugin.transfer.context import TransferContext

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from agent_plugin.content.digest import Digest
 from agent_plugin.content.manifest import Manifest, decode
-from agent_plugin.session.finish_task import FinishResult
 from agent_plugin.session.job import JobDocument
+from agent_plugin.session.state import FinishResult
 from tests.servers.hooks import Host, action, job_of
 from tests.servers.trees import write_files
 
