@@ -30,6 +30,7 @@ from agent_plugin.cli.options import escaped, print_json
 from agent_plugin.content import events
 from agent_plugin.content.errors import (
     BlobCorruptError,
+    JobInvalidError,
     NoSpaceError,
     PropmasterError,
     local_write_error,
@@ -123,6 +124,7 @@ class _Demo:
         """Run all of it, and return what was found.
 
         Raises:
+            JobInvalidError: The directory has no files.
             PropmasterError: A command failed; what it said is on standard error.
             BlobCorruptError: A file did not arrive as it was.
         """
@@ -141,6 +143,12 @@ class _Demo:
 
     def _measure(self, root: Path) -> None:
         sizes = [found.size for found in walk(root)]
+        if not sizes:
+            raise JobInvalidError(
+                f"{root} has no files that could be submitted",
+                hint="give a directory with some to --input; links that lead out of it count as"
+                " none",
+            )
         self._result.input = os.fspath(root)
         self._result.files, self._result.bytes = len(sizes), sum(sizes)
         free = shutil.disk_usage(self._directory).free

@@ -106,6 +106,21 @@ def test_what_is_kept_is_private_and_can_be_looked_at(tree: Path, temporary: Pat
     assert f"{directory}/cache" in sourced.stdout
 
 
+@pytest.mark.parametrize("link", [None, "/etc/hostname"])
+def test_a_directory_without_files_is_refused(
+    tmp_path: Path, temporary: Path, link: str | None
+) -> None:
+    empty = tmp_path / "empty"
+    (empty / "directory").mkdir(parents=True)
+    if link:
+        (empty / "leak").symlink_to(link)
+    done = _demo(empty, temporary)
+
+    assert done.code == 66
+    assert f"error[job-invalid]: {empty} has no files that could be submitted" in done.stderr
+    assert list(temporary.iterdir()) == []
+
+
 @contextmanager
 def _running(tree: Path, temporary: Path) -> Iterator[subprocess.Popen[bytes]]:
     process = subprocess.Popen(
