@@ -1,6 +1,7 @@
 """When a request is sent again, and when we give up."""
 
 import itertools
+import math
 import random
 import time
 from collections.abc import Callable
@@ -41,6 +42,8 @@ class RetryPolicy:
         damaged_cap_seconds: The longest wait after one: it is no sign of an overload.
         connect_timeout: Seconds for a connection to be made.
         read_timeout: Seconds without a byte from the store.
+        least_bytes_per_second: What is slower than this, on the average, is not waited for. On a
+            line of 20 Mbit/s each of 64 requests has 38 KiB/s.
         random: Evenly distributed in [0, 1).
         clock: Seconds, monotonic.
         sleep: Used where no cancellation is given.
@@ -56,6 +59,7 @@ class RetryPolicy:
     damaged_cap_seconds: float = 1.0
     connect_timeout: float = 5.0
     read_timeout: float = 15.0
+    least_bytes_per_second: float = 16 * 1024
     random: Callable[[], float] = random.random
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
@@ -116,6 +120,10 @@ class RetryPolicy:
                 cancellation.sleep(wait)
         raise AssertionError("unreachable: the loop has no end of its own")
 
+    def longest(self, length: int) -> float:
+        """Return the seconds that a request for so many bytes may last, whatever moves."""
+        return self.read_timeout + length / self.least_bytes_per_second
+
     def wait_after(self, attempt: int) -> float:
         """Return the seconds to wait after the attempt of that number (from 1), jittered."""
         # 2**30 is past every cap; without a bound the power would overflow a float.
@@ -129,19 +137,22 @@ class Movement:
 
     Large requests on a slow line take minutes. If those counted, a second passing fault would be
     taken for a lasting one. What hangs must count, so an attempt counts for as long as one can last
-    in which nothing moves.
+    in which nothing moves; and one that was ended for being too slow counts whole.
 
     Attributes:
         silence: Seconds after which an attempt ends by itself in which nothing moves.
+        too_slow: Seconds after which an attempt ends by itself although something moves.
         seconds: So far, of all attempts.
     """
 
     silence: float
+    too_slow: float = math.inf
     seconds: float = 0.0
 
     def add(self, lasted: float) -> None:
         """Take an attempt into account that lasted so many seconds."""
-        self.seconds += max(0.0, lasted - self.silence)
+        if lasted < self.too_slow:
+            self.seconds += max(0.0, lasted - self.silence)
 
 
 def _log_retry(error: PropmasterError, what: str, attempt: int, wait: float) -> None:

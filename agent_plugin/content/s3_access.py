@@ -39,8 +39,6 @@ CONTENT_TYPE: Final = "binary/octet-stream"
 UPLOAD_BYTES_PER_SECOND: Final = 128 * 1024
 UPLOAD_PATIENCE_SECONDS: Final = WHOLE_BLOB_BYTES / UPLOAD_BYTES_PER_SECOND
 QUICK_BODY_BYTES: Final = 256 * 1024
-# Far beyond every transfer; stalls are found by read_timeout.
-_TOTAL_TIMEOUT: Final = timedelta(hours=6)
 # S3 closes connections that were idle for about 20 s; a request sent just then is lost.
 _IDLE_TIMEOUT: Final = timedelta(seconds=15)
 
@@ -75,15 +73,22 @@ class Clients:
 
     Attributes:
         generation: Counts the renewals.
-        reader: For reading and for bodies up to QUICK_BODY_BYTES. Keys are below the prefix.
+        reader: For reading up to WHOLE_BLOB_BYTES, and for bodies up to QUICK_BODY_BYTES. Keys are
+            below the prefix.
+        patient: Makes one for reading so many bytes at once; keys as for the reader. It costs 8 ms.
         writer: For larger bodies; keys as for the reader. Making it costs 8 ms.
         boto: Keys are whole. Making it costs 300 ms.
     """
 
     generation: int
     reader: obstore.store.S3Store
+    patient: Callable[[int], obstore.store.S3Store]
     writer: Lazily[obstore.store.S3Store]
     boto: "Lazily[S3Client]"
+
+    def reader_of(self, length: int) -> obstore.store.S3Store:
+        """Return what so many bytes are read with: a client has one time limit for all requests."""
+        return self.reader if length <= WHOLE_BLOB_BYTES else self.patient(length)
 
 
 class Access:
@@ -161,13 +166,16 @@ class Access:
         return Clients(
             generation,
             reader=self._obstore(read_timeout, credentials),
+            patient=lambda length: self._obstore(read_timeout, credentials, length),
             writer=Lazily(
                 lambda: self._obstore(read_timeout + UPLOAD_PATIENCE_SECONDS, credentials)
             ),
             boto=Lazily(lambda: self._boto(credentials)),
         )
 
-    def _obstore(self, read_timeout: float, credentials: "Credentials") -> obstore.store.S3Store:
+    def _obstore(
+        self, read_timeout: float, credentials: "Credentials", most_bytes: int = WHOLE_BLOB_BYTES
+    ) -> obstore.store.S3Store:
         options: ClientConfig = {
             "allow_http": self.location.bucket_url.startswith("http://"),
             "connect_timeout": timedelta(seconds=self._policy.connect_timeout),
@@ -178,7 +186,8 @@ class Access:
             "http1_only": True,
             "pool_idle_timeout": _IDLE_TIMEOUT,
             "read_timeout": timedelta(seconds=read_timeout),
-            "timeout": _TOTAL_TIMEOUT,
+            # Of a whole request: read_timeout alone lets a store that drips go on for hours.
+            "timeout": timedelta(seconds=self._policy.longest(most_bytes)),
             "user_agent": f"propmaster/{__version__}",
         }
         if bundle := self._environment.get("AWS_CA_BUNDLE"):

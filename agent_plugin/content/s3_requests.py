@@ -26,7 +26,7 @@ from agent_plugin.content.s3_errors import (
     UnsupportedByStoreError,
     error_of_obstore,
 )
-from agent_plugin.content.store import Cancellation
+from agent_plugin.content.store import WHOLE_BLOB_BYTES, Cancellation
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
@@ -87,7 +87,10 @@ class Requests:
             StoreError: Whatever s3_errors.py makes of the last answer.
             CancelledError: Cancellation was wished.
         """
-        movement = Movement(self.access.silence() if silence is None else silence)
+        movement = Movement(
+            self.access.silence() if silence is None else silence,
+            too_slow=self.policy.longest(WHOLE_BLOB_BYTES),
+        )
         return (policy or self.policy).call(
             lambda: self._ask(ask, what, cancellation, movement),
             what=what,

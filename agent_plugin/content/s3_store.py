@@ -224,12 +224,8 @@ class S3Store:
         place = layout.document_key(key)
 
         def ask(clients: Clients) -> Document:
-            answer = obstore.get(clients.reader, place)
+            answer = self._open_document(clients, place, max_bytes)
             meta = answer.meta
-            if meta["size"] > max_bytes:
-                raise ManifestInvalidError(
-                    f"{self._requests.place(place)} has {meta['size']} bytes, more than {max_bytes}"
-                )
             refuse_coded(answer.attributes, self._requests.place(place))
             data = bytes(answer.bytes())
             info = DocumentInfo(key, len(data), meta["last_modified"].timestamp())
@@ -286,12 +282,23 @@ class S3Store:
         # S3 lists in this order, other servers by directories.
         yield from sorted(found, key=lambda info: info.key)
 
+    def _open_document(self, clients: Clients, place: str, max_bytes: int) -> "obstore.GetResult":
+        answer = obstore.get(clients.reader, place)
+        if WHOLE_BLOB_BYTES < answer.meta["size"] <= max_bytes:
+            # Only now it is known for how many bytes there has to be time.
+            answer = obstore.get(clients.reader_of(answer.meta["size"]), place)
+        if (size := answer.meta["size"]) > max_bytes:
+            raise ManifestInvalidError(
+                f"{self._requests.place(place)} has {size} bytes, more than {max_bytes}"
+            )
+        return answer
+
     def _get(self, digest: Digest, cancellation: Cancellation | None) -> bytes:
         return _of_either_key(digest, lambda key: self._get_at(key, digest, cancellation))
 
     def _get_at(self, key: str, digest: Digest, cancellation: Cancellation | None) -> bytes:
         def ask(clients: Clients) -> bytes:
-            data = bytes(obstore.get(clients.reader, key).bytes())
+            data = bytes(obstore.get(clients.reader_of(digest.size), key).bytes())
             if len(data) != digest.size:
                 raise BlobCorruptError(f"{digest} is stored as {len(data)} bytes")
             if (actual := xxhash.xxh3_128_hexdigest(data)) != digest.hex:
@@ -319,7 +326,8 @@ class S3Store:
         self, key: str, digest: Digest, offset: int, length: int, stop: Cancellation | None
     ) -> parts.Part:
         def ask(clients: Clients) -> parts.Part:
-            answer = obstore.get(clients.reader, key, options={"range": (offset, offset + length)})
+            reader = clients.reader_of(length)
+            answer = obstore.get(reader, key, options={"range": (offset, offset + length)})
             meta = answer.meta
             if meta["size"] != digest.size:
                 return parts.Part(b"", "", meta["size"])

@@ -42,6 +42,7 @@ from tests.servers.s3_server import S3Server
 QUICK = RetryPolicy(initial_seconds=0.01, cap_seconds=0.1, read_timeout=2.0, deadline_seconds=10.0)
 SMALL = b"a small blob, but not so small that half of it is nothing"
 SMALL_DIGEST = Digest.of(SMALL)
+MIB = 1024 * 1024
 READS = frozenset({"GET", "HEAD"})
 WRITES = frozenset({"PUT", "POST"})
 
@@ -620,3 +621,59 @@ def test_slow_uploads_are_given_more_time_than_slow_answers(
     fault_proxy.inject(Fault.STALL, methods={"PUT"}, seconds=2, times=1)
 
     assert store.put(Digest.of(data), data) is True
+
+
+def waiting_for_a_fast_line(s3: S3Server, prefix: str, proxy: FaultProxy) -> Store:
+    """Return a store that gives 8 MiB 2 s, and what is larger a further second for each 8 MiB."""
+    return build_store(
+        f"s3://{s3.bucket}/{prefix}",
+        environment=s3.environment_at(proxy.url),
+        policy=RetryPolicy(
+            read_timeout=1.0,
+            least_bytes_per_second=8 * MIB,
+            initial_seconds=0.01,
+            deadline_seconds=1.0,
+        ),
+        account_id="",
+    )
+
+
+@pytest.mark.parametrize("size", [100_000, PART_BYTES + 100_000], ids=["whole", "in parts"])
+def test_a_store_that_drips_is_given_up_after_twice_the_time_that_a_request_has(
+    fault_proxy: FaultProxy,
+    s3: S3Server,
+    s3_prefix: str,
+    behind: Callable[[str, bytes], None],
+    size: int,
+) -> None:
+    """At 1 KiB/s, though a byte comes within each read timeout; a second try may be luckier."""
+    data = random.Random(size).randbytes(size)
+    digest = Digest.of(data)
+    behind(layout.blob_key(digest), data)
+    store = waiting_for_a_fast_line(s3, s3_prefix, fault_proxy)
+    fault_proxy.inject(Fault.DRIP)
+    begun = time.monotonic()
+
+    with pytest.raises(StoreUnavailableError, match=r"timed out.*given up after 2 attempts"):
+        fetched(store, digest)
+    assert 2 * 2.0 <= time.monotonic() - begun < 2 * 2.0 + 2
+    fault_proxy.clear()
+    fault_proxy.inject(Fault.DRIP, times=1)
+    assert fetched(store, digest) == data
+
+
+def test_a_manifest_has_time_by_its_size(
+    fault_proxy: FaultProxy, s3: S3Server, s3_prefix: str, behind: Callable[[str, bytes], None]
+) -> None:
+    """4 s at 10 MiB/s, where 8 MiB have 2 s and 40 MiB have 6 s; one that drips has an end too."""
+    data = random.Random(40).randbytes(40 * MIB)
+    behind("Manifests/large", data)
+    store = waiting_for_a_fast_line(s3, s3_prefix, fault_proxy)
+    rule = fault_proxy.inject(Fault.DRIP, bytes_per_second=10 * MIB)
+
+    assert store.get_document("large", max_bytes=len(data)).data == data
+
+    behind("Manifests/small", data[:100_000])
+    rule.bytes_per_second = 1024
+    with pytest.raises(StoreUnavailableError, match="given up after 2 attempts"):
+        store.get_document("small", max_bytes=len(data))

@@ -176,6 +176,24 @@ def test_an_attempt_in_which_nothing_may_have_moved_puts_nothing_off() -> None:
     assert movement.seconds == 0
 
 
+def test_an_attempt_that_was_ended_for_being_too_slow_puts_nothing_off(time: Time) -> None:
+    """So that a store which drips is given up with the second one."""
+    movement = Movement(silence=20, too_slow=527)
+
+    def attempt() -> None:
+        time.now += 527
+        movement.add(527)
+        raise StoreUnavailableError("timed out")
+
+    with pytest.raises(StoreUnavailableError, match="given up after 2 attempts"):
+        policy(time).call(attempt, what="fetch", movement=movement)
+
+
+def test_a_request_may_last_by_its_length() -> None:
+    assert RetryPolicy().longest(0) == 15
+    assert RetryPolicy().longest(8 * 1024 * 1024) == 15 + 512
+
+
 @pytest.mark.parametrize("damage", [BlobCorruptError("bits"), DamagedAnswerError("range")])
 def test_damage_is_tried_again_nine_times(time: Time, damage: PropmasterError) -> None:
     assert policy(time).call(failing([damage] * 9), what="ask") == "done"
