@@ -1,8 +1,11 @@
 """The content store in a directory: for one machine, or for a farm that shares a disk.
 
 The layout is that of the store in S3 (layout.py). A file appears under its name whole and synced to
-the disk, or not at all: it is written under another name in the same directory, and linked. What S3
-would keep as a document's metadata is in `.<name>.metadata.json` beside it, written first.
+the disk, or not at all (directory_files.py). What S3 would keep as a document's metadata is in
+`.<name>.metadata.json` beside it, written first.
+
+After a power cut everything is there that came before a document which is there: the names of blobs
+are synced when a document is put, and not for each blob, which would double the cost of small ones.
 
 Everything below the store's directory may have been put there by somebody else. Directories are
 opened one by one and links are not followed; what is not a regular file is refused. Blobs are
@@ -18,6 +21,7 @@ import os
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Final
 from urllib.parse import quote
@@ -26,6 +30,7 @@ import xxhash
 
 from agent_plugin.content import events, layout, parts
 from agent_plugin.content.digest import READ_BYTES, Digest
+from agent_plugin.content.directory_files import STAGING, new_file, tidy_staging, write_file
 from agent_plugin.content.errors import (
     BlobCorruptError,
     BlobNotFoundError,
@@ -39,6 +44,7 @@ from agent_plugin.content.errors import (
     StoreUnavailableError,
     UnsafePathError,
 )
+from agent_plugin.content.leftovers import is_partial
 from agent_plugin.content.store import (
     Cancellation,
     Document,
@@ -50,16 +56,13 @@ from agent_plugin.content.store import (
 # A sidecar is small; more is not ours, and reading it would cost memory.
 MAX_METADATA_BYTES: Final = 64 * 1024
 
-_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_ROOT: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_DIRECTORY: Final = _ROOT | os.O_NOFOLLOW
 # O_NONBLOCK: opening a fifo that took a file's place would wait for its writer.
 _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_CREATE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 # A farm shares the directory; the umask says with whom.
-_FILE_MODE: Final = 0o644
 _DIRECTORY_MODE: Final = 0o755
-_TEMPORARY: Final = ".tmp"
 _METADATA: Final = ".metadata.json"
-_NO_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 _BLOBS: Final = layout.BLOB_PREFIX.rstrip("/")
 _DOCUMENTS: Final = layout.DOCUMENT_PREFIX.rstrip("/")
 _FORBIDDEN: Final = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
@@ -86,9 +89,12 @@ class DirectoryStore:
 
     def __init__(self, root: Path) -> None:
         self._root = root
+        # The directories for unfinished files that this process has tidied; `add` is atomic.
+        self._tidied: set[str] = set()
         with _store_errors(str(root)):
             with suppress(FileExistsError):
                 root.mkdir(_DIRECTORY_MODE)
+                _sync_names(root.parent)
             os.close(self._open_root())
 
     @property
@@ -215,17 +221,19 @@ class DirectoryStore:
         return Document(DocumentInfo(key, len(data), status.st_mtime), data, metadata)
 
     def put_document(self, key: str, data: bytes, metadata: Mapping[str, str]) -> None:
-        """See Store.put_document."""
+        """See Store.put_document; the names of all blobs are synced before."""
         place, name = _document_place(key)
         sidecar = json.dumps(layout.checked_metadata(metadata), sort_keys=True).encode()
+        staging = partial(self._staging, _DOCUMENTS)
+        self._sync_blob_names()
         with self._made_directory(place) as directory, _store_errors(f"{place}/{name}"):
             _refuse_odd(directory, name, f"{self._root}/{place}/{name}")
             if metadata:
-                _put_file(directory, _sidecar(name), sidecar)
+                write_file(directory, staging, _sidecar(name), partial(_write, sidecar))
             else:
                 with suppress(FileNotFoundError):
                     os.unlink(_sidecar(name), dir_fd=directory)
-            _put_file(directory, name, data)
+            write_file(directory, staging, name, partial(_write, data))
             os.fsync(directory)
 
     def list_documents(self, prefix: str) -> Iterator[DocumentInfo]:
@@ -263,20 +271,29 @@ class DirectoryStore:
         with self._made_directory(_BLOBS) as directory, _store_errors(path):
             if _size_of(directory, digest) == digest.size:
                 return False
-            with _temporary(directory) as (temporary, fd):
-                write(fd)
-                os.fsync(fd)
-                try:
-                    os.link(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
-                except OSError as error:
-                    if error.errno == errno.EEXIST:
-                        if _size_of(directory, digest) == digest.size:
-                            return False
-                    elif error.errno not in _NO_LINKS:
-                        raise
-                    # It was cut off, or the file system has no links.
-                    os.replace(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+            with new_file(directory, partial(self._staging, _BLOBS)) as new:
+                write(new.fd)
+                if not new.publish(name):
+                    if _size_of(directory, digest) == digest.size:
+                        return False
+                    # It was cut off.
+                    new.replace(name)
         return True
+
+    def _sync_blob_names(self) -> None:
+        # Of blobs that other processes put as well: they were found, and so not put again.
+        with self._directory(_BLOBS) as directory, _store_errors(f"{self._root}/{_BLOBS}"):
+            if directory is not None:
+                os.fsync(directory)
+
+    @contextmanager
+    def _staging(self, top: str) -> Iterator[int]:
+        """Lend the directory for unfinished files of `Data` or `Manifests`."""
+        with self._made_directory(f"{top}/{STAGING}") as directory:
+            if top not in self._tidied:
+                tidy_staging(directory)
+                self._tidied.add(top)
+            yield directory
 
     @contextmanager
     def _blob(self, digest: Digest) -> Iterator[int]:
@@ -330,7 +347,13 @@ class DirectoryStore:
 
     def _open_root(self) -> int:
         with _store_errors(str(self._root)):
-            return os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            return os.open(self._root, _ROOT)
+
+
+def _sync_names(directory: Path) -> None:
+    # Who may write there need not be allowed to read it, which this takes.
+    with suppress(PermissionError), _closing(os.open(directory, _ROOT)) as fd:
+        os.fsync(fd)
 
 
 def _blob_name(digest: Digest) -> str:
@@ -339,7 +362,7 @@ def _blob_name(digest: Digest) -> str:
 
 def _document_place(key: str) -> tuple[str, str]:
     place, _, name = layout.document_key(key).rpartition("/")
-    if _is_hidden(name):
+    if _is_hidden(name) or any(map(is_partial, place.split("/"))):
         raise UnsafePathError(
             f"{key[:200]!r} can not be a manifest's key: such files are the store's own"
         )
@@ -351,7 +374,7 @@ def _sidecar(name: str) -> str:
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith(".") and name.endswith((_METADATA, _TEMPORARY))
+    return is_partial(name) or (name.startswith(".") and name.endswith(_METADATA))
 
 
 def _entries(directory: int) -> list[tuple[str, os.stat_result]]:
@@ -405,7 +428,8 @@ def _make_directory(parent: int, name: str) -> int:
         return fd
     with suppress(FileExistsError):
         os.mkdir(name, _DIRECTORY_MODE, dir_fd=parent)
-        os.fsync(parent)
+    # Also if somebody else made it just now, who may not have come to this yet.
+    os.fsync(parent)
     return os.open(name, _DIRECTORY, dir_fd=parent)
 
 
@@ -436,30 +460,14 @@ def _read_metadata(directory: int, name: str, path: str) -> dict[str, str]:
         ) from error
 
 
-def _put_file(directory: int, name: str, data: bytes) -> None:
-    with _temporary(directory) as (temporary, fd):
-        parts.write_all(fd, data, 0)
-        os.fsync(fd)
-        os.replace(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+def _write(data: bytes, fd: int) -> None:
+    parts.write_all(fd, data, 0)
 
 
 @contextmanager
-def _temporary(directory: int) -> Iterator[tuple[str, int]]:
-    """Lend a new file, which is gone afterwards unless it was renamed."""
-    name = f".{os.urandom(16).hex()}{_TEMPORARY}"
-    fd = os.open(name, _CREATE, _FILE_MODE, dir_fd=directory)
-    with _closing(fd):
-        try:
-            yield name, fd
-        finally:
-            with suppress(FileNotFoundError):
-                os.unlink(name, dir_fd=directory)
-
-
-@contextmanager
-def _closing(fd: int) -> Iterator[None]:
+def _closing(fd: int) -> Iterator[int]:
     try:
-        yield
+        yield fd
     finally:
         os.close(fd)
 

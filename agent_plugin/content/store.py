@@ -176,7 +176,11 @@ class Store(Protocol):
         """
 
     def put_document(self, key: str, data: bytes, metadata: Mapping[str, str]) -> None:
-        """Store a document, replacing one of the same key. Metadata is ASCII."""
+        """Store a document, replacing one of the same key. Metadata is ASCII.
+
+        What a document survives, a power cut of the store's host for one, is survived by the blobs
+        as well that were put before it, by whoever. A blob alone need not survive as much.
+        """
 
     def list_documents(self, prefix: str) -> Iterator[DocumentInfo]:
         """Yield the documents whose key starts with `prefix`, ascending by key; none is no error.

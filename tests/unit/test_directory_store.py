@@ -2,13 +2,16 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from agent_plugin.content import directory_files, leftovers
 from agent_plugin.content.digest import Digest
 from agent_plugin.content.directory_store import DirectoryStore
 from agent_plugin.content.errors import (
@@ -147,8 +150,17 @@ def test_links_among_documents_are_refused_and_not_listed(
 
 
 def test_files_of_its_own_are_no_documents(root: Path, store: DirectoryStore) -> None:
-    (root / "Manifests" / "a" / ".0.tmp").write_bytes(b"left by a crash")
-    for key in ["a/.b.metadata.json", "a/.0.tmp", ".x.metadata.json"]:
+    staging = root / "Manifests" / ".propmaster-staging.partial"
+    staging.mkdir()
+    (staging / ".propmaster-0.partial").write_bytes(b"left by a crash")
+    (staging / "x").write_bytes(b"")
+    for key in [
+        "a/.b.metadata.json",
+        ".x.metadata.json",
+        ".propmaster-staging.partial",
+        ".propmaster-staging.partial/x",
+        "a/.propmaster-0.partial",
+    ]:
         with pytest.raises(UnsafePathError, match="the store's own"):
             store.get_document(key, max_bytes=99)
         with pytest.raises(UnsafePathError, match="the store's own"):
@@ -172,6 +184,120 @@ def test_metadata_are_plain_json_beside_the_document(root: Path, store: Director
     assert json.loads(sidecar.read_bytes()) == {"asset-root": "/a"}
     store.put_document("a/b", b"{}", {})
     assert not sidecar.exists()
+
+
+@pytest.fixture(params=["unnamed", "named"])
+def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whether the file system has files without names; those of network file systems do not.
+
+    Without them it is asked as a kernel is that does not know the flag: EISDIR.
+    """
+    kind: str = request.param
+    if kind == "named":
+        monkeypatch.setattr(directory_files, "_UNNAMED", os.O_RDWR | os.O_DIRECTORY)
+    return kind
+
+
+def test_what_is_there_stays_or_is_replaced_and_nothing_else_is_left(
+    root: Path, store: DirectoryStore, how: str
+) -> None:
+    del how
+    assert not store.put(DIGEST, BLOB)
+    other = Digest.of(b"other")
+    assert store.put(other, b"other")
+    cut_off = root / "Data" / f"{other.hex}.xxh128"
+    cut_off.write_bytes(b"oth")
+    assert store.put(other, b"other")
+    for data in (b"{}", b"[]"):
+        store.put_document("a/b", data, {"asset-root": data.decode()})
+
+    assert store.get(other) == b"other"
+    document = store.get_document("a/b", max_bytes=9)
+    assert (document.data, document.metadata) == (b"[]", {"asset-root": "[]"})
+    files = [path.name for path in root.rglob("*") if path.is_file()]
+    assert sorted(files) == sorted([".b.metadata.json", "b", NAME, cut_off.name])
+    assert cut_off.stat().st_nlink == 1
+
+
+LARGE = bytes(5_000_000)
+WRITER = """
+import os, sys
+from pathlib import Path
+from agent_plugin.content import directory_files
+from agent_plugin.content.digest import Digest
+from agent_plugin.content.directory_store import DirectoryStore
+from agent_plugin.content.store import Cancellation
+
+store, source, how = sys.argv[1:]
+if how == "named":
+    directory_files._UNNAMED = os.O_RDWR | os.O_DIRECTORY
+
+def written(_bytes):
+    print("some of it is written", flush=True)
+    sys.stdin.read()
+
+with open(source, "rb") as file:
+    digest = Digest.of(file.read())
+    DirectoryStore(Path(store)).put_file(
+        digest, file.fileno(), cancellation=Cancellation(), progress=written
+    )
+"""
+
+
+@contextmanager
+def writer(root: Path, how: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a process that is in the middle of storing LARGE until its input is closed."""
+    source = root.parent / "source"
+    source.write_bytes(LARGE)
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITER, root, source, how],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"some of it is written\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_of_a_killed_writer_nothing_is_left(
+    root: Path, store: DirectoryStore, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or nothing once an hour has passed, unless somebody still writes."""
+    data = root / "Data"
+    with writer(root, how) as process:
+        process.send_signal(signal.SIGKILL)
+    with writer(root, how) as alive:
+        before = [path.name for path in data.rglob("*") if path.is_file()]
+        assert len(before) == (1 if how == "unnamed" else 3)
+        # Within the hour nobody knows who may still write; the change time can not be set back.
+        DirectoryStore(root).put(Digest.of(b"x"), b"x")
+        assert {path.name for path in data.rglob("*")} >= set(before)
+        monkeypatch.setattr(leftovers, "ABANDONED_SECONDS", -1.0)
+        DirectoryStore(root).put(Digest.of(b"y"), b"y")
+        names = {path.name for path in data.rglob("*") if path.is_file()}
+        assert len(names) == 3 + (how == "named"), "the blobs, and what the living writer has"
+        assert alive.stdin is not None
+        alive.stdin.close()
+        assert alive.wait(30) == 0
+    assert store.find_missing([Digest.of(LARGE)]) == set()
+    assert sorted(path.name for path in data.rglob("*") if path.is_file()) == sorted(
+        f"{Digest.of(one).hex}.xxh128" for one in (BLOB, b"x", b"y", LARGE)
+    )
+
+
+def test_who_may_write_beside_unfinished_files_may_write_them(root: Path, how: str) -> None:
+    """Whatever the umask of the first one was."""
+    (root / "Data").chmod(0o1777)
+    before = os.umask(0o077)
+    try:
+        DirectoryStore(root).put(Digest.of(b"x"), b"x")
+    finally:
+        os.umask(before)
+    modes = [path.stat().st_mode & 0o7777 for path in (root / "Data").iterdir() if path.is_dir()]
+    assert modes == ([0o1777] if how == "named" else [])
 
 
 def test_metadata_that_no_store_could_keep_are_a_mistake(store: DirectoryStore) -> None:
