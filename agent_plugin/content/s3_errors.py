@@ -47,6 +47,10 @@ class UnsupportedByStoreError(StoreProtocolError):
     """501: the store lacks what was asked for, such as conditional writes."""
 
 
+class RequestRefusedError(StoreProtocolError):
+    """400: the store takes something in the request for wrong, and its code does not say what."""
+
+
 class DamagedAnswerError(StoreProtocolError):
     """An answer that can only have been damaged on the way; asking again is worth a few tries."""
 
@@ -246,6 +250,7 @@ _BY_CODE: Final[dict[str, Callable[[str], PropmasterError]]] = {
     ),
 }
 _BY_STATUS: Final[dict[int | None, Callable[[str], PropmasterError]]] = {
+    400: RequestRefusedError,
     401: lambda reason: StoreAccessError(reason, hint=_FORBIDDEN),
     403: lambda reason: StoreAccessError(reason, hint=_FORBIDDEN),
     404: ObjectAbsentError,

@@ -23,6 +23,7 @@ from agent_plugin.content.s3_errors import (
     ExpiredCredentialsError,
     ObjectAbsentError,
     ObjectExistsError,
+    RequestRefusedError,
     UnsupportedByStoreError,
     error_of_obstore,
 )
@@ -225,14 +226,16 @@ class Requests:
 
     def _put_if_absent(self, clients: Clients, below: str, data: bytes, what: str) -> bool:
         store = _for_body(clients, data)
+        refused = False
         if self._conditional_puts:
             try:
                 obstore.put(store, below, data, mode="create", use_multipart=False)
             except ObstoreError as error:
                 reason = error_of_obstore(error, what)
+                refused = isinstance(reason, RequestRefusedError)
                 if isinstance(reason, UnsupportedByStoreError):
                     self._conditional_puts = False
-                elif not isinstance(reason, ObjectExistsError):
+                elif not refused and not isinstance(reason, ObjectExistsError):
                     raise reason from error
             else:
                 return True
@@ -240,6 +243,9 @@ class Requests:
         if self._size(clients, below, what) == len(data):
             return False
         obstore.put(store, below, data, use_multipart=False)
+        if refused:
+            # Without the condition it was taken, so that was what the store refused.
+            self._conditional_puts = False
         return True
 
 

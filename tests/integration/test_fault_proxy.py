@@ -120,7 +120,9 @@ def test_a_rule_strikes_only_what_it_names(thing: ProxiedObject) -> None:
     thing.proxy.inject(Fault.NOT_FOUND)
     assert thing.get().status == 404
     thing.proxy.clear()
+    thing.proxy.inject(Fault.NOT_IMPLEMENTED, header="if-match")
     assert thing.get().status == 200
+    assert thing.get({"If-Match": "*"}).status == 501
 
 
 def test_a_burst_lasts_as_long_as_it_is_told_to(thing: ProxiedObject) -> None:

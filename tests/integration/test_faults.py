@@ -32,6 +32,8 @@ def thing(fault_proxy: FaultProxy, s3: S3Server, s3_prefix: str) -> ProxiedObjec
         (Fault.INTERNAL_ERROR, 500, b"<Code>InternalError</Code>"),
         (Fault.FORBIDDEN, 403, b"<Code>AccessDenied</Code>"),
         (Fault.EXPIRED_TOKEN, 400, b"<Code>ExpiredToken</Code>"),
+        (Fault.INVALID_ARGUMENT, 400, b"<Code>InvalidArgument</Code>"),
+        (Fault.NOT_IMPLEMENTED, 501, b"<Code>NotImplemented</Code>"),
         (Fault.NOT_FOUND, 404, b"<Code>NoSuchKey</Code>"),
         (Fault.RANGE_NOT_SATISFIABLE, 416, b"<Code>InvalidRange</Code>"),
         (Fault.REDIRECT_301, 301, b"<Code>PermanentRedirect</Code>"),

@@ -45,6 +45,7 @@ SMALL_DIGEST = Digest.of(SMALL)
 MIB = 1024 * 1024
 READS = frozenset({"GET", "HEAD"})
 WRITES = frozenset({"PUT", "POST"})
+CONDITION = "if-none-match"
 
 OUTLIVED = [
     Fault.UNAVAILABLE,
@@ -501,16 +502,50 @@ def test_an_upload_that_can_not_even_be_aborted_is_told(
 def test_a_store_without_conditional_writes_is_asked_first(
     store: Store, fault_proxy: FaultProxy, behind: Callable[[str, bytes], None]
 ) -> None:
-    """Found out once; the answer is that of a server that lacks them."""
+    """Found out once, by its answer 501."""
     behind(layout.blob_key(Digest.of(b"there")), b"there")
-    store._requests._conditional_puts = False  # type: ignore[attr-defined]  # as after a 501
+    rule = fault_proxy.inject(Fault.NOT_IMPLEMENTED, methods={"PUT"}, header=CONDITION)
 
+    assert store.put(Digest.of(b"there"), b"there") is False
+    assert (rule.hits, fault_proxy.count("PUT")) == (1, 1)
+    fault_proxy.forget()
     assert store.put(Digest.of(b"there"), b"there") is False
     assert fault_proxy.count("PUT") == 0
     assert store.put(Digest.of(b"new"), b"new") is True
     assert store.put(Digest.of(b"new"), b"new") is False
-    assert fault_proxy.count("PUT") == 1
+    assert (rule.hits, fault_proxy.count("PUT")) == (1, 1)
     assert store.get(Digest.of(b"new")) == b"new"
+
+
+def test_a_condition_is_unknown_to_a_store_that_takes_the_same_without(
+    store: Store, fault_proxy: FaultProxy, behind: Callable[[str, bytes], None]
+) -> None:
+    """Servers also answer 400, which by itself says nothing of conditions."""
+    behind(layout.blob_key(Digest.of(b"there")), b"there")
+    rule = fault_proxy.inject(Fault.INVALID_ARGUMENT, methods={"PUT"}, header=CONDITION)
+
+    assert store.put(Digest.of(b"there"), b"there") is False
+    assert store.put(Digest.of(b"new"), b"new") is True
+    assert rule.hits == 2, "what is there proves nothing"
+    assert store.put(Digest.of(b"new"), b"new") is False
+    assert store.put(Digest.of(b"newer"), b"newer") is True
+    assert rule.hits == 2
+    assert store.get(Digest.of(b"newer")) == b"newer"
+
+
+def test_a_write_that_is_refused_without_condition_too_is_an_error(
+    store: Store, fault_proxy: FaultProxy
+) -> None:
+    fault_proxy.inject(Fault.INVALID_ARGUMENT, methods={"PUT"})
+
+    with pytest.raises(StoreProtocolError, match="400 InvalidArgument"):
+        store.put(SMALL_DIGEST, SMALL)
+
+    fault_proxy.clear()
+    fault_proxy.forget()
+    assert store.put(SMALL_DIGEST, SMALL) is True
+    [request] = fault_proxy.requests
+    assert request.headers[CONDITION] == "*", "nothing was concluded"
 
 
 def test_expired_credentials_are_renewed_once(

@@ -22,6 +22,8 @@ class Fault(StrEnum):
     INTERNAL_ERROR = auto()  # 500
     FORBIDDEN = auto()  # 403 AccessDenied
     EXPIRED_TOKEN = auto()  # 400
+    INVALID_ARGUMENT = auto()  # 400
+    NOT_IMPLEMENTED = auto()  # 501
     NOT_FOUND = auto()  # 404 NoSuchKey
     RANGE_NOT_SATISFIABLE = auto()  # 416
     REDIRECT_301 = auto()  # to the same place
@@ -74,6 +76,13 @@ ANSWERS: Mapping[Fault, Answer] = {
     Fault.FORBIDDEN: Answer(403, "Forbidden", "AccessDenied", "Access Denied"),
     Fault.EXPIRED_TOKEN: Answer(
         400, "Bad Request", "ExpiredToken", "The provided token has expired."
+    ),
+    Fault.INVALID_ARGUMENT: Answer(400, "Bad Request", "InvalidArgument", "Invalid Argument"),
+    Fault.NOT_IMPLEMENTED: Answer(
+        501,
+        "Not Implemented",
+        "NotImplemented",
+        "A header you provided implies functionality that is not implemented",
     ),
     Fault.NOT_FOUND: Answer(404, "Not Found", "NoSuchKey", "The specified key does not exist."),
     Fault.RANGE_NOT_SATISFIABLE: Answer(
@@ -132,6 +141,7 @@ class Rule:
         rate: The share of matching requests that suffer, 0 to 1, drawn from the seed, the request
             and how often it was repeated; threads racing each other change nothing.
         key: Found anywhere in the object key.
+        header: Only requests that have it, in lower case.
         times: Suffers at most; None is no limit.
         skip: The first so many matches are spared.
         for_seconds: From the first hit on; None is for ever.
@@ -142,6 +152,7 @@ class Rule:
     rate: float = 1.0
     methods: frozenset[str] = frozenset({"GET"})
     key: re.Pattern[str] | None = None
+    header: str | None = None
     times: int | None = None
     skip: int = 0
     for_seconds: float | None = None
@@ -158,6 +169,8 @@ class Rule:
     def strikes(self, request: Request) -> bool:
         """Decide about a request, and count it."""
         if request.method not in self.methods or (self.key and not self.key.search(request.key)):
+            return False
+        if self.header is not None and self.header not in request.headers:
             return False
         with self._lock:
             self._matches += 1
