@@ -4,14 +4,34 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
-# System packages: venv support, a real renderer for the end-to-end test, and two file systems that
-# share blocks.
-DEBIAN_PACKAGES := python3-venv povray povray-examples xfsprogs btrfs-progs
+# What Debian splits off Python, and all that the demonstration needs of the system.
+VENV_PACKAGES := python3-venv
+# For the tests: a real renderer, and the file systems that some of them make and mount.
+TEST_PACKAGES := povray povray-examples xfsprogs btrfs-progs e2fsprogs
+
+# $(call install_packages,PACKAGES): those that are missing, or else the exact command to run.
+define install_packages
+@missing=; for package in $(1); do \
+  dpkg-query -W -f '$${Status}' "$$package" 2>/dev/null | grep -q 'ok installed$$' \
+    || missing="$$missing $$package"; \
+done; \
+test -z "$$missing" && exit 0; \
+if [ "$$(id -u)" = 0 ]; then \
+  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing >/dev/null; \
+else \
+  echo "These system packages are missing. Run:  sudo apt-get install$$missing" >&2; exit 1; \
+fi
+endef
+
+# $(call make_venv,DIRECTORY): one that was interrupted has no pip, and is made again.
+define make_venv
+$(1)/bin/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear $(1)
+endef
 
 # The stamps below are made once each, whatever -j says.
 .NOTPARALLEL:
 
-.PHONY: demo test test-slow check bench install peers system clean lock
+.PHONY: demo test test-slow check bench install peers system system-venv clean lock
 
 demo: $(VENV)/.installed
 	$(BIN)/propmaster demo
@@ -29,17 +49,18 @@ check: $(VENV)/.installed
 	$(BIN)/codespell
 
 bench: $(VENV)/.installed peers
-	$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[bench]'
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c packaging/constraints.txt -e '.[bench]'
 	$(BIN)/python -m tests.benchmarks
 
 install: $(VENV)/.installed
 
 # Made again whenever what the project needs has changed.
 $(VENV)/.installed: pyproject.toml packaging/constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	@test -n "$(PYTHON)" || { echo "propmaster needs Python 3.11 or newer, and there is no python3 in PATH. Try: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "propmaster needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || $(MAKE) --no-print-directory system
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || $(MAKE) --no-print-directory system-venv
+	$(call make_venv,$(VENV))
 	$(BIN)/python -m pip install $(PIP_FLAGS) -c packaging/constraints.txt -e '.[demo,dev]'
 	touch $@
 
@@ -48,28 +69,29 @@ $(VENV)/.installed: pyproject.toml packaging/constraints.txt
 peers: .peers/client/.installed .peers/agent/.installed
 
 .peers/client/.installed: Makefile
-	test -x .peers/client/bin/python || $(PYTHON) -m venv .peers/client
+	$(call make_venv,.peers/client)
 	.peers/client/bin/python -m pip install $(PIP_FLAGS) deadline==0.60.10 pyyaml
 	touch $@
 
 .peers/agent/.installed: Makefile
-	test -x .peers/agent/bin/python || $(PYTHON) -m venv .peers/agent
+	$(call make_venv,.peers/agent)
 	.peers/agent/bin/python -m pip install $(PIP_FLAGS) deadline-cloud-worker-agent==0.33.6
 	touch $@
 
 system:
-	@missing=$$(dpkg-query -W -f '$${Package} $${Status}\n' $(DEBIAN_PACKAGES) 2>/dev/null \
-	    | awk '/ok installed/ {print $$1}' | grep -vxFf - <(printf '%s\n' $(DEBIAN_PACKAGES)) || true); \
-	test -z "$$missing" && exit 0; \
-	if [ "$$(id -u)" = 0 ]; then \
-	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing >/dev/null; \
-	else \
-	  echo "These system packages are missing. Run:  sudo apt-get install $$missing" >&2; exit 1; \
-	fi
+	$(call install_packages,$(VENV_PACKAGES) $(TEST_PACKAGES))
 
-# The lock: what pip resolved today, for the extras that are shipped and tested.
-lock: $(VENV)/.installed
-	$(BIN)/python -m pip freeze --exclude-editable > packaging/constraints.txt
+system-venv:
+	$(call install_packages,$(VENV_PACKAGES))
+
+# The lock: what pip resolves today, with all extras, in an environment that knows nothing of the
+# lock before.
+lock:
+	directory=$$(mktemp -d) && trap 'rm -rf "$$directory"' EXIT && \
+	"$(PYTHON)" -m venv "$$directory" && \
+	"$$directory/bin/python" -m pip install $(PIP_FLAGS) -e '.[demo,dev,bench]' && \
+	"$$directory/bin/python" -m pip freeze --exclude-editable > "$$directory/lock" && \
+	cp "$$directory/lock" packaging/constraints.txt
 
 clean:
 	rm -rf $(VENV) .peers build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*

@@ -420,6 +420,15 @@ def test_every_document_is_linked_from_the_readme() -> None:
         assert f"(docs/{path.name})" in readme
 
 
+def test_the_readme_names_the_packages_that_the_two_commands_need() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    lists = re.findall(r"^(?:VENV|TEST)_PACKAGES := (.+)$", makefile, re.MULTILINE)
+    named = words((ROOT / "README.md").read_text(encoding="utf-8"))
+
+    assert len(lists) == 2
+    assert {package for line in lists for package in line.split()} - named == set()
+
+
 def test_every_benchmark_has_its_section() -> None:
     names = {
         path.stem.removeprefix("bench_") for path in (ROOT / "tests/benchmarks").glob("bench_*.py")
