@@ -15,7 +15,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
@@ -120,9 +120,7 @@ class LocalIndex:
         found: dict[bytes, Digest] = {}
         remaining = iter(files)
         while batch := dict(islice(remaining, _KEYS_PER_QUERY)):
-            for path, hash_, size, mtime_ns, ctime_ns, inode, device in self._lookup(batch):
-                if (size, mtime_ns, ctime_ns, inode, device) == _state(batch[path]):
-                    found[path] = Digest(hash_.hex(), size)
+            found.update(self._lookup(batch))
         return found
 
     def remember_hashes(self, rows: Iterable[tuple[bytes, os.stat_result, Digest]]) -> None:
@@ -156,7 +154,12 @@ class LocalIndex:
                 "SELECT hash, size FROM existence_cache"  # noqa: S608 - question marks only
                 " WHERE store_url = ? AND last_seen BETWEEN ? AND ?"
                 f" AND hash IN ({_marks(batch)})",
-                [store_url, int(now - max_age_seconds), int(now) + _CLOCK_SLACK_SECONDS, *batch],
+                [
+                    store_url,
+                    int(max(0, now - max_age_seconds)),
+                    int(now) + _CLOCK_SLACK_SECONDS,
+                    *batch,
+                ],
             )
             known.update(batch[hash_] for hash_, size in rows if batch[hash_].size == size)
         return known
@@ -195,12 +198,20 @@ class LocalIndex:
             [(now - EXISTENCE_KEPT_SECONDS, max_rows)],
         )
 
-    def _lookup(self, batch: Collection[bytes]) -> list[Any]:
-        return self._read(
+    def _lookup(self, batch: Mapping[bytes, os.stat_result]) -> dict[bytes, Digest]:
+        sql = (
             "SELECT path, hash, size, mtime_ns, ctime_ns, inode, device"  # noqa: S608 - as above
-            f" FROM hash_cache WHERE path IN ({_marks(batch)})",
-            list(batch),
+            f" FROM hash_cache WHERE path IN ({_marks(batch)})"
         )
+
+        def work(connection: "sqlite3.Connection") -> dict[bytes, Digest]:
+            return {
+                path: _digest(hash_, size)
+                for path, hash_, size, *rest in connection.execute(sql, list(batch)).fetchall()
+                if (size, *rest) == _state(batch[path])
+            }
+
+        return self._guard(work, {})
 
     def _read(self, sql: str, parameters: list[Any]) -> list[Any]:
         return self._guard(lambda connection: connection.execute(sql, parameters).fetchall(), [])
@@ -224,13 +235,16 @@ class LocalIndex:
 
             try:
                 return work(self._connection)
+            except _UnusableError as error:
+                self._drop_connection()
+                self._start(damaged=error)
             except sqlite3.Error as error:
                 self._drop_connection()
                 if _is_damaged(error):
                     self._start(damaged=_UnusableError(str(error)))
                 else:
                     self._turn_off(error)
-                return unknown
+            return unknown
 
     def _start(self, *, damaged: _UnusableError | None = None) -> None:
         """Connect, after setting aside what is damaged; turn off when that is not possible.
@@ -271,6 +285,8 @@ class LocalIndex:
         connection = sqlite3.connect(
             self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
         )
+        # No column is text that would be looked at; damage can make one so, and not UTF-8 either.
+        connection.text_factory = bytes
         try:
             _insist_version(connection, create=create)
         except sqlite3.Error as error:
@@ -314,6 +330,20 @@ class LocalIndex:
         with suppress(sqlite3.Error):
             self._connection.close()
         self._connection = None
+
+
+def _digest(hash_: object, size: int) -> Digest:
+    """Return the digest that a row holds.
+
+    Raises:
+        _UnusableError: It is none, though its file is the one that was remembered.
+    """
+    try:
+        if isinstance(hash_, bytes):
+            return Digest(hash_.hex(), size)
+    except ValueError:
+        pass
+    raise _UnusableError(f"a row has the hash {ascii(hash_)[:80]} for {size} bytes")
 
 
 def _state(info: os.stat_result) -> tuple[int, int, int, int, int]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from agent_plugin.content import events
-from agent_plugin.content.digest import Digest
+from agent_plugin.content.digest import EMPTY_HASH, Digest
 from agent_plugin.content.local_index import (
     EXISTENCE_KEPT_SECONDS,
     HASHES_KEPT_SECONDS,
@@ -284,6 +284,7 @@ def test_what_a_store_was_seen_to_have_is_known_until_it_is_too_old(
     assert index.known(URL, asked, 3600) == set(seen)
     clock.ahead = 3610
     assert index.known(URL, asked, 3600) == set()
+    assert index.known(URL, asked, float("inf")) == set(seen)
 
     index.remember_present(URL, seen[:10])
     assert index.known(URL, asked, 3600) == set(seen[:10])
@@ -413,6 +414,15 @@ def _open_to_others(path: Path) -> None:
     path.chmod(0o666)
 
 
+def _set_hashes(value: str) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        with sqlite3.connect(path) as connection:
+            connection.execute(f"UPDATE hash_cache SET hash = {value}")
+        connection.close()
+
+    return change
+
+
 DAMAGE = {
     "garbage": _write_garbage,
     "a few bytes": _write_few_bytes,
@@ -426,6 +436,11 @@ DAMAGE = {
     "a directory": _make_directory,
     "a FIFO": _make_fifo,
     "writable by others": _open_to_others,
+    "hashes cut short": _set_hashes("x'00'"),
+    "hashes that are no bytes": _set_hashes("'15ae74710b17ad13fd43bec74e3c3fcd'"),
+    "hashes that are text but not UTF-8": _set_hashes("CAST(x'ff' AS TEXT)"),
+    "numbers for hashes": _set_hashes("1.5"),
+    "the hash of no bytes": _set_hashes(f"x'{EMPTY_HASH}'"),
 }
 
 
@@ -459,6 +474,24 @@ def test_a_damaged_or_foreign_file_is_set_aside_and_begun_anew(
         assert index.known(URL, many, 3600) == set(many)
     assert len(reasons(caplog, events.INDEX_QUARANTINED)) == 1
     assert os.path.lexists(path.with_name("index.db.quarantined"))
+
+
+@pytest.mark.parametrize("column", ["hash", "size", "last_seen"])
+@pytest.mark.parametrize("value", ["x'00'", "'text'", "1e300"])
+def test_rows_of_blobs_seen_that_make_no_sense_are_unknown(
+    path: Path, column: str, value: str
+) -> None:
+    with LocalIndex.open(path) as index:
+        index.remember_present(URL, [numbered(1)])
+    with sqlite3.connect(path) as connection:
+        connection.execute(f"UPDATE existence_cache SET {column} = {value}")
+    connection.close()
+
+    with LocalIndex.open(path) as index:
+        assert index.known(URL, [numbered(1)], 3600) == set()
+        index.forget(URL, numbered(1))
+        index.remember_present(URL, [numbered(1)])
+        assert index.known(URL, [numbered(1)], 3600) == {numbered(1)}
 
 
 def test_at_most_one_damaged_file_is_kept(path: Path, expected_events: set[str]) -> None:
