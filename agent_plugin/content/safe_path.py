@@ -71,6 +71,7 @@ class Root:
 
     Args:
         path: The directory. Links in the path that leads to it are followed: it is ours.
+        follow: Whether the directory may be a link itself; not where others can put one.
         max_directories: How many descriptors of directories below it may stay open, >= 2; None is
             MAX_DIRECTORIES, or a quarter of what this process may have if that is less.
 
@@ -81,10 +82,13 @@ class Root:
 
     Raises:
         FileNotFoundError: There is no such directory.
+        UnsafePathError: It is a link, and `follow` is false.
         LocalReadError: It can not be opened.
     """
 
-    def __init__(self, path: Path, *, max_directories: int | None = None) -> None:
+    def __init__(
+        self, path: Path, *, follow: bool = True, max_directories: int | None = None
+    ) -> None:
         self.path = path
         self._lock = threading.Lock()
         if max_directories is None:
@@ -96,11 +100,17 @@ class Root:
         self._max = max(2, max_directories)
         self._directories: OrderedDict[str, _Directory] = OrderedDict()
         try:
-            self.real_path = os.path.realpath(path, strict=True)
+            above = os.path.realpath(path if follow else path.parent, strict=True)
+            self.real_path = above if follow else os.fspath(Path(above, path.name))
             self.fd = os.open(self.real_path, _OPEN_DIRECTORY)
         except FileNotFoundError:
             raise
         except OSError as error:
+            if path.is_symlink() and not follow:
+                raise UnsafePathError(
+                    f"{path} is a symbolic link where a directory must be",
+                    hint="remove the link; see who put it there",
+                ) from error
             raise LocalReadError(f"{path} can not be opened: {error.strerror}") from error
 
     def __enter__(self) -> Self:

@@ -93,6 +93,7 @@ def walk(
     root: Path,
     directories: Sequence[str] = (".",),
     *,
+    follow_root: bool = True,
     cancellation: Cancellation | None = None,
 ) -> Iterator[FoundFile]:
     """Yield every file in the given directories below `root`, each path once, in no order.
@@ -104,16 +105,18 @@ def walk(
     Args:
         root: The directory that paths are relative to and that links must not leave.
         directories: Relative to `root`, `/` separated; they may overlap.
+        follow_root: Whether `root` may be a link itself.
         cancellation: Checked at each directory, or None.
 
     Raises:
         CancelledError: Cancellation was wished.
-        UnsafePathError: One of `directories` is absolute or has a `..` component.
+        UnsafePathError: One of `directories` is absolute or has a `..` component, or `root` is a
+            link and may not be one.
         LocalReadError: A directory may not be read, or a file not looked at; names it.
     """
     starts = _outermost(directories)
     try:
-        opened = Root(root)
+        opened = Root(root, follow=follow_root)
     except FileNotFoundError:
         return
     with opened:

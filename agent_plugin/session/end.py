@@ -61,7 +61,7 @@ def _remove_roots(session_dir: Path, state: SessionState) -> list[str]:
     failures: list[tuple[OSError, str]] = []
     for root in state.roots:
         local = Path(root.local_root)
-        if os.path.realpath(local.parent) != inside:
+        if not state.owns(root):
             continue
         try:
             _remove(inside, local.name, hidden_root(local).name)

@@ -24,7 +24,6 @@ from agent_plugin.content.manifest import FileEntry, Manifest, encode
 from agent_plugin.content.safe_path import Root
 from agent_plugin.content.snapshot import FoundFile, hash_files, walk
 from agent_plugin.content.store import Store
-from agent_plugin.session.inputs import refuse_link
 from agent_plugin.session.roots import is_below, output_manifest_key, output_metadata
 from agent_plugin.session.state import (
     AnsweredAction,
@@ -67,9 +66,14 @@ class TaskAction:
 
 @dataclass(slots=True)
 class _Changes:
-    """What became of one root's output directories."""
+    """What became of one root's output directories.
+
+    Attributes:
+        follow: Whether the root may be a link.
+    """
 
     root: RootState
+    follow: bool
     changed: dict[str, FileEntry] = field(default_factory=dict)
     baseline: dict[str, BaselineFile] = field(default_factory=dict)
     deleted: list[str] = field(default_factory=list)
@@ -138,10 +142,11 @@ def _store_outputs(
     state: SessionState, action: TaskAction, context: TransferContext, state_file: StateFile
 ) -> FinishResult:
     """Store what became of all roots, and note it; what was stored and noted is told again."""
-    roots = [root for root in state.roots if root.output_directories]
-    for root in roots:
-        refuse_link(Path(root.local_root), Path(state.session_dir))
-    found = [_find_changes(root, action.owner, context) for root in roots]
+    found = [
+        _find_changes(root, state, action, context)
+        for root in state.roots
+        if root.output_directories
+    ]
     if not any(changes.differ() for changes in found) and (answer := _answer_before(state, action)):
         return answer
     result = _empty_result(state)
@@ -184,7 +189,7 @@ def _store_changes(
         restless = _upload(changes, state, action, context, result)
         if not restless:
             return changes
-        changes = _find_changes(changes.root, action.owner, context)
+        changes = _find_changes(changes.root, state, action, context)
     raise FileChangedError(
         f"{restless[0]} in {changes.root.local_root} kept changing while it was uploaded"
         f" ({len(restless)} such files)",
@@ -192,25 +197,29 @@ def _store_changes(
     )
 
 
-def _find_changes(root: RootState, owner: str, context: TransferContext) -> _Changes:
-    changes = _Changes(root)
+def _find_changes(
+    root: RootState, state: SessionState, action: TaskAction, context: TransferContext
+) -> _Changes:
+    changes = _Changes(root, follow=not state.owns(root))
     suspects: list[FoundFile] = []
     local_root = Path(root.local_root)
     cancellation = context.cancellation
-    for found in walk(local_root, root.output_directories, cancellation=cancellation):
+    for found in walk(
+        local_root, root.output_directories, follow_root=changes.follow, cancellation=cancellation
+    ):
         known = root.baseline.get(found.path)
         if known is None or not _untouched(known, found):
             suspects.append(found)
             continue
         changes.baseline[found.path] = known
-        if known.owner == owner:
+        if known.owner == action.owner:
             changes.changed[found.path] = FileEntry(known.hash, known.mtime, found.path, known.size)
     if suspects:
-        with Root(local_root) as opened:
+        with Root(local_root, follow=changes.follow) as opened:
             for found, digest in hash_files(
                 opened, suspects, context.index, cancellation=cancellation
             ):
-                _compare(changes, found, digest, owner)
+                _compare(changes, found, digest, action.owner)
     # Also what was found and had vanished when it was to be read.
     changes.deleted = sorted(root.baseline.keys() - changes.baseline.keys())
     return changes
@@ -267,7 +276,7 @@ def _upload(
         step=action.step_id,
         task=action.task_id or "",
     )
-    with Root(Path(changes.root.local_root)) as opened:
+    with Root(Path(changes.root.local_root), follow=changes.follow) as opened:
         done = upload(opened, files, context, spec)
     result.bytes_uploaded += done.bytes_uploaded
     result.bytes_reused += done.bytes_reused

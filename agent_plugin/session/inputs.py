@@ -64,22 +64,6 @@ def materialise(
     return results
 
 
-def refuse_link(root: Path, session_dir: Path) -> None:
-    """See that a root of the session is a directory of its own.
-
-    A job may write in the session directory, and so put a link in a root's place; hooks may run
-    with rights that the job has not. A root that a rule maps elsewhere is the host's own matter.
-
-    Raises:
-        UnsafePathError: It is a symbolic link.
-    """
-    if root.parent == session_dir and root.is_symlink():
-        raise UnsafePathError(
-            f"{root} is a symbolic link where a directory must be",
-            hint="remove the link; see what the job did to its session directory",
-        )
-
-
 def hidden_root(local_root: Path) -> Path:
     """Return where a root is built before it gets its name."""
     return local_root.with_name(partial_name(local_root.name))
@@ -89,12 +73,17 @@ def _plan(
     root: RootState, manifest: Manifest | None, state: SessionState, context: TransferContext
 ) -> DownloadPlan:
     place = Path(root.local_root)
-    refuse_link(place, Path(state.session_dir))
-    own = place.parent == Path(state.session_dir)
+    own = state.owns(root)
+    if own and place.is_symlink():
+        # Now, before anything is written; a link that comes later is refused where it is opened.
+        raise UnsafePathError(
+            f"{place} is a symbolic link where a directory must be",
+            hint="remove the link; see what the job did to its session directory",
+        )
     try:
         if manifest is None:
             place.mkdir(parents=True, exist_ok=True)
-            return DownloadPlan(place)
+            return DownloadPlan(place, follow_root=not own)
         hidden = own and not _holds_anything(place) and not _is_mount_point(place)
         if hidden:
             _clear(hidden_root(place), manifest)
@@ -106,6 +95,7 @@ def _plan(
         context.index,
         hidden=hidden,
         exclusive=own,
+        follow_root=not own,
         cancellation=context.cancellation,
     )
 

@@ -20,7 +20,6 @@ from agent_plugin.content.errors import (
 )
 from agent_plugin.content.manifest import Manifest, merge
 from agent_plugin.content.snapshot import walk
-from agent_plugin.content.store import Cancellation
 from agent_plugin.session.inputs import materialise
 from agent_plugin.session.job import JobDocument, PathMappingRule
 from agent_plugin.session.manifests import fetch_input_manifest, find_outputs, merge_by_root
@@ -104,7 +103,7 @@ def start(
             list(zip(roots, manifests, strict=True)), state, context, kind="sync-in"
         )
         for root, manifest in zip(roots, manifests, strict=True):
-            found = _baseline(root, manifest, context.cancellation, only_known=state.was_ready)
+            found = _baseline(root, manifest, state, context, only_known=state.was_ready)
             root.baseline = {**root.baseline, **found}
     except PropmasterError as error:
         log.error(  # noqa: TRY400 - an expected failure: its text says all, a trace says nothing
@@ -178,7 +177,7 @@ def sync_step(
         state_file.write(state)
     results = materialise(merged, state, context, kind="sync-step", step=step_id)
     for root, manifest in merged:
-        root.baseline.update(_baseline(root, manifest, context.cancellation, only_known=True))
+        root.baseline.update(_baseline(root, manifest, state, context, only_known=True))
     state.unfinished_steps.remove(step_id)
     state_file.write(state)
     result = StartResult(
@@ -286,9 +285,10 @@ def _manifest_of(root: RootState, job: JobDocument, context: TransferContext) ->
 def _baseline(
     root: RootState,
     manifest: Manifest | None,
-    cancellation: Cancellation,
+    state: SessionState,
+    context: TransferContext,
     *,
-    only_known: bool = False,
+    only_known: bool,
 ) -> dict[str, BaselineFile]:
     """Return what is in the root's output directories now, with the manifest's hashes.
 
@@ -299,7 +299,12 @@ def _baseline(
         return {}
     entries = manifest.by_path() if manifest is not None else {}
     baseline = {}
-    for found in walk(Path(root.local_root), root.output_directories, cancellation=cancellation):
+    for found in walk(
+        Path(root.local_root),
+        root.output_directories,
+        follow_root=not state.owns(root),
+        cancellation=context.cancellation,
+    ):
         entry = entries.get(found.path)
         if entry is not None and (found.size, found.mtime_ns) != (entry.size, entry.mtime * 1000):
             # Somebody has written to it since it was placed, or the file system can not keep such

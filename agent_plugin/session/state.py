@@ -120,6 +120,15 @@ class SessionState(msgspec.Struct, rename="camel"):
     unfinished_steps: list[str] = []
     answered: AnsweredAction | None = None
 
+    def owns(self, root: RootState) -> bool:
+        """Whether a root is a directory of the session: no link, and removed when it ends.
+
+        A job may put links in the session's directory, and hooks may run with rights that it has
+        not. A root that a rule maps elsewhere is the host's own matter.
+        """
+        above = os.path.realpath(Path(root.local_root).parent)
+        return above == os.path.realpath(self.session_dir)
+
 
 def session_id(session_dir: Path) -> str:
     """Return the key of a session: its directory's name and a hash of its real path."""

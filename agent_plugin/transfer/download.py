@@ -183,6 +183,7 @@ class _Download:
             label,
             direct=plan.hidden,
             exclusive=plan.exclusive,
+            follow=plan.follow_root,
             cancellation=context.cancellation,
         )
         self.counts = _Counts()

@@ -95,10 +95,12 @@ class Placer:
             it is renamed as a whole: the second name costs as much as the file.
         exclusive: Nobody else places files here meanwhile, so that every temporary file in a
             directory where one is placed is what a killed run left, and is removed.
+        follow: Whether the root may be a link; not where others can put one.
         cancellation: Checked while a large file is copied and hashed, or None.
 
     Raises:
         NoSpaceError, PathClashError, LocalWriteError: The root can not be made.
+        UnsafePathError: It is a link, and `follow` is false.
         LocalReadError: It can not be opened.
     """
 
@@ -109,13 +111,14 @@ class Placer:
         *,
         direct: bool = False,
         exclusive: bool = False,
+        follow: bool = True,
         cancellation: Cancellation | None = None,
     ) -> None:
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise local_write_error(error, os.fspath(directory)) from error
-        self._root = Root(directory)
+        self._root = Root(directory, follow=follow)
         self._label = directory
         self._transfer = label
         self._temporary = None if direct else partial_name(label)

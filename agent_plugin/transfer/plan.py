@@ -4,8 +4,8 @@ Reads the disk and moves nothing.
 """
 
 import os
+import secrets
 import stat
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +43,7 @@ class DownloadPlan:
         hidden: Nobody looks at the root before it gets its real name, so that files may be written
             under theirs.
         exclusive: Nobody else places files under the root meanwhile.
+        follow_root: Whether the root may be a link.
         cached: Of the wanted digests those that the blob cache had when it was asked.
     """
 
@@ -52,6 +53,7 @@ class DownloadPlan:
     retimed: list[FileEntry] = field(default_factory=list)
     hidden: bool = False
     exclusive: bool = False
+    follow_root: bool = True
     cached: set[Digest] = field(default_factory=set)
 
     @property
@@ -72,6 +74,7 @@ def plan_download(
     *,
     hidden: bool = False,
     exclusive: bool = False,
+    follow_root: bool = True,
     cancellation: Cancellation | None = None,
 ) -> DownloadPlan:
     """Compare a manifest with what is at its root.
@@ -80,7 +83,8 @@ def plan_download(
     proof. Files that the manifest does not name are left alone.
 
     Raises:
-        UnsafePathError: A link stands where a directory must be.
+        UnsafePathError: A link stands where a directory must be, the root itself included unless
+            `follow_root` is set.
         PathClashError: A file stands where a directory must be, or the file system folds names
             that the manifest keeps apart, or an entry has the name of a temporary file of ours.
         LocalReadError, FileChangedError: A file that is there can not be read.
@@ -88,13 +92,15 @@ def plan_download(
         NoSpaceError, LocalWriteError: The root can not be made, or not be written.
     """
     _refuse_partials(manifest)
-    plan = DownloadPlan(root, hidden=hidden, exclusive=exclusive)
+    plan = DownloadPlan(root, hidden=hidden, exclusive=exclusive, follow_root=follow_root)
     present = {}
     if _has_entries(root):
-        present = _present(manifest, root, hash_cache, cancellation)
+        with Root(root, follow=follow_root) as opened:
+            present = _present(manifest, opened, hash_cache, cancellation)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        _check_folding(manifest, root)
+        with Root(root, follow=follow_root) as opened:
+            _check_folding(manifest, opened)
     except OSError as error:
         raise local_write_error(error, os.fspath(root)) from error
     for entry in manifest.entries:
@@ -158,25 +164,22 @@ def _has_entries(root: Path) -> bool:
 
 def _present(
     manifest: Manifest,
-    root: Path,
+    root: Root,
     hash_cache: HashCache | None,
     cancellation: Cancellation | None,
 ) -> dict[str, FoundFile]:
     """Return the files that stand at their entry's path with the entry's bytes, by path."""
     entries = manifest.by_path()
-    with Root(root) as opened:
-        candidates = [
-            found
-            for found in _stat_all(opened, manifest.entries)
-            if found.size == entries[found.path].size
-        ]
-        return {
-            found.path: found
-            for found, digest in hash_files(
-                opened, candidates, hash_cache, cancellation=cancellation
-            )
-            if digest.hex == entries[found.path].hash
-        }
+    candidates = [
+        found
+        for found in _stat_all(root, manifest.entries)
+        if found.size == entries[found.path].size
+    ]
+    return {
+        found.path: found
+        for found, digest in hash_files(root, candidates, hash_cache, cancellation=cancellation)
+        if digest.hex == entries[found.path].hash
+    }
 
 
 def _stat_all(root: Root, entries: Sequence[FileEntry]) -> Iterable[FoundFile]:
@@ -202,23 +205,30 @@ def _refuse_partials(manifest: Manifest) -> None:
             )
 
 
-def _check_folding(manifest: Manifest, root: Path) -> None:
+def _check_folding(manifest: Manifest, root: Root) -> None:
     """Refuse names that this file system would not keep apart, before any is written."""
-    if not _folds_names(root):
+    if not _folds_names(root.fd):
         return
     clashes = find_folding_clashes([entry.path for entry in manifest.entries])
     if clashes:
         first, second = clashes[0]
         raise PathClashError(
-            f"{first} and {second} are one name on the file system of {root}"
+            f"{first} and {second} are one name on the file system of {root.path}"
             f" ({len(clashes)} such pairs)",
             hint="use a file system that keeps upper and lower case apart, or rename the files",
         )
 
 
-def _folds_names(root: Path) -> bool:
+def _folds_names(directory: int) -> bool:
     """See whether a file is found under its name in other letters, by making one."""
     # A name of its own each time: nobody can have put a link there, and no two runs meet.
-    prefix, _, suffix = partial_name("Fold-|").partition("|")
-    with tempfile.NamedTemporaryFile(dir=root, prefix=prefix, suffix=suffix) as probe:
-        return os.path.lexists(probe.name.replace("-Fold-", "-fOLD-"))
+    name = partial_name(f"Fold-{secrets.token_hex(8)}")
+    os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=directory))
+    try:
+        os.stat(name.replace("-Fold-", "-fOLD-"), dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    else:
+        return True
+    finally:
+        os.unlink(name, dir_fd=directory)

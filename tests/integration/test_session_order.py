@@ -3,7 +3,11 @@
 import fcntl
 import json
 import os
+import pkgutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +15,10 @@ from agent_plugin.content import events
 from agent_plugin.content.errors import (
     PropmasterError,
     SessionStateError,
+    UnsafePathError,
 )
+from agent_plugin.session.inputs import hidden_root
+from agent_plugin.session.roots import session_directory_name
 from tests.servers.hooks import step, task
 from tests.servers.sessions import Sessions
 from tests.servers.trees import files_below
@@ -116,6 +123,100 @@ def test_a_root_that_a_job_replaced_by_a_link_is_not_written_through(
     assert list(outside.iterdir()) == []
     sessions.host.end(sessions.session_dir)
     assert outside.is_dir()
+
+
+class Swapped:
+    """A root that a job's process swaps for a link while a hook works, at a moment of its choice.
+
+    Attributes:
+        outside: Where the link leads: what hooks may read and write, and the job may not.
+    """
+
+    def __init__(self, sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.outside = sessions.tmp_path / "outside"
+        (self.outside / "renders").mkdir(parents=True)
+        (self.outside / "renders/secret").write_bytes(b"of the host")
+        self._monkeypatch = monkeypatch
+        self._before = self._seen()
+
+    def _seen(self) -> dict[str, int]:
+        found = [self.outside, *self.outside.rglob("*")]
+        return {os.fspath(path): path.stat().st_mtime_ns for path in found}
+
+    @contextmanager
+    def when(self, function: str, root: Path) -> Iterator[None]:
+        """Swap when a function of the hook has been called, and see that the hook refuses that."""
+        original = pkgutil.resolve_name(function)
+
+        def swap(*args: Any, **options: Any) -> Any:
+            result = original(*args, **options)
+            # All that a generator yields, since it works while it is asked.
+            result = list(result) if isinstance(result, Iterator) else result
+            root.rename(root.with_name("moved"))
+            root.symlink_to(self.outside)
+            return result
+
+        with self._monkeypatch.context() as patch:
+            patch.setattr(function, swap)
+            with pytest.raises(UnsafePathError, match=f"{root.name} is a symbolic link"):
+                yield
+        assert self._seen() == self._before
+
+
+@pytest.fixture
+def swapped(sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> Swapped:
+    return Swapped(sessions, monkeypatch)
+
+
+@pytest.mark.parametrize("function", ["_holds_anything", "plan_download", "survey"])
+def test_a_root_that_is_swapped_for_a_link_during_a_sync_is_not_written_through(
+    sessions: Sessions, swapped: Swapped, function: str
+) -> None:
+    root = sessions.started(sessions.submitted())
+    (root / "renders/secret").write_bytes(b"planted")
+    sessions.finish(0)
+    (root / "renders/secret").unlink()
+
+    with swapped.when(f"agent_plugin.session.inputs.{function}", root):
+        sessions.host.sync_step(sessions.session_dir, step(2), [step(1)])
+
+
+@pytest.mark.parametrize("function", ["_clear", "plan_download", "survey"])
+def test_a_hidden_root_that_is_swapped_for_a_link_is_not_written_through(
+    sessions: Sessions, swapped: Swapped, expected_events: set[str], function: str
+) -> None:
+    expected_events.add(events.SESSION_START_FAILED)
+    job = sessions.submitted()
+    hidden = hidden_root(sessions.session_dir / session_directory_name(str(sessions.source)))
+    hidden.mkdir(parents=True)
+    (hidden / "scene.usd").write_bytes(b"of a killed start")
+
+    with swapped.when(f"agent_plugin.session.inputs.{function}", hidden):
+        sessions.host.start(job, sessions.session_dir)
+
+
+@pytest.mark.parametrize("function", ["walk", "hash_files"])
+def test_a_root_that_is_swapped_for_a_link_at_the_end_of_a_task_is_not_read_through(
+    sessions: Sessions, swapped: Swapped, function: str
+) -> None:
+    root = sessions.started(sessions.submitted())
+    (root / "renders/secret").write_bytes(b"by the job")
+
+    with swapped.when(f"agent_plugin.session.finish_task.{function}", root):
+        sessions.finish(0)
+
+    assert sessions.outputs() == {}
+
+
+def test_a_root_that_is_swapped_for_a_link_after_it_was_filled_is_not_read_through(
+    sessions: Sessions, swapped: Swapped, expected_events: set[str]
+) -> None:
+    expected_events.add(events.SESSION_START_FAILED)
+    job = sessions.submitted()
+    root = sessions.session_dir / session_directory_name(str(sessions.source))
+
+    with swapped.when("agent_plugin.session.start.materialise", root):
+        sessions.host.start(job, sessions.session_dir)
 
 
 # ------------------------------------------------------------ as a command

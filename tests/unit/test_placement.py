@@ -436,6 +436,16 @@ def test_a_file_in_a_directorys_place_is_a_clash_that_names_it(placer: Placer, r
     assert (root / "one").read_bytes() == b"mine"
 
 
+def test_a_root_that_may_be_no_link_is_refused_if_it_is_one(root: Path, tmp_path: Path) -> None:
+    root.symlink_to(tmp_path)
+
+    with pytest.raises(UnsafePathError, match="root is a symbolic link"):
+        Placer(root, LABEL, follow=False)
+    with Placer(root, LABEL) as placer:
+        placer.place_data(entry("one", b"new"), b"new")
+    assert (tmp_path / "one").read_bytes() == b"new"
+
+
 def test_what_a_killed_run_left_is_removed(placer: Placer, root: Path) -> None:
     left = root / partial_name(LABEL)
     left.write_bytes(b"half of som")

@@ -159,6 +159,23 @@ def test_no_link_that_was_planted_makes_planning_write_outside(tmp_path: Path, n
     assert [found.name for found in root.iterdir()] == [name]
 
 
+@pytest.mark.parametrize("there", ["nothing", "a file"])
+def test_a_root_that_may_be_no_link_is_refused_and_nothing_is_made_where_it_leads(
+    tmp_path: Path, there: str
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    if there != "nothing":
+        (outside / "a").write_bytes(b"same")
+    (tmp_path / "root").symlink_to(outside)
+    before = outside.stat().st_mtime_ns
+
+    with pytest.raises(UnsafePathError, match="root is a symbolic link"):
+        plan_download(manifest(a=b"same"), tmp_path / "root", None, follow_root=False)
+
+    assert outside.stat().st_mtime_ns == before
+
+
 @pytest.mark.parametrize("path", [".propmaster-7-5f5e100.partial", "a/.propmaster-x.partial"])
 def test_an_entry_with_the_name_of_a_temporary_file_is_refused(tmp_path: Path, path: str) -> None:
     with pytest.raises(PathClashError, match=f"{path} has a name that is kept"):

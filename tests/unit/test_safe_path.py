@@ -69,6 +69,39 @@ def test_a_root_that_is_a_file_is_refused(tmp_path: Path) -> None:
         Root(tmp_path / "file")
 
 
+def test_a_root_that_may_be_no_link_is_refused_if_it_is_one(directory: Path) -> None:
+    link = directory.with_name("link")
+    link.symlink_to(directory)
+    above = directory.with_name("above")
+    above.symlink_to(directory.parent)
+
+    with pytest.raises(UnsafePathError, match="link is a symbolic link"):
+        Root(link, follow=False)
+    with Root(link) as followed, Root(above / "root", follow=False) as opened:
+        assert followed.real_path == opened.real_path == str(directory)
+        assert os.fstat(opened.fd).st_ino == directory.stat().st_ino
+
+
+@pytest.mark.parametrize("kind", ["nothing", "file", "broken link", "link to a file"])
+def test_a_root_that_may_be_no_link_is_a_directory(tmp_path: Path, kind: str) -> None:
+    root = tmp_path / "root"
+    expected: type[Exception] = UnsafePathError
+    match kind:
+        case "nothing":
+            expected = FileNotFoundError
+        case "file":
+            root.touch()
+            expected = LocalReadError
+        case "broken link":
+            root.symlink_to("nowhere")
+        case _:
+            (tmp_path / "file").touch()
+            root.symlink_to("file")
+
+    with pytest.raises(expected, match="root"):
+        Root(root, follow=False)
+
+
 def test_a_file_is_read_by_its_path(root: Root, directory: Path) -> None:
     (directory / "a" / "b").mkdir(parents=True)
     (directory / "a" / "b" / "c.txt").write_bytes(b"content")

@@ -123,6 +123,16 @@ def test_a_directory_outside_the_root_is_refused(tmp_path: Path, directory: str)
         list(walk(tmp_path, [directory]))
 
 
+def test_a_root_that_may_be_no_link_is_refused_if_it_is_one(tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside/secret").touch()
+    (tmp_path / "root").symlink_to("outside")
+
+    with pytest.raises(UnsafePathError, match="root is a symbolic link"):
+        list(walk(tmp_path / "root", follow_root=False))
+    assert [found.path for found in walk(tmp_path / "root")] == ["secret"]
+
+
 def test_500_nested_directories_are_walked_without_their_descriptors_held(tmp_path: Path) -> None:
     deep = "/".join(["directory-with-a-name"] * 500)
     with Root(tmp_path) as root:
