@@ -144,8 +144,8 @@ class StoreSettings(_Section, frozen=True, forbid_unknown_fields=True):
             which bytes moved does not count.
         connect_timeout: Seconds for a connection to be made.
         read_timeout: Seconds without a byte from the store.
-        existence_max_age: Seconds for which a blob seen in the store is taken to be there still;
-            0 asks each time. The store's lifecycle rules must keep blobs longer than this.
+        existence_max_age: Seconds for which a blob seen in the store is asked for before it would
+            be sent; 0 remembers nothing.
     """
 
     concurrency: Annotated[int, Meta(ge=1, le=256)] = 16

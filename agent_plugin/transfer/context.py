@@ -1,6 +1,7 @@
 """What every transfer of a process shares: store, cache, index, ledger, cancellation, view."""
 
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,7 +11,7 @@ from agent_plugin.content import events
 from agent_plugin.content.blob_cache import BlobCache
 from agent_plugin.content.digest import Digest
 from agent_plugin.content.errors import CacheUnsafeError, LocalError
-from agent_plugin.content.flight import Lanes
+from agent_plugin.content.flight import POLL_SECONDS, Lanes
 from agent_plugin.content.local_index import LocalIndex
 from agent_plugin.content.store import Cancellation, Store
 from agent_plugin.transfer.ledger import Ledger
@@ -52,7 +53,8 @@ class TransferContext:
         store_url: The store's URL, known without opening it.
         cache: The shared blob cache, or None when there is none to be used.
         index: Hash cache and existence cache.
-        existence_max_age: For how many seconds a blob seen in the store is taken to be there.
+        existence_max_age: For how many seconds a blob seen in the store is asked for before it
+            would be sent.
         lanes: The threads that `ask` uses.
     """
 
@@ -95,16 +97,27 @@ class TransferContext:
         if digests and self.remembers_store:
             self.index.remember_present(self.open_store().identity, digests)
 
-    def ask(self, question: Callable[[Store], T]) -> T:
+    def ask(
+        self, question: Callable[[Store], T], meanwhile: Callable[[], None] = lambda: None
+    ) -> T:
         """Return what `question` returns of the store, unless there is a wish to stop before.
 
         For requests that the calling thread would make itself: no signal is noticed by a thread
         that waits for a server. A request that is left behind ends with its time limit.
 
+        Args:
+            question: Called on a thread of its own.
+            meanwhile: Called several times a second while that takes.
+
         Raises:
             CancelledError: Cancellation was wished.
         """
-        return self.ask_each(lambda store, _: question(store), [None])[0]
+        future = self.lanes.submit(lambda: question(self.open_store()))
+        while not future.done():
+            self.cancellation.check()
+            wait([future], timeout=POLL_SECONDS)
+            meanwhile()
+        return future.result()
 
     def ask_each(self, question: Callable[[Store, Item], T], items: Sequence[Item]) -> list[T]:
         """Return what `question` returns for each item, in order; several are asked at once.
