@@ -391,6 +391,20 @@ def test_every_promise_names_a_test_that_exists() -> None:
     assert not [line for line in bullets if not _REFERENCE.search(line)]
 
 
+def test_no_promise_is_held_by_slow_tests_alone() -> None:
+    slow = {
+        (path.name, node.name)
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_bytes()))
+        if isinstance(node, ast.FunctionDef)
+        and "pytest.mark.slow" in [ast.unparse(decorator) for decorator in node.decorator_list]
+    }
+    assert slow
+
+    bullets = [line for line in read("SEMANTICS.md").splitlines() if line.startswith("- ")]
+    assert [line for line in bullets if set(_REFERENCE.findall(line)) <= slow] == []
+
+
 # ---------------------------------------------------------------------------------------- links
 
 

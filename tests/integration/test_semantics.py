@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from agent_plugin.content import events
+from agent_plugin.content.digest import Digest
 from agent_plugin.content.errors import (
     BlobNotFoundError,
     PathClashError,
@@ -14,6 +15,7 @@ from agent_plugin.content.errors import (
 )
 from agent_plugin.session.job import JobDocument
 from agent_plugin.session.state import FinishResult
+from tests.servers.disks import MEBIBYTE, image_mounted
 from tests.servers.hooks import Host, action, job_of, step, task
 from tests.servers.trees import files_below, write_files
 
@@ -78,6 +80,51 @@ def test_a_start_that_fails_leaves_no_root_under_its_name(
     assert list(farm.session_dir.glob("assetroot-*")) == []
     with pytest.raises(SessionStateError):
         farm.finish()
+
+
+def test_a_start_that_did_not_finish_can_be_ended_and_nothing_else(
+    farm: Farm, expected_events: set[str]
+) -> None:
+    expected_events.add(events.SESSION_START_FAILED)
+    farm.blob_of("scene.usd").unlink()
+    with pytest.raises(BlobNotFoundError):
+        farm.start()
+
+    with pytest.raises(SessionStateError, match="did not finish"):
+        farm.finish()
+    with pytest.raises(SessionStateError, match="did not finish"):
+        farm.host.sync_step(farm.session_dir, step(2))
+
+    farm.host.end(farm.session_dir)
+    assert farm.host.read_state(farm.session_dir) is None
+    assert files_below(farm.session_dir) == {}
+
+
+def test_writing_to_a_file_changes_neither_its_twin_nor_what_is_cached(farm: Farm) -> None:
+    root = farm.start()
+    with (root / "textures/wood.tx").open("r+b") as file:
+        file.write(b"iron")
+
+    assert (root / "textures/oak.tx").read_bytes() == b"wood"
+    cached = Digest.of(b"wood").hex
+    assert [blob.read_bytes() for blob in farm.host.cache_dir.rglob(cached)] == [b"wood"]
+
+
+def test_names_that_the_file_system_does_not_keep_apart_are_refused_before_the_first_write(
+    farm: Farm, expected_events: set[str]
+) -> None:
+    expected_events.add(events.SESSION_START_FAILED)
+    write_files(farm.source, {"Textures/WOOD.tx": b"another wood"}, mtime_ns=MTIME_NS)
+    submitted, _ = farm.host.submit(farm.source, output_directories=["renders"])
+    image, at = farm.directory / "image", farm.directory / "exfat"
+    with image_mounted("exfat", image, at, size=128 * MEBIBYTE) as folding:
+        with pytest.raises(PathClashError, match=r"extures/.* are one name on the file system"):
+            farm.host.start(job_of(submitted), folding / "refused")
+        assert files_below(folding) == {}
+
+        started = farm.host.start(farm.job, folding / "session")
+        found = files_below(Path(started.roots[0].local_root))
+    assert sorted(found) == sorted(str(path) for path in INPUTS)
 
 
 def test_starting_a_started_session_again_puts_the_inputs_back(farm: Farm) -> None:
@@ -151,6 +198,35 @@ def test_of_two_steps_the_one_named_last_wins(farm: Farm) -> None:
     for order, content in (([3, 1], b"of step 1"), ([1, 3], b"of step 3")):
         farm.host.sync_step(elsewhere, step(2), [step(number) for number in order])
         assert (other / "renders/both.exr").read_bytes() == content
+
+
+def test_a_step_gets_all_runs_of_chunks_and_of_each_task_the_last_by_its_folders_name(
+    farm: Farm,
+) -> None:
+    root = farm.start()
+    plate = root / "renders/plate.exr"
+
+    def run(task_number: int | None, started_at: float, name: str) -> None:
+        plate.write_bytes(f"as {name} left it".encode())
+        (root / f"renders/{name}").write_bytes(name.encode())
+        chosen = action(1, task_number, started_at=started_at)
+        farm.host.finish_task(farm.session_dir, chosen)
+        (root / f"renders/{name}").unlink()
+
+    # By name the second chunk comes before the first, and the task's second run before its first.
+    run(None, 1_700_000_002.0, "chunk.exr")
+    run(None, 1_700_000_001.0, "other chunk.exr")
+    run(7, 1_700_000_004.0, "last run.exr")
+    run(7, 1_700_000_003.0, "run before.exr")
+    run(None, 1_700_000_000.0, "latest.exr")
+    elsewhere = farm.directory / "another session"
+    other = Path(farm.host.start(farm.job, elsewhere).roots[0].local_root)
+    farm.host.sync_step(elsewhere, step(2))
+
+    assert sorted(path.name for path in (other / "renders").iterdir()) == [
+        *("chunk.exr", "last run.exr", "latest.exr", "other chunk.exr", "plate.exr"),
+    ]
+    assert (other / "renders/plate.exr").read_bytes() == b"as latest.exr left it"
 
 
 def test_a_root_that_only_a_dependency_has_is_a_directory_of_the_session(farm: Farm) -> None:

@@ -15,8 +15,18 @@ import pytest
 
 MEBIBYTE = 1024 * 1024
 # The least that mkfs makes: 300 MiB for XFS, 109 MiB for btrfs (xfsprogs 6.1, btrfs-progs 6.2).
-LEAST_BYTES = {"xfs": 300 * MEBIBYTE, "btrfs": 110 * MEBIBYTE, "ext4": 4 * MEBIBYTE}
-_OPTIONS = {"xfs": ["-q", "-m", "reflink=1"], "btrfs": ["-q"], "ext4": ["-q", "-F"]}
+LEAST_BYTES = {
+    "xfs": 300 * MEBIBYTE,
+    "btrfs": 110 * MEBIBYTE,
+    "ext4": 4 * MEBIBYTE,
+    "exfat": 8 * MEBIBYTE,
+}
+_OPTIONS = {
+    "xfs": ["-q", "-m", "reflink=1"],
+    "btrfs": ["-q"],
+    "ext4": ["-q", "-F"],
+    "exfat": [],
+}
 
 
 @contextmanager
@@ -24,7 +34,7 @@ def image_mounted(kind: str, image: Path, at: Path, *, size: int = 0) -> Iterato
     """Mount a file as a file system; it is made and formatted when it is not there.
 
     Args:
-        kind: `xfs`, `btrfs` or `ext4`.
+        kind: `xfs`, `btrfs`, `ext4`, or `exfat`, on which `a` and `A` are one name.
         image: The file; stays when the context ends, so that it can be damaged and mounted again.
         at: The mount point; made when missing.
         size: Of the file system in bytes; 0 is the least there can be.
@@ -35,8 +45,16 @@ def image_mounted(kind: str, image: Path, at: Path, *, size: int = 0) -> Iterato
         with image.open("wb") as file:
             file.truncate(max(size, LEAST_BYTES[kind]))
         subprocess.run([f"mkfs.{kind}", *_OPTIONS[kind], image], check=True, capture_output=True)
+    if kind == "exfat" and not _kernel_has(kind):
+        kind = "exfat-fuse"
     with _mounted(at, "-o", "loop", "-t", kind, os.fspath(image)) as mounted:
         yield mounted
+
+
+def _kernel_has(kind: str) -> bool:
+    if shutil.which("modprobe"):
+        subprocess.run(["modprobe", "--quiet", kind], check=False)
+    return f"\t{kind}\n" in Path("/proc/filesystems").read_text()
 
 
 @contextmanager
