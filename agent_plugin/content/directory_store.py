@@ -79,23 +79,22 @@ class DirectoryStore:
     than a regular file in a file's place, and those that write raise NoSpaceError.
 
     Args:
-        root: The directory, absolute; made if only itself is missing. Links that lead to it are
-            followed: it is the operator's choice.
+        root: The directory, absolute; made by the first write if only itself is missing, so that a
+            reader's mistake leaves no trace. Links that lead to it are followed: it is the
+            operator's choice.
 
     Raises:
-        StoreAccessError: It can not be made or opened.
-        NoSpaceError: There is no space to make it.
+        StoreAccessError: It can not be opened, or is missing together with what should hold it.
     """
 
     def __init__(self, root: Path) -> None:
         self._root = root
         # The directories for unfinished files that this process has tidied; `add` is atomic.
         self._tidied: set[str] = set()
+        # Once it was there it is never made again: its disk may have gone meanwhile.
+        self._may_be_made = not os.path.lexists(root)
         with _store_errors(str(root)):
-            with suppress(FileExistsError):
-                root.mkdir(_DIRECTORY_MODE)
-                _sync_names(root.parent)
-            os.close(self._open_root())
+            os.close(os.open(root.parent if self._may_be_made else root, _ROOT))
 
     @property
     def url(self) -> str:
@@ -106,6 +105,18 @@ class DirectoryStore:
     def identity(self) -> str:
         """The URL."""
         return self.url
+
+    def make(self) -> None:
+        """Make the directory, as the first write does, if only itself is missing.
+
+        Raises:
+            StoreAccessError, NoSpaceError: It can not be made.
+        """
+        with _store_errors(str(self._root)), suppress(FileExistsError):
+            if self._may_be_made:
+                self._root.mkdir(_DIRECTORY_MODE)
+                _sync_names(self._root.parent)
+        self._may_be_made = False
 
     def find_missing(self, digests: Collection[Digest]) -> set[Digest]:
         """Look for each blob; the legacy key does not count."""
@@ -225,6 +236,7 @@ class DirectoryStore:
         place, name = _document_place(key)
         sidecar = json.dumps(layout.checked_metadata(metadata), sort_keys=True).encode()
         staging = partial(self._staging, _DOCUMENTS)
+        self.make()
         self._sync_blob_names()
         with self._made_directory(place) as directory, _store_errors(f"{place}/{name}"):
             _refuse_odd(directory, name, f"{self._root}/{place}/{name}")
@@ -338,6 +350,7 @@ class DirectoryStore:
     def _made_directory(self, place: str) -> Iterator[int]:
         """Lend a directory below the root, making what is missing."""
         with _store_errors(f"{self._root}/{place}"):
+            self.make()
             fd = self._open_root()
             for name in place.split("/"):
                 with _closing(fd):

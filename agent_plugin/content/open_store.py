@@ -24,7 +24,7 @@ def build_store(
     account_id: str | None = None,
     concurrency: int = 16,
 ) -> "S3Store | DirectoryStore":
-    """Return the store at a URL; a directory is made if only itself is missing.
+    """Return the store at a URL; a directory that is missing is made by the first write.
 
     Args:
         url: `s3://bucket/prefix`, where everything after the bucket's slash is the prefix as it is,

@@ -13,10 +13,12 @@ from pathlib import Path
 import msgspec
 
 from agent_plugin.content.digest import Digest
+from agent_plugin.content.directory_store import DirectoryStore
 from agent_plugin.content.errors import FileChangedError, JobInvalidError, LocalReadError
 from agent_plugin.content.manifest import FileEntry, Manifest, encode
 from agent_plugin.content.safe_path import Root
 from agent_plugin.content.snapshot import hash_files, walk
+from agent_plugin.content.store import Store
 from agent_plugin.session.job import (
     Attachments,
     FileSystem,
@@ -101,6 +103,8 @@ def submit(
             f"{root} has no files, and no output directory was given",
             hint="a root needs inputs, or outputs (--output-dir), or both",
         )
+    else:
+        context.ask(_make)
     summary.seconds = round(time.monotonic() - begun, 3)
     attachments = Attachments(manifests=(properties,), file_system=file_system)
     return _result(attachments, context.store_url), summary
@@ -115,6 +119,12 @@ def _see_store(context: TransferContext) -> None:
         context.ask(lambda store: store.find_missing([_ASKED_FOR]))
     else:
         context.ask(lambda _store: None)
+
+
+def _make(store: Store) -> None:
+    """Make a directory's store, in which nothing was stored: workers may ask it for outputs."""
+    if isinstance(store, DirectoryStore):
+        store.make()
 
 
 def _store_files(root: Path, context: TransferContext) -> tuple[list[FileEntry], SubmitSummary]:

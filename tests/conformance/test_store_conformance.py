@@ -123,6 +123,7 @@ class Subject:
 def subject(request: pytest.FixtureRequest, tmp_path: Path) -> Subject:
     if request.param == "directory":
         root = tmp_path / "a store"
+        root.mkdir()
         return Subject(build_store(f"file://{tmp_path}/a%20store"), BehindDirectory(root))
     s3: S3Server = request.getfixturevalue("s3")
     prefix: str = request.getfixturevalue("s3_prefix")
@@ -419,6 +420,14 @@ def test_a_document_replaces_another_with_its_metadata(subject: Subject) -> None
     subject.store.put_document("a/b", b"third", {})
     document = subject.store.get_document("a/b", max_bytes=6)
     assert (document.data, document.metadata) == (b"third", {})
+
+
+@pytest.mark.parametrize("value", ["", " ", "/trailing ", " /leading", "/a\tb", "/日本"])
+def test_metadata_that_a_header_would_change_are_refused(subject: Subject, value: str) -> None:
+    """Whoever writes them has to say them otherwise: as JSON, for instance."""
+    with pytest.raises(ValueError, match="asset-root"):
+        subject.store.put_document("a/b", b"{}", {"asset-root": value})
+    assert subject.behind.names() == []
 
 
 def test_a_document_of_many_parts_makes_the_round_trip(subject: Subject, large: bytes) -> None:

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from agent_plugin.cli.options import escaped
-from tests.servers.hooks import FARM, JOB, QUEUE, action
+from tests.servers.hooks import FARM, JOB, QUEUE, action, job_of, step
 from tests.servers.sessions import MTIME_NS, Sessions
 from tests.servers.trees import write_files
 
@@ -101,3 +101,36 @@ def test_a_root_that_looks_like_an_order_does_not_begin_a_line(sessions: Session
     done = sessions.host.run(*sessions.host.start_arguments(job, sessions.session_dir)[:-1])
 
     assert done.stdout.startswith(f"root {EVIL} -> "), done.stderr
+
+
+def test_a_mistyped_directory_is_refused_by_whoever_reads_it_and_is_not_made(
+    sessions: Sessions,
+) -> None:
+    s = sessions
+    job = s.submitted()
+    mistyped = s.tmp_path / "stroe"
+    url = f"file://{mistyped}"
+    snapshot = s.tmp_path / "manifest"
+    s.host.run("manifest", "snapshot", s.source, "--output", snapshot)
+    where = (JOB, "--store", url, "--farm-id", FARM, "--queue-id", QUEUE)
+    wrong = msgspec.structs.replace(job, store=url)
+    printed = [
+        s.host.run("outputs", "list", *where),
+        s.host.run("outputs", "get", *where, "--to", s.tmp_path / "to"),
+        s.host.run("manifest", "verify", snapshot, "--store", url),
+        s.host.run(*s.host.start_arguments(wrong, s.session_dir)),
+    ]
+
+    assert [done.returncode for done in printed] == [70] * 4, [done.stderr for done in printed]
+    for done in printed:
+        assert f"error[store-access-denied]: {mistyped}" in done.stderr
+    assert not mistyped.exists()
+
+
+def test_a_job_without_inputs_finds_its_store_in_a_new_directory(sessions: Sessions) -> None:
+    (sessions.source).mkdir()
+    submitted, _ = sessions.host.submit(sessions.source, output_directories=["renders"])
+    sessions.started(job_of(submitted, stepDependencies={step(2): [step(1)]}))
+
+    assert sessions.host.sync_step(sessions.session_dir, step(2)).roots == []
+    assert sessions.outputs() == {}

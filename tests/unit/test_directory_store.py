@@ -45,10 +45,43 @@ def test_the_url_is_percent_encoded_and_leads_back(tmp_path: Path) -> None:
     directory = tmp_path / "a b%41+é"
     store = build_store(f"file://{tmp_path}/a%20b%2541+%C3%A9")
 
-    assert directory.is_dir()
     assert store.url == f"file://{tmp_path}/a%20b%2541%2B%C3%A9"
     store.put(DIGEST, BLOB)
+    assert directory.is_dir()
     assert build_store(store.url).get(DIGEST) == BLOB
+
+
+def test_reading_what_is_not_there_makes_nothing_and_is_refused(
+    tmp_path: Path, store: DirectoryStore
+) -> None:
+    """The address was mistyped, or the disk that has the store is not mounted."""
+    calls: list[Callable[[], object]] = [
+        lambda: store.get(DIGEST),
+        lambda: store.read_range(DIGEST, 0, 1),
+        lambda: store.find_missing([DIGEST]),
+        lambda: list(store.list_blobs()),
+        lambda: store.get_document("a/b", max_bytes=9),
+        lambda: list(store.list_documents("")),
+    ]
+    for call in calls:
+        with pytest.raises(StoreAccessError, match=f"^{tmp_path}/store.*: No such file"):
+            call()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("write", ["put", "put_document", "make"])
+def test_the_first_write_makes_the_directory(tmp_path: Path, write: str) -> None:
+    first, second = DirectoryStore(tmp_path / "store"), DirectoryStore(tmp_path / "store")
+    for store in (first, second):
+        if write == "put":
+            store.put(DIGEST, BLOB)
+        elif write == "put_document":
+            store.put_document("a/b", b"{}", {})
+        else:
+            store.make()
+
+    assert (tmp_path / "store").is_dir()
+    assert first.find_missing([DIGEST]) == (set() if write == "put" else {DIGEST})
 
 
 def test_only_the_last_directory_is_made(tmp_path: Path) -> None:
@@ -379,6 +412,8 @@ def test_who_may_not_write_or_read_is_told_so(root: Path) -> None:
 
 
 def test_absent_is_absent_before_anything_was_stored(store: DirectoryStore) -> None:
+    store.make()
+
     assert store.find_missing([DIGEST]) == {DIGEST}
     assert list(store.list_blobs()) == []
     assert list(store.list_documents("")) == []
