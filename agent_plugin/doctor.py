@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 from agent_plugin import settings as host_settings
 from agent_plugin.content.digest import Digest
@@ -31,7 +31,14 @@ from agent_plugin.content.open_store import build_store
 from agent_plugin.content.retry import RetryPolicy
 from agent_plugin.content.s3_environment import Credentials, locate
 from agent_plugin.content.store import Cancellation, Store
-from agent_plugin.doctor_files import Probe, file_probes, nearest_existing, privacy_fault
+from agent_plugin.doctor_files import (
+    Probe,
+    file_probes,
+    nearest_existing,
+    privacy_fault,
+    privacy_of,
+    writing_fault,
+)
 from agent_plugin.settings import Settings
 
 __all__ = ["Probe", "examine"]
@@ -176,15 +183,11 @@ def _open_files() -> Probe:
 
 
 def _state_directory(directory: Path) -> Probe:
-    fault = privacy_fault(directory, may_be_link=True)
-    if fault is None and not directory.exists():
-        above = nearest_existing(directory)
-        usable = os.access(above, os.W_OK | os.X_OK)
-        fault = None if usable else f"is not there, and {above} may not be written"
+    fault = privacy_fault(directory, may_be_link=True) or writing_fault(directory)
     return Probe(
         "state_directory",
         ok=fault is None,
-        reason=f"{directory} {fault or 'is private, or will be made so'}",
+        reason=f"{directory} {fault or privacy_of(directory)}",
         consequence="no session can start: ledger, index and session states are kept there",
         needed=True,
     )
@@ -263,11 +266,6 @@ def _store_probes(
     url: str, environment: Mapping[str, str], *, write_probe: bool
 ) -> Iterator[Probe]:
     consequence = "no session of this store's jobs can start"
-    parts = urlsplit(url)
-    # Opening a store in a directory would make the directory.
-    if parts.scheme == "file" and not Path(unquote(parts.path)).is_dir():
-        yield Probe("store", False, f"{url}: there is no such directory", consequence, needed=True)
-        return
     try:
         store = _waited_for(
             lambda: build_store(url, environment=environment, policy=_STORE_POLICY, concurrency=2)
@@ -275,15 +273,26 @@ def _store_probes(
     except PropmasterError as error:
         yield Probe("store", False, _why(error), consequence, needed=True)
         return
-    yield Probe("store", True, f"{store.url} is a store's address", consequence, needed=True)
-    yield _request("store_list", lambda: _list(store), "outputs of other tasks are not found")
-    yield _request("store_get", lambda: _get(store), consequence)
+    parts = urlsplit(store.url)
+    directory = Path(os.fsdecode(unquote_to_bytes(parts.path))) if parts.scheme == "file" else None
+    if directory is not None and not os.path.lexists(directory):
+        yield _new_store(directory, consequence)
+    else:
+        yield Probe("store", True, f"{store.url} is a store's address", consequence, needed=True)
+        yield _request("store_list", lambda: _list(store), "outputs of other tasks are not found")
+        yield _request("store_get", lambda: _get(store), consequence)
     if write_probe:
         yield _request("store_put", lambda: _put(store), "no outputs can be stored")
     else:
         reason = "not tried: it stores one small document; --write-probe asks for it"
         yield Probe("store_put", "unknown", reason, "outputs need it")
     yield _owner(getattr(store, "account_id", None), is_s3=parts.scheme == "s3")
+
+
+def _new_store(directory: Path, consequence: str) -> Probe:
+    fault = writing_fault(directory)
+    reason = fault or "is not there yet: whoever stores something first makes it"
+    return Probe("store", fault is None, f"{directory} {reason}", consequence, needed=True)
 
 
 def _request(name: str, request: Callable[[], str], consequence: str) -> Probe:

@@ -91,6 +91,23 @@ def privacy_fault(directory: Path, *, may_be_link: bool) -> str | None:
     return None
 
 
+def privacy_of(directory: Path) -> str:
+    """Return what is right with a directory that has no fault."""
+    if directory.exists():
+        return "can be written by this user alone"
+    return "is not there yet, and will be private"
+
+
+def writing_fault(directory: Path) -> str | None:
+    """Return why a directory can not be written, or not be made; None if it can."""
+    above = nearest_existing(directory)
+    if os.access(above, os.W_OK | os.X_OK):
+        return None
+    if above == directory:
+        return "may not be written"
+    return f"is not there, and {above} may not be written"
+
+
 def file_system_of(path: Path) -> str:
     """Return the type of the file system that a path is on, `ext4` for example, or `unknown`."""
     real = os.fsencode(os.path.realpath(nearest_existing(path)))
@@ -118,14 +135,12 @@ def _cache_directory(directory: Path) -> Probe:
         return Probe(name, False, f"{directory} {fault}", consequence, needed=True)
     kind = file_system_of(directory)
     consequence = "without it each session fetches all its inputs"
-    above = nearest_existing(directory)
-    if not os.access(above, os.W_OK | os.X_OK):
-        return Probe(name, False, f"{directory}: {above} may not be written", consequence)
+    if fault := writing_fault(directory):
+        return Probe(name, False, f"{directory} {fault}", consequence)
     if kind in NETWORK:
         consequence = "hosts may fetch a blob twice, and evict what another one needs"
         return Probe(name, False, f"{directory} is on a network ({kind})", consequence)
-    there = "is private" if directory.exists() else "is not there yet, and will be private"
-    return Probe(name, True, f"{directory} {there}; {kind}", consequence)
+    return Probe(name, True, f"{directory} {privacy_of(directory)}; {kind}", consequence)
 
 
 def _cache_space(settings: Settings) -> Probe:

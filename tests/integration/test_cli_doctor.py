@@ -11,6 +11,7 @@ import pytest
 from agent_plugin.content.directory_store import DirectoryStore
 from agent_plugin.doctor_files import file_system_of
 from tests.servers.command import CALL_SECONDS, Command, Done
+from tests.servers.disks import read_only
 from tests.servers.s3_server import S3Server
 
 NAMES = {
@@ -217,14 +218,59 @@ def test_a_store_that_nobody_serves_fails_and_needs_no_credentials_if_it_is_a_di
     assert (done.code, _probes(done)["store_list"]["ok"]) == (1, False)
 
     store = DirectoryStore(tmp_path / "store")
+    store.make()
     command = Command(tmp_path / "host")
     done = command("doctor", "--session-dir", sessions, "--store", store.url, "--json")
     assert (done.code, _probes(done)["store_get"]["ok"]) == (0, True)
 
-    absent = f"file://{tmp_path}/absent"
+    absent = f"file://{tmp_path}/not/mounted"
     done = command("doctor", "--session-dir", sessions, "--store", absent, "--json")
     assert (done.code, _probes(done)["store"]["ok"]) == (1, False)
-    assert not (tmp_path / "absent").exists()
+
+
+def test_a_store_in_a_directory_that_can_still_be_made_is_well_and_is_not_made(
+    command: Command, sessions: Path, tmp_path: Path
+) -> None:
+    url = f"file://{tmp_path}/new%20store"
+    done = command("doctor", "--session-dir", sessions, "--store", url, "--json")
+
+    probes = _probes(done)
+    assert (done.code, probes["store"]["ok"]) == (0, True)
+    assert "is not there yet" in probes["store"]["reason"]
+    assert "store_list" not in probes
+    assert not (tmp_path / "new store").exists()
+    probed = command("doctor", "--session-dir", sessions, "--store", url, "--write-probe", "--json")
+    assert (probed.code, _probes(probed)["store_put"]["ok"]) == (0, True)
+
+
+@pytest.mark.parametrize("which", ["state_directory", "store"])
+def test_what_can_not_be_written_fails(
+    command: Command, sessions: Path, tmp_path: Path, which: str
+) -> None:
+    place = tmp_path / "read-only"
+    place.mkdir()
+    if which == "state_directory":
+        command.state_dir.mkdir(parents=True)
+        place = command.state_dir
+    url = f"file://{place}/store"
+    with read_only(place):
+        done = command("doctor", "--session-dir", sessions, "--store", url, "--json")
+
+    probe = _probes(done)[which]
+    assert (done.code, probe["ok"], probe["needed"]) == (1, False, True)
+    assert "may not be written" in probe["reason"]
+
+
+def test_directories_that_others_can_read_but_not_write_are_said_to_be_that(
+    command: Command, sessions: Path
+) -> None:
+    for directory in (command.state_dir, command.cache_dir):
+        directory.mkdir(mode=0o755, parents=True)
+    probes = _probes(command("doctor", "--session-dir", sessions, "--json"))
+
+    for name in ("state_directory", "cache_directory"):
+        assert probes[name]["ok"] is True
+        assert "can be written by this user alone" in probes[name]["reason"]
 
 
 def test_the_file_system_of_a_path_is_told_even_if_it_is_not_there(tmp_path: Path) -> None:
