@@ -76,11 +76,13 @@ def checked_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     """Return the metadata of a document, which any store can keep.
 
     Raises:
-        ValueError: A name is not of lower-case letters, digits and hyphens, or a value is not
-            printable ASCII. That is a mistake in the program.
+        ValueError: A name is not of lower-case letters, digits and hyphens; or a value is not
+            printable ASCII, is empty, or has a space at an end, which a header does not keep. That
+            is a mistake in the program.
     """
     for name, value in metadata.items():
-        if not _METADATA_NAME.fullmatch(name) or not (value.isascii() and value.isprintable()):
+        kept = value.isascii() and value.isprintable() and value == value.strip() != ""
+        if not kept or not _METADATA_NAME.fullmatch(name):
             raise ValueError(f"not metadata: {name!r}: {value!r}")
     return dict(metadata)
 

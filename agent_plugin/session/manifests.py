@@ -17,7 +17,7 @@ from agent_plugin.content.errors import CacheUnsafeError, LocalError, ManifestIn
 from agent_plugin.content.manifest import MAX_MANIFEST_BYTES, Manifest, decode, merge
 from agent_plugin.content.store import Document, DocumentInfo, Store
 from agent_plugin.session.job import JobDocument, ManifestProperties
-from agent_plugin.session.roots import LOCATION, root_from_metadata
+from agent_plugin.session.roots import location_from_metadata, root_from_metadata
 from agent_plugin.transfer.context import TransferContext
 
 # What is not a manifest may have been damaged on the way: it is fetched again so many times.
@@ -178,9 +178,9 @@ def _read(document: Document) -> OutputManifest:
     key = document.info.key
     try:
         root = root_from_metadata(document.metadata)
+        location = location_from_metadata(document.metadata)
     except ManifestInvalidError as error:
         raise ManifestInvalidError(f"{key}: {error.message}", hint=error.hint) from error
-    location = document.metadata.get(LOCATION)
     if not key.rpartition("/")[2].startswith(hash_name(f"{location or ''}{root}")):
         raise ManifestInvalidError(
             f"{key}: its name is not that of the root {root!r} which its metadata name",

@@ -24,6 +24,8 @@ from agent_plugin.session.job import JobDocument, ManifestProperties, PathMappin
 ASSET_ROOT: Final = "asset-root"
 ASSET_ROOT_JSON: Final = "asset-root-json"
 LOCATION: Final = "file-system-location-name"
+# Ours; other readers do not look for a location by its name.
+LOCATION_JSON: Final = "file-system-location-name-json"
 
 # 9999-12-31T23:59:59Z; a later year has five digits and would sort before all others.
 LAST_SECOND: Final = 253402300799
@@ -176,13 +178,16 @@ def output_metadata(root_path: str, location: str | None) -> dict[str, str]:
     """Return the metadata of a root's output manifest, by which readers know the root; all ASCII.
 
     A root that a header can not carry as it is (not ASCII; control characters; white space at an
-    end, which S3 cuts off) is given as JSON as well, which readers prefer.
+    end, which S3 cuts off) is given as JSON as well, which readers prefer. So is a location, of
+    which the service's own agent leaves what S3 leaves of it.
     """
     metadata = {ASSET_ROOT: root_path}
     if not root_path.isascii() or not root_path.isprintable() or root_path != root_path.strip():
         metadata[ASSET_ROOT] = metadata[ASSET_ROOT_JSON] = json.dumps(root_path)
-    if location:
-        metadata[LOCATION] = location
+    if location and (kept := location.strip()):
+        metadata[LOCATION] = kept
+    if location and location != location.strip():
+        metadata[LOCATION_JSON] = json.dumps(location)
     return metadata
 
 
@@ -192,20 +197,35 @@ def root_from_metadata(metadata: Mapping[str, str]) -> str:
     Raises:
         ManifestInvalidError: The metadata names no root; no reader can place such a manifest.
     """
-    if (encoded := metadata.get(ASSET_ROOT_JSON)) is not None:
-        try:
-            decoded = json.loads(encoded)
-        except (ValueError, RecursionError) as error:
-            raise ManifestInvalidError(f"{ASSET_ROOT_JSON} is not JSON: {encoded!r}") from error
-        if not isinstance(decoded, str):
-            raise ManifestInvalidError(f"{ASSET_ROOT_JSON} is not a string: {encoded!r}")
-        return decoded
+    if ASSET_ROOT_JSON in metadata:
+        return _from_json(metadata, ASSET_ROOT_JSON)
     if (plain := metadata.get(ASSET_ROOT)) is None:
         raise ManifestInvalidError(
             f"the manifest's metadata has neither {ASSET_ROOT} nor {ASSET_ROOT_JSON}",
             hint="it was copied without its metadata, or is not an output manifest",
         )
     return plain
+
+
+def location_from_metadata(metadata: Mapping[str, str]) -> str | None:
+    """Return the name of the file system location of an output manifest's root, if it has one.
+
+    Raises:
+        ManifestInvalidError: It is given as JSON, and is none.
+    """
+    if LOCATION_JSON in metadata:
+        return _from_json(metadata, LOCATION_JSON)
+    return metadata.get(LOCATION)
+
+
+def _from_json(metadata: Mapping[str, str], name: str) -> str:
+    try:
+        decoded = json.loads(metadata[name])
+    except (ValueError, RecursionError) as error:
+        raise ManifestInvalidError(f"{name} is not JSON: {metadata[name]!r}") from error
+    if not isinstance(decoded, str):
+        raise ManifestInvalidError(f"{name} is not a string: {metadata[name]!r}")
+    return decoded
 
 
 def _rule_for(

@@ -66,6 +66,30 @@ def test_two_manifests_of_one_root_are_merged_and_each_gets_its_outputs(
     }  # fmt: skip
 
 
+def test_spaces_at_the_end_of_a_root_and_its_location_survive_the_store(
+    any_sessions: Sessions,
+) -> None:
+    """S3 cuts them off, and then nobody would find the root that the outputs belong to."""
+    s = any_sessions
+    job = job_with_outputs(s.host.store_url, "/nowhere/on this host ", "renders")
+    located = msgspec.structs.replace(
+        job.attachments.manifests[0], file_system_location_name="My Projects "
+    )
+    job = msgspec.structs.replace(
+        job, attachments=msgspec.structs.replace(job.attachments, manifests=(located,))
+    )
+    root = s.started(job)
+    (root / "renders").mkdir()
+    (root / "renders/x").write_bytes(b"x")
+    s.finish()
+
+    [found] = s.host.outputs().roots
+    assert (found.location, found.root_path) == ("My Projects ", "/nowhere/on this host ")
+    (root / "renders/x").unlink()
+    s.host.sync_step(s.session_dir, step(2), [step(1)])
+    assert (root / "renders/x").read_bytes() == b"x"
+
+
 def test_a_root_without_inputs_is_made_and_its_outputs_are_found(any_sessions: Sessions) -> None:
     s = any_sessions
     job = job_with_outputs(s.host.store_url, "/nowhere/on this host", "renders", "logs")

@@ -10,6 +10,7 @@ from agent_plugin.session.job import Attachments, JobDocument, ManifestPropertie
 from agent_plugin.session.roots import (
     LocalRoot,
     choose_local_roots,
+    location_from_metadata,
     output_manifest_prefix,
     output_metadata,
     path_mapping_rules,
@@ -166,6 +167,20 @@ def test_a_root_that_a_header_would_change_is_given_as_json_too(path: str) -> No
 
     assert all(value.isascii() and value.isprintable() for value in metadata.values())
     assert root_from_metadata(metadata) == path
+
+
+@pytest.mark.parametrize("location", ["Projects", "My Projects", "Projects ", " Projects", "  "])
+def test_a_location_that_a_header_would_change_is_given_as_json_too(location: str) -> None:
+    metadata = output_metadata("/mnt/show", location)
+
+    assert all(value == value.strip() != "" for value in metadata.values())
+    assert metadata.get("file-system-location-name", "") == location.strip()
+    assert location_from_metadata(metadata) == location
+    assert ("file-system-location-name-json" in metadata) == (location != location.strip())
+
+
+def test_a_root_may_have_no_location() -> None:
+    assert location_from_metadata(output_metadata("/mnt/show", None)) is None
 
 
 def test_the_json_form_of_a_root_comes_first() -> None:
