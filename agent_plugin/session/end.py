@@ -63,9 +63,11 @@ def _remove_roots(session_dir: Path, state: SessionState) -> list[str]:
         local = Path(root.local_root)
         if not state.owns(root):
             continue
+        stood = os.path.lexists(local) or os.path.lexists(hidden_root(local))
         try:
             _remove(inside, local.name, hidden_root(local).name)
-            removed.append(root.local_root)
+            if stood:
+                removed.append(root.local_root)
         except OSError as error:
             failures.append((error, os.fspath(Path(inside, error.filename or ""))))
     if failures:

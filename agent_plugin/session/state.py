@@ -251,6 +251,9 @@ def locked_state(state_dir: Path, session_dir: Path) -> Iterator[StateFile]:
     try:
         yield StateFile(state, session_dir)
     finally:
+        if not state.exists():
+            # There is no such session: a mistyped directory must leave nothing.
+            state.with_suffix(_LOCK_SUFFIX).unlink(missing_ok=True)
         os.close(lock)
 
 

@@ -19,7 +19,7 @@ from agent_plugin.content.errors import (
 )
 from agent_plugin.session.inputs import hidden_root
 from agent_plugin.session.roots import session_directory_name
-from tests.servers.hooks import step, task
+from tests.servers.hooks import action, step, task
 from tests.servers.sessions import Sessions
 from tests.servers.trees import files_below
 
@@ -310,3 +310,30 @@ def test_a_job_document_that_is_not_there_is_told(sessions: Sessions) -> None:
 
     assert done.returncode == 66
     assert "/nowhere.json: there is no such file" in done.stderr
+
+
+def test_a_command_for_a_session_that_never_was_leaves_nothing(sessions: Sessions) -> None:
+    with pytest.raises(SessionStateError):
+        sessions.host.finish_task(sessions.session_dir, action(1, 0))
+    with pytest.raises(SessionStateError):
+        sessions.host.sync_step(sessions.session_dir, step(1))
+
+    assert list((sessions.host.state_dir / "sessions").iterdir()) == []
+
+
+def test_only_roots_that_stood_are_said_to_be_removed(
+    sessions: Sessions, expected_events: set[str]
+) -> None:
+    expected_events.add(events.SESSION_START_FAILED)
+    job = sessions.submitted()
+    manifests = sessions.tmp_path / "store/Manifests"
+    manifests.rename(manifests.with_name("away"))
+    with pytest.raises(PropmasterError):
+        sessions.started(job)
+    assert sessions.host.end(sessions.session_dir).removed == []
+
+    manifests.with_name("away").rename(manifests)
+    root = sessions.started(job)
+    assert sessions.host.end(sessions.session_dir).removed == [str(root)]
+    assert sessions.host.end(sessions.session_dir).removed == []
+    assert list(sessions.session_dir.iterdir()) == [], "the directory itself is the agent's"
