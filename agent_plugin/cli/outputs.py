@@ -81,8 +81,9 @@ def list_command(
 @click.option(
     "--to",
     type=click.Path(path_type=Path, file_okay=False, resolve_path=True),
-    help="Where the files go; otherwise to the job's own root paths.",
+    help="Where the files of all roots go; otherwise to the job's own root paths.",
 )
+@click.option("--by-root", is_flag=True, help="Give each root a directory of its own below --to.")
 @common_options
 def get_command(
     job_id: str,
@@ -92,17 +93,25 @@ def get_command(
     step_id: str | None,
     task_id: str | None,
     to: Path | None,
+    by_root: bool,
     as_json: bool,
     config: Path | None,
 ) -> None:
     """Download the output files of JOB, verified; what is in place already stays."""
     _check(farm_id, queue_id, job_id, step_id, task_id)
+    if by_root and to is None:
+        raise click.UsageError("--by-root needs --to")
     with (
         cancel_on_signals() as cancellation,
         open_services(load(config), store_url, cancellation=cancellation) as context,
     ):
         result = get_outputs(
-            context, (farm_id, queue_id, job_id), to, step_id=step_id, task_id=task_id
+            context,
+            (farm_id, queue_id, job_id),
+            to,
+            by_root=by_root,
+            step_id=step_id,
+            task_id=task_id,
         )
     if as_json:
         print_json(result)

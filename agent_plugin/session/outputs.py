@@ -2,12 +2,13 @@
 
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
-from agent_plugin.content.errors import JobInvalidError
-from agent_plugin.content.manifest import FileEntry, Manifest
+from agent_plugin.content.errors import JobInvalidError, PathClashError
+from agent_plugin.content.manifest import FileEntry, Manifest, merge
 from agent_plugin.session.manifests import find_outputs, merge_by_root
 from agent_plugin.session.roots import session_directory_name
 from agent_plugin.transfer.context import TransferContext
@@ -74,33 +75,43 @@ def get_outputs(
     job: tuple[str, str, str],
     to: Path | None,
     *,
+    by_root: bool = False,
     step_id: str | None = None,
     task_id: str | None = None,
 ) -> OutputsResult:
     """Download what a job's tasks left behind, verified; files that are in place stay.
 
+    Where a file goes follows from the arguments alone, and not from what else has arrived: a second
+    root's outputs must not move those of the first.
+
     Args:
         context: The services.
         job: Its farm id, queue id and job id.
-        to: A directory; with several roots each gets a directory of its own in it. None: the
-            roots' own paths, which must be absolute paths of this host.
+        to: A directory for the files of all roots. None: the roots' own paths, which must be
+            absolute paths of this host.
+        by_root: Each root gets a directory of its own in `to`, however many there are.
         step_id: Only of this step.
         task_id: Only of this task; needs the step.
 
     Raises:
         JobInvalidError: `to` is None and a root is no absolute path of this host.
+        PathClashError: Two roots that go to one directory have a file of one path.
         PropmasterError: Any other of the tree.
     """
     begun = time.monotonic()
-    merged = _merged(context, job, step_id, task_id)
     roots = []
-    plans = []
-    for (location, root_path), manifest in merged.items():
-        local = _destination(root_path, to, several=len(merged) > 1)
-        roots.append(OutputRoot(root_path, location, list(manifest.entries), os.fspath(local)))
-        plans.append(
-            plan_download(manifest, local, context.index, cancellation=context.cancellation)
+    places: dict[Path, dict[str, Manifest]] = {}
+    for (location, root_path), manifest in _merged(context, job, step_id, task_id).items():
+        shown = f"{location or ''}{root_path}"
+        place = to / session_directory_name(shown) if to and by_root else to or _own(root_path)
+        roots.append(OutputRoot(root_path, location, list(manifest.entries), os.fspath(place)))
+        places.setdefault(place, {})[shown] = manifest
+    plans = [
+        plan_download(
+            _together(place, manifests), place, context.index, cancellation=context.cancellation
         )
+        for place, manifests in places.items()
+    ]
     survey(plans, context.cache)
     fetched = 0
     with context.leased(job[2], {digest for plan in plans for digest in plan.wanted}):
@@ -127,9 +138,28 @@ def _merged(
     return merge_by_root(outputs)
 
 
-def _destination(root_path: str, to: Path | None, *, several: bool) -> Path:
-    if to is not None:
-        return to / session_directory_name(root_path) if several else to
+def _together(place: Path, manifests: Mapping[str, Manifest]) -> Manifest:
+    """Return the files of the roots that go to one place; no two may have a path.
+
+    Raises:
+        PathClashError: Two have, or one has a file where another needs a directory.
+    """
+    roots: dict[str, str] = {}
+    for root, manifest in manifests.items() if len(manifests) > 1 else ():
+        for entry in manifest.entries:
+            if entry.path in roots:
+                raise PathClashError(
+                    f"{entry.path} is an output of {roots[entry.path]} and of {root}, which both"
+                    f" go to {place}",
+                    hint="give each root a directory of its own: --to DIRECTORY --by-root",
+                )
+            roots[entry.path] = root
+    together = merge(manifests.values())
+    assert together is not None  # noqa: S101 - each place has a root
+    return together
+
+
+def _own(root_path: str) -> Path:
     if not root_path.startswith("/") or ".." in Path(root_path).parts:
         raise JobInvalidError(
             f"the root {root_path!r} is not an absolute path of this host",

@@ -1,6 +1,7 @@
 """Promises of docs/SEMANTICS.md that are about whole commands, on a store in a directory."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -325,3 +326,55 @@ def test_outputs_get_brings_what_list_names_and_a_second_time_nothing(farm: Farm
     assert farm.host.get_outputs(to).bytes_fetched == 0
     only = farm.host.outputs(step_id=step(1), task_id=task(1))
     assert [entry.path for entry in only.roots[0].files] == ["renders/2.exr"]
+
+
+def of_two_roots(farm: Farm) -> tuple[Path, Path]:
+    """Start a session of a job with two roots, and return these."""
+    other = farm.directory / "other"
+    write_files(other, {"a": b"a"}, mtime_ns=MTIME_NS)
+    second, _ = farm.host.submit(other, output_directories=["renders"])
+    first, _ = farm.host.submit(farm.source, output_directories=["renders"])
+    started = farm.host.start(job_of(first, second), farm.session_dir)
+    one, two = (Path(root.local_root) for root in started.roots)
+    (two / "renders").mkdir()
+    return one, two
+
+
+@pytest.mark.parametrize("by_root", [False, True])
+def test_outputs_of_a_second_root_do_not_move_those_of_the_first(farm: Farm, by_root: bool) -> None:
+    one, two = of_two_roots(farm)
+    to = farm.directory / "to"
+    (one / "renders/1.exr").write_bytes(b"one")
+    farm.finish()
+    farm.host.get_outputs(to, by_root=by_root)
+    before = files_below(to)
+    (two / "renders/2.exr").write_bytes(b"two")
+    farm.finish(1)
+
+    result = farm.host.get_outputs(to, by_root=by_root)
+
+    names = {"renders/1.exr", "renders/2.exr"}
+    if by_root:
+        names = {f"{one.name}/renders/1.exr", f"{two.name}/renders/2.exr"}
+    after = files_below(to)
+    assert set(after) == names
+    assert {path: after[path] for path in before} == before
+    assert (result.files, result.bytes, result.bytes_fetched) == (2, 6, 3)
+    assert farm.host.get_outputs(to, by_root=by_root).bytes_fetched == 0
+
+
+def test_two_roots_with_a_file_of_one_path_are_refused_unless_each_has_its_directory(
+    farm: Farm,
+) -> None:
+    one, two = of_two_roots(farm)
+    for root in (one, two):
+        (root / "renders/same.exr").write_bytes(os.fsencode(root))
+    farm.finish()
+    to = farm.directory / "to"
+
+    with pytest.raises(PathClashError, match=f"of {farm.source} and of .*/other|of .*/other and"):
+        farm.host.get_outputs(to)
+    assert not to.exists()
+    farm.host.get_outputs(to, by_root=True)
+    for root in (one, two):
+        assert (to / root.name / "renders/same.exr").read_bytes() == os.fsencode(root)

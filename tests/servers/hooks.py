@@ -217,9 +217,9 @@ class Host:
         with self.services() as context:
             return list_outputs(context, (FARM, QUEUE, JOB), **only)
 
-    def get_outputs(self, to: Path | None, **only: str) -> OutputsResult:
+    def get_outputs(self, to: Path | None, *, by_root: bool = False, **only: str) -> OutputsResult:
         with self.services() as context:
-            return get_outputs(context, (FARM, QUEUE, JOB), to, **only)
+            return get_outputs(context, (FARM, QUEUE, JOB), to, by_root=by_root, **only)
 
     def transfers(self) -> list[TransferRow]:
         with Ledger.open(self.state_dir / "ledger.db") as ledger:
