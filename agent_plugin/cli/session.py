@@ -89,6 +89,11 @@ def sync_step_command(
     """Bring the outputs of the steps that a step depends on, over what is there."""
     for step in (step_id, *depends_on):
         check_id(step, "step")
+    if step_id in depends_on:
+        raise JobInvalidError(
+            f"--depends-on {step_id}: the step would depend on itself",
+            hint="name the steps whose outputs it needs",
+        )
     settings = load(config)
     with _started(settings, session_dir) as (context, state_file):
         result = sync_step(step_id, depends_on or None, context, state_file)

@@ -65,9 +65,11 @@ def command(
     check_id(farm_id, "farm")
     check_id(queue_id, "queue")
     for directory in output_dirs:
-        if Path(directory).is_absolute() or ".." in Path(directory).parts:
+        # Nothing is more often a variable that was not set than the whole of ROOT.
+        if not directory or Path(directory).is_absolute() or ".." in Path(directory).parts:
             raise JobInvalidError(
-                f"--output-dir {directory} is not below ROOT", hint="give a relative path"
+                f"--output-dir {directory!r} is not below ROOT",
+                hint="give a relative path; `.` is ROOT itself",
             )
     settings = load(config)
     with (

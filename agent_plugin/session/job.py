@@ -197,6 +197,13 @@ def _defects(job: JobDocument) -> Iterator[_Defect]:
         ):
             if "\0" in path:
                 yield f"pathMappingRules[{index}].{name}", "it has a NUL character", ""
+    for step, dependencies in job.step_dependencies.items():
+        if step in dependencies:
+            yield (
+                f"stepDependencies.{step}",
+                "the step would depend on itself",
+                "name the steps whose outputs it needs",
+            )
     for field in _NOT_YET:
         if getattr(job, field):
             key = msgspec.structs.fields(job)[job.__struct_fields__.index(field)].encode_name

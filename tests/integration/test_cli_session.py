@@ -134,3 +134,14 @@ def test_a_job_without_inputs_finds_its_store_in_a_new_directory(sessions: Sessi
 
     assert sessions.host.sync_step(sessions.session_dir, step(2)).roots == []
     assert sessions.outputs() == {}
+
+
+def test_a_step_that_depends_on_itself_is_refused(sessions: Sessions) -> None:
+    root = sessions.started(sessions.submitted())
+    (root / "renders/1.exr").write_bytes(b"new")
+    where = ("--session-dir", sessions.session_dir, "--step-id", step(1))
+
+    done = sessions.host.run("session", "sync-step", *where, "--depends-on", step(1))
+
+    assert done.returncode == 66
+    assert f"--depends-on {step(1)}: the step would depend on itself" in done.stderr

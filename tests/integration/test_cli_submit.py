@@ -71,3 +71,15 @@ def test_a_task_that_can_not_open_its_store_blames_no_output(
 
     with pytest.raises(StoreAccessError, match=f"^{cause}"):
         host.finish_task(tmp_path / "session", action(1, 0))
+
+
+@pytest.mark.parametrize("directory", ["", "/absolute", "a/../b"])
+def test_an_output_directory_that_is_none_is_refused(
+    tree: Path, tmp_path: Path, directory: str
+) -> None:
+    store = f"file://{tmp_path}/store"
+    done = submit(Command(tmp_path / "host"), tree, store, "--output-dir", directory)
+
+    assert done.code == 66
+    assert f"error[job-invalid]: --output-dir {directory!r} is not below ROOT" in done.stderr
+    assert not (tmp_path / "store").exists()

@@ -257,6 +257,11 @@ def test_a_missing_key_is_named() -> None:
             "within one file system location, give each root once",
         ),
         (
+            lambda job: job.update(stepDependencies={STEP: [OTHER_STEP, STEP]}),
+            f"stepDependencies.{STEP}: the step would depend on itself",
+            "name the steps whose outputs it needs",
+        ),
+        (
             lambda job: job.update(inputSources=[{"url": "s3://b/p"}]),
             "inputSources: not supported by this version",
             "leave it empty",
