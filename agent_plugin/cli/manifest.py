@@ -1,11 +1,13 @@
 """`propmaster manifest`: show, check, compare and make manifests."""
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Final
 
 import click
 import msgspec
@@ -16,6 +18,7 @@ from agent_plugin.content.digest import Digest, hash_fd
 from agent_plugin.content.errors import (
     LocalReadError,
     LocalWriteError,
+    ManifestInvalidError,
     UnsafePathError,
     local_write_error,
 )
@@ -35,6 +38,8 @@ from agent_plugin.content.store import Cancellation
 from agent_plugin.services import LazyStore, state_directory
 from agent_plugin.settings import load
 from agent_plugin.transfer.progress import format_bytes
+
+_HASH: Final = re.compile("[0-9a-f]{32}")
 
 _file_argument = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
 
@@ -90,6 +95,12 @@ class _Document:
     hash: str
 
 
+def _hash(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
+    if value is None or _HASH.fullmatch(value):
+        return value
+    raise click.BadParameter(f"{value!r} is no xxh128: 32 hexadecimal digits, lower case")
+
+
 @click.group(name="manifest")
 def command() -> None:
     """Show, check, compare and make manifests: which files, with which content, are below a root.
@@ -104,7 +115,7 @@ def command() -> None:
 @common_options
 def show_command(file: Path, limit: int | None, as_json: bool, config: Path | None) -> None:
     """Print how many files and bytes FILE names, and each file's size, time, hash and path."""
-    del config
+    load(config)
     document = _read(file)
     manifest = document.manifest
     shown = list(islice(manifest.entries, limit))
@@ -129,7 +140,12 @@ def show_command(file: Path, limit: int | None, as_json: bool, config: Path | No
 @click.option(
     "--store", "store_url", metavar="URL", help="Check that the store has each file's content."
 )
-@click.option("--expected-hash", metavar="XXH128", help="What the manifest itself has to hash to.")
+@click.option(
+    "--expected-hash",
+    callback=_hash,
+    metavar="XXH128",
+    help="What the manifest itself has to hash to.",
+)
 @common_options
 def verify_command(
     file: Path,
@@ -144,6 +160,7 @@ def verify_command(
     Exits with 1 if a file differs, and names each one; with 65 if FILE itself breaks a rule. Every
     byte below --root is read; of the blobs in --store, only that they are there and their size.
     """
+    settings = load(config)
     document = _read(file, expected_hash=expected_hash)
     manifest = document.manifest
     result = VerifyResult(len(manifest), manifest.total_bytes, document.hash, [], [])
@@ -153,7 +170,7 @@ def verify_command(
             result.differences.extend(_below(root, manifest, cancellation))
         if store_url is not None:
             result.checked.append("store")
-            open_store = LazyStore(store_url, load(config), os.environ, None)
+            open_store = LazyStore(store_url, settings, os.environ, None)
             result.differences.extend(_lacking(open_store, manifest, cancellation))
     if as_json:
         print_json(result)
@@ -172,7 +189,9 @@ def diff_command(before: Path, after: Path, as_json: bool, config: Path | None) 
 
     A touched file has the same content and another time. Exits with 0 either way.
     """
-    del config
+    load(config)
+    if os.fspath(before) == os.fspath(after) == "-":
+        raise click.UsageError("A and B can not both be standard input")
     found = diff(_read(before).manifest, _read(after).manifest)
     result = DiffResult(found.new, found.changed, found.deleted, found.touched)
     if as_json:
@@ -217,6 +236,9 @@ def snapshot_command(
     the file it leads to; each one that leads out of DIR, or nowhere, is skipped with a
     `file.skipped` event on standard error. Without --output, standard output is the manifest.
     """
+    for name in include_dirs:
+        if not (directory / name).is_dir():
+            raise click.BadParameter(f"there is no directory {name!r} below {directory}")
     with (
         cancel_on_signals() as cancellation,
         LocalIndex.open(state_directory(load(config)) / "index.db") as index,
@@ -307,13 +329,16 @@ def _snapshot(
 ) -> Manifest:
     found_files = walk(directory, include_dirs, cancellation=cancellation)
     with Root(directory) as root:
-        return Manifest(
-            [
-                FileEntry(hash=digest.hex, mtime=found.mtime_us, path=found.path, size=digest.size)
-                for found, digest in hash_files(root, found_files, index, cancellation=cancellation)
-            ],
-            source=os.fspath(directory),
+        entries = [
+            FileEntry(hash=digest.hex, mtime=found.mtime_us, path=found.path, size=digest.size)
+            for found, digest in hash_files(root, found_files, index, cancellation=cancellation)
+        ]
+    if not entries:
+        raise ManifestInvalidError(
+            f"{directory} has no files there, and a root without files has no manifest",
+            hint="give a directory with files; links that lead out of it count as none",
         )
+    return Manifest(entries, source=os.fspath(directory))
 
 
 def _write(output: Path, data: bytes) -> None:

@@ -87,8 +87,34 @@ def test_a_directory_without_files_has_no_manifest(command: Command, tmp_path: P
     done = command("manifest", "snapshot", tmp_path / "empty", "--output", tmp_path / "out")
 
     assert done.code == 65
-    assert "a root without files has no manifest" in done.stderr
+    assert f"{tmp_path}/empty has no files there, and a root without files" in done.stderr
+    assert "damaged" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_to_include_that_is_not_there_is_named(command: Command, tree: Path) -> None:
+    done = command("manifest", "snapshot", tree, "--include-dir", "sub", "--include-dir", "nope")
+
+    assert (done.code, done.stdout) == (2, b"")
+    assert f"there is no directory 'nope' below {tree}" in done.stderr
+
+
+def test_two_manifests_can_not_both_be_standard_input(command: Command, manifest: Path) -> None:
+    done = command("manifest", "diff", "-", "-", stdin=manifest.read_bytes())
+
+    assert (done.code, "can not both be standard input" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("words", ["show", "verify", "diff", "snapshot"])
+def test_settings_that_are_wrong_are_told_by_each_command(
+    command: Command, tree: Path, manifest: Path, tmp_path: Path, words: str
+) -> None:
+    settings = tmp_path / "settings.toml"
+    settings.write_text("[paths]\ncache_dri = '/x'\n")
+    arguments = {"diff": [manifest, manifest], "snapshot": [tree]}.get(words, [manifest])
+    done = command("manifest", words, *arguments, "--config", settings)
+
+    assert (done.code, "cache_dri" in done.stderr) == (67, True)
 
 
 def test_a_snapshot_does_not_replace_a_device(command: Command, tree: Path) -> None:
@@ -142,6 +168,9 @@ def test_verify_checks_the_manifests_own_hash(command: Command, manifest: Path) 
     assert command("manifest", "verify", manifest, "--expected-hash", right).code == 0
     wrong = command("manifest", "verify", manifest, "--expected-hash", hash_name("other"))
     assert (wrong.code, right in wrong.stderr) == (65, True)
+    for none in ("zz", right.upper(), right[:31], f"{right}0", ""):
+        refused = command("manifest", "verify", manifest, "--expected-hash", none)
+        assert (refused.code, "is no xxh128" in refused.stderr) == (2, True)
 
 
 def test_verify_finds_a_tree_as_it_was(command: Command, tree: Path, manifest: Path) -> None:
