@@ -1,48 +1,58 @@
 """Commands killed at random moments and run again: the same result, and nothing fetched twice.
 
-The moment is drawn from the time that a whole run takes here, measured first; the seed is fixed.
+The moment is drawn from the time that a whole run takes here, measured first; the seed is fixed. A
+kill counts only if it met a process that was still at work, and there are as many as a test's name
+says.
 """
 
 import json
 import random
 import re
 import signal
-import subprocess
 import time
 import uuid
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from agent_plugin.content.digest import Digest
+from agent_plugin.content.leftovers import is_partial
 from agent_plugin.content.manifest import decode
-from agent_plugin.session.job import JobDocument
+from agent_plugin.session.finish_task import TaskAction
 from agent_plugin.transfer.states import TransferStatus
 from tests.servers.fault_proxy import FaultProxy
 from tests.servers.faults import Fault
-from tests.servers.hooks import Host, action, job_of, job_with_outputs
+from tests.servers.hooks import Host, action, job_of, job_with_outputs, step
 from tests.servers.proxied_object import until
 from tests.servers.s3_server import S3Server
-from tests.servers.trees import FileFacts, files_below, write_files
+from tests.servers.trees import files_below, write_files
 
 FILES: dict[str | bytes, bytes | int] = {
-    **{f"tex/{at % 5}/{at}.tx": 20_000 + at for at in range(100)},
+    **{f"tex/{at % 5}/{at}.tx": 20_000 + at for at in range(60)},
     "twice/a": 30_000,
+    "twice/b": 30_000,
     "empty": b"",
     "big.abc": 20_000_000,
 }
+# Below this a blob comes slowly, so that a command is mostly fetching: a sixth of a second each.
+SLOW_BYTES_PER_SECOND = 120_000
 MTIME_NS = 1_600_000_000_123_457_000
+
+Round = Callable[[str, list[float]], None]
 
 
 @dataclass
-class Worker:
-    """Where sessions of one job are started and killed, each time on a fresh host.
+class Killer:
+    """Who runs commands behind the proxy, each time on a fresh host, and kills them.
 
     Attributes:
-        facts: Of the job's inputs.
-        seconds: What a whole start takes.
+        url: Of a store that nobody else has.
+        seconds: What the command takes that is not killed.
         hits: How many kills met a process that was still at work.
     """
 
@@ -50,22 +60,39 @@ class Worker:
     proxy: FaultProxy
     s3: S3Server
     url: str
-    job: JobDocument
-    facts: dict[str, FileFacts]
     seconds: float = 0.0
     hits: int = 0
+    chance: random.Random = field(default_factory=lambda: random.Random(20_261_122))
 
     def host(self, name: str) -> Host:
         return Host(
             self.tmp_path / name, self.url, environment=self.s3.environment_at(self.proxy.url)
         )
 
-    def kill_and_resume(self, name: str, moments: list[float]) -> None:
-        """Start a session, kill it after each of the moments, and let it finish at last."""
-        host = self.host(name)
-        session = self.tmp_path / f"{name}-session"
-        arguments = host.start_arguments(self.job, session)
+    def until_hit(self, kills: int, play: Round) -> None:
+        """Play rounds until so many kills have hit; every fourth is killed a second time."""
+        play("unharmed", [])
+        rounds = 0
+        while self.hits < kills:
+            assert rounds < 3 * kills, "the kills come too late to show anything"
+            moments = [self.chance.uniform(0, self.seconds) for _ in range(1 + (rounds % 4 == 3))]
+            play(f"round-{rounds}", moments)
+            rounds += 1
+
+    def kill_and_resume(
+        self,
+        host: Host,
+        arguments: Sequence[str],
+        moments: list[float],
+        *,
+        look: Callable[[], object] = lambda: None,
+    ) -> dict[str, Any]:
+        """Kill a command after each of the moments, let it finish at last; return what it prints.
+
+        Whatever it fetches is fetched once, by whichever run. `look` is called after each kill.
+        """
         finished: set[str] = set()
+        self.proxy.forget()
         for moment in moments:
             process = host.popen(*arguments)
             time.sleep(moment)
@@ -76,18 +103,19 @@ class Worker:
             until(lambda: not self.proxy._open_connections())
             self.assert_fetched_none_of(finished)
             finished = finished_blobs(host)
+            look()
             self.proxy.forget()
-        resumed = host.run(*arguments)
-
-        assert resumed.returncode == 0, resumed.stderr
-        root = Path(json.loads(resumed.stdout)["roots"][0]["localRoot"])
-        assert files_below(root) == self.facts
-        assert [path.name for path in session.iterdir()] == [root.name]
+        begun = time.monotonic()
+        done = host.run(*arguments)
+        self.seconds = self.seconds or time.monotonic() - begun
+        assert done.returncode == 0, done.stderr
         self.assert_fetched_none_of(finished)
         twice = [blob for blob, count in self.fetched().items() if count > 1]
         assert twice == [], "fetched twice in one run"
         # More than one if a kill came between the last file and the end of the command.
         assert {row.status for row in host.transfers()} == {TransferStatus.DONE}
+        printed: dict[str, Any] = json.loads(done.stdout)
+        return printed
 
     def assert_fetched_none_of(self, finished: set[str]) -> None:
         again = finished & {blob for blob, _ in self.fetched()}
@@ -112,47 +140,98 @@ def finished_blobs(host: Host) -> set[str]:
 
 
 @pytest.fixture
-def worker(s3: S3Server, fault_proxy: FaultProxy, tmp_path: Path) -> Worker:
-    source = tmp_path / "source"
+def killer(s3: S3Server, fault_proxy: FaultProxy, tmp_path: Path) -> Killer:
+    return Killer(tmp_path, fault_proxy, s3, f"s3://{s3.bucket}/root-{uuid.uuid4().hex}")
+
+
+def make_slow(proxy: FaultProxy, root: Path) -> None:
+    """Let each blob of a tree but the large one come slowly."""
+    big = Digest.of((root / "big.abc").read_bytes()).hex
+    proxy.inject(Fault.DRIP, key=f"Data/(?!{big})", bytes_per_second=SLOW_BYTES_PER_SECOND)
+
+
+# ------------------------------------------------------------------------------------------- start
+
+
+@pytest.fixture
+def starts(killer: Killer) -> Round:
+    """Return how a session of one job is started, killed and started again."""
+    source = killer.tmp_path / "source"
     write_files(source, FILES, mtime_ns=MTIME_NS)
     (source / "twice/b").write_bytes((source / "twice/a").read_bytes())
-    url = f"s3://{s3.bucket}/root-{uuid.uuid4().hex}"
-    submitter = Host(tmp_path / "submitter", url, environment=s3.environment)
+    submitter = Host(killer.tmp_path / "submitter", killer.url, environment=killer.s3.environment)
     job = job_of(submitter.submit(source)[0])
-    big = Digest.of((source / "big.abc").read_bytes()).hex
-    # So that a start is mostly fetching: a sixth of a second for each small blob.
-    fault_proxy.inject(Fault.DRIP, key=f"Data/(?!{big})", bytes_per_second=120_000)
-    worker = Worker(tmp_path, fault_proxy, s3, url, job, files_below(source))
-    started = time.monotonic()
-    worker.kill_and_resume("unharmed", [])
-    worker.seconds = time.monotonic() - started
-    return worker
+    facts = files_below(source)
+    make_slow(killer.proxy, source)
+
+    def play(name: str, moments: list[float]) -> None:
+        host, session = killer.host(name), killer.tmp_path / f"{name}-session"
+        printed = killer.kill_and_resume(host, host.start_arguments(job, session), moments)
+        root = Path(printed["roots"][0]["localRoot"])
+        assert files_below(root) == facts
+        assert [path.name for path in session.iterdir()] == [root.name]
+
+    return play
 
 
-def kill_many(worker: Worker, rounds: int) -> None:
-    chance = random.Random(20_261_122)
-    for at in range(rounds):
-        # Every fourth session is killed a second time while it goes on.
-        moments = [chance.uniform(0, worker.seconds) for _ in range(1 + (at % 4 == 3))]
-        worker.kill_and_resume(f"round-{at}", moments)
-    assert worker.hits >= rounds * 3 // 4, "the kills came too late to show anything"
-
-
-def test_five_kills_of_a_start_lose_nothing(worker: Worker) -> None:
-    kill_many(worker, 4)
+def test_five_kills_of_a_start_lose_nothing(killer: Killer, starts: Round) -> None:
+    killer.until_hit(5, starts)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_fifty_kills_of_a_start_lose_nothing(worker: Worker) -> None:
-    kill_many(worker, 40)
+def test_fifty_kills_of_a_start_lose_nothing(killer: Killer, starts: Round) -> None:
+    killer.until_hit(50, starts)
+
+
+# --------------------------------------------------------------------------------------- sync-step
+
+
+@pytest.fixture
+def syncs(killer: Killer) -> Round:
+    """Return how a step's dependencies are brought to a fresh session, killed and brought again."""
+    job = job_with_outputs(killer.url, "/show", ".")
+    before = Host(killer.tmp_path / "before", killer.url, environment=killer.s3.environment)
+    started = before.start(job, killer.tmp_path / "session-before")
+    made = Path(started.roots[0].local_root)
+    write_files(made, FILES, mtime_ns=MTIME_NS)
+    (made / "twice/b").write_bytes((made / "twice/a").read_bytes())
+    before.finish_task(killer.tmp_path / "session-before", action(1, 0))
+    facts = files_below(made)
+    make_slow(killer.proxy, made)
+
+    def play(name: str, moments: list[float]) -> None:
+        host, session = killer.host(name), killer.tmp_path / f"{name}-session"
+        root = Path(host.start(job, session).roots[0].local_root)
+        # Not empty, so that it is changed in place.
+        write_files(root, {"tex/0/0.tx": b"older"}, mtime_ns=MTIME_NS)
+        arguments = ["session", "sync-step", "--session-dir", str(session), "--json"]
+        killer.kill_and_resume(
+            host, [*arguments, "--step-id", step(2), "--depends-on", step(1)], moments
+        )
+        assert files_below(root) == facts
+        assert not [path for path in session.rglob("*") if is_partial(path.name)]
+        finished = host.finish_task(session, action(2, 0))
+        assert (finished.files, finished.deleted) == (0, []), "what was brought is no output"
+
+    return play
+
+
+def test_five_kills_of_a_sync_lose_nothing(killer: Killer, syncs: Round) -> None:
+    killer.until_hit(5, syncs)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_fifty_kills_of_a_sync_lose_nothing(killer: Killer, syncs: Round) -> None:
+    killer.until_hit(50, syncs)
 
 
 # ------------------------------------------------------------------------------------- finish-task
 
 
-def outputs_are_whole(s3: S3Server, url: str) -> int:
-    """See that every output manifest names only blobs that are there; return how many there are."""
+def outputs_are_whole(s3: S3Server, url: str) -> list[list[str]]:
+    """See that every output manifest names only blobs that are there; return their paths."""
     client = s3.client()
     prefix = url.rpartition("/")[2]
     keys = [
@@ -161,60 +240,55 @@ def outputs_are_whole(s3: S3Server, url: str) -> int:
             "Contents", []
         )
     ]
-    manifests = [key for key in keys if key.endswith("_output")]
-    for key in manifests:
-        data = client.get_object(Bucket=s3.bucket, Key=key)["Body"].read()
-        for entry in decode(data, source=key).entries:
-            assert f"{prefix}/Data/{entry.hash}.xxh128" in keys
-    return len(manifests)
+    manifests = []
+    for key in keys:
+        if key.endswith("_output"):
+            data = client.get_object(Bucket=s3.bucket, Key=key)["Body"].read()
+            manifests.append(decode(data, source=key).entries)
+            assert all(f"{prefix}/Data/{entry.hash}.xxh128" in keys for entry in manifests[-1])
+    return [[entry.path for entry in entries] for entries in manifests]
 
 
-def finish_and_kill(s3: S3Server, proxy: FaultProxy, tmp_path: Path, rounds: int) -> None:
-    chance = random.Random(20_261_123)
-    seconds = 0.0
-    for at in range(rounds + 1):
-        url = f"s3://{s3.bucket}/root-{uuid.uuid4().hex}"
-        host = Host(tmp_path / f"host-{at}", url, environment=s3.environment_at(proxy.url))
-        session = tmp_path / f"session-{at}"
-        started = host.start(job_with_outputs(url, "/show", "renders"), session)
+def finishes(killer: Killer, run: TaskAction) -> Round:
+    """Return how what a task left is stored, killed and stored again."""
+    outputs = sorted(f"renders/{n}.exr" for n in range(60))
+
+    def play(name: str, moments: list[float]) -> None:
+        killer.url = f"s3://{killer.s3.bucket}/root-{uuid.uuid4().hex}"
+        host, session = killer.host(name), killer.tmp_path / f"{name}-session"
+        started = host.start(job_with_outputs(killer.url, "/show", "renders"), session)
         root = Path(started.roots[0].local_root)
-        write_files(root, {f"renders/{n}.exr": 20_000 + n for n in range(60)}, mtime_ns=MTIME_NS)
-        run = action(started_at=1_700_000_000.0)
+        write_files(root, {name: 20_000 + at for at, name in enumerate(outputs)}, mtime_ns=MTIME_NS)
+        task = ["--task-id", run.task_id] if run.task_id else []
         arguments = [
             "session", "finish-task", "--session-dir", str(session), "--step-id", run.step_id,
-            "--task-id", str(run.task_id), "--session-action-id", run.session_action_id,
+            *task, "--session-action-id", run.session_action_id,
             "--started-at", repr(run.started_at), "--json",
         ]  # fmt: skip
-        begun = time.monotonic()
-        if at:
-            process = host.popen(*arguments)
-            time.sleep(chance.uniform(0, seconds))
-            process.kill()
-            process.communicate()
-            outputs_are_whole(s3, url)
-        done = host.run(*arguments)
-        seconds = seconds or time.monotonic() - begun
-        _assert_finished(done, outputs_are_whole(s3, url))
-        assert sorted(files_below(root)) == sorted(f"renders/{n}.exr" for n in range(60))
+        look = partial(outputs_are_whole, killer.s3, killer.url)
+        printed = killer.kill_and_resume(host, arguments, moments, look=look)
+        assert printed["files"] == 60, "also if it was killed after all was stored and noted"
+        assert printed["bytesUploaded"] + printed["bytesReused"] == sum(
+            found.size for found in files_below(root).values()
+        )
+        assert outputs_are_whole(killer.s3, killer.url) == [outputs]
+        assert sorted(files_below(root)) == outputs
+        again = json.loads(host.run(*arguments).stdout)
+        assert again | {"seconds": 0} == printed | {"seconds": 0}
+
+    return play
 
 
-def _assert_finished(done: "subprocess.CompletedProcess[str]", manifests: int) -> None:
-    assert done.returncode == 0, done.stderr
-    printed = json.loads(done.stdout)
-    # Killed after the state was written, it had finished, and there is nothing left to do.
-    assert printed["files"] in (0, 60)
-    assert manifests == 1
+def test_five_kills_of_a_finish_lose_nothing(killer: Killer) -> None:
+    killer.until_hit(5, finishes(killer, action(started_at=1_700_000_000.0)))
 
 
-def test_a_task_whose_finish_was_killed_is_finished_by_the_next_try(
-    s3: S3Server, fault_proxy: FaultProxy, tmp_path: Path
-) -> None:
-    finish_and_kill(s3, fault_proxy, tmp_path, 4)
+def test_five_kills_of_the_finish_of_a_chunk_lose_nothing(killer: Killer) -> None:
+    killer.until_hit(5, finishes(killer, action(1, None, started_at=1_700_000_000.0)))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_fifty_kills_of_a_finish_lose_nothing(
-    s3: S3Server, fault_proxy: FaultProxy, tmp_path: Path
-) -> None:
-    finish_and_kill(s3, fault_proxy, tmp_path, 50)
+@pytest.mark.parametrize("task_number", [0, None], ids=["task", "chunk"])
+def test_fifty_kills_of_a_finish_lose_nothing(killer: Killer, task_number: int | None) -> None:
+    killer.until_hit(50, finishes(killer, action(1, task_number, started_at=1_700_000_000.0)))
