@@ -6,9 +6,11 @@ at the same time goes on. A cache that is not there yet is not made: who makes i
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Final
 
 import click
 import msgspec
@@ -17,8 +19,12 @@ from agent_plugin.cli.options import common_options, escaped, print_json, say
 from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.content import events
 from agent_plugin.content.blob_cache import BlobCache, CacheUsage, CollectReport, VerifyReport
+from agent_plugin.content.errors import CancelledError
 from agent_plugin.settings import Settings, Size, load
 from agent_plugin.transfer.progress import format_bytes
+
+# What a cache has in its directory, and nothing else (docs/PROTOCOL.md, The cache directory).
+_LAYOUT: Final = "v1"
 
 
 class ShowResult(msgspec.Struct, rename="camel"):
@@ -102,7 +108,7 @@ def show_command(as_json: bool, config: Path | None) -> None:
     if as_json:
         print_json(result)
         return
-    say(f"{directory}{'' if result.exists else ' (not there yet)'}")
+    say(f"{directory}{'' if result.exists else ' (no cache is there yet)'}")
     say(
         f"{result.blobs} blobs, {format_bytes(result.bytes)} of {format_bytes(result.max_bytes)};"
         f" the disk has {format_bytes(result.free_bytes)} free, of which the cache leaves"
@@ -171,17 +177,37 @@ def clear_command(yes: bool, as_json: bool, config: Path | None) -> None:
     """Remove every blob but those that running sessions hold a lease on."""
     settings = load(config)
     if not yes:
-        directory = escaped(os.fspath(settings.paths.cache_dir))
-        click.confirm(f"Remove all blobs from {directory}?", abort=True, err=True)
+        _ask(f"Remove all blobs from {settings.paths.cache_dir}?")
     with _opened(settings) as cache:
         report = cache.clear() if cache is not None else CollectReport(within_limits=True)
     _print_collected(settings, report, as_json=as_json)
 
 
+def _ask(question: str) -> None:
+    """Go on only if the answer is yes.
+
+    Raises:
+        CancelledError: There is nobody to answer.
+        click.Abort: The answer is another.
+    """
+    print(f"{escaped(question)} [y/N]: ", end="", file=sys.stderr, flush=True)
+    answer = sys.stdin.readline()
+    if not (answer and sys.stdin.isatty()):
+        # Nobody has ended the line by pressing Enter, and an event would stand behind it.
+        print(file=sys.stderr)
+    if not answer:
+        raise CancelledError("there is nobody to answer", hint="say yes in advance: --yes")
+    if answer.strip().lower() not in ("y", "yes"):
+        raise click.Abort
+
+
 def _opened(settings: Settings) -> AbstractContextManager[BlobCache | None]:
-    """Open the cache if there is one; which namespace is open makes no difference here."""
+    """Open the cache if there is one; which namespace is open makes no difference here.
+
+    Opening makes what a cache consists of, and the directory may be a wrong one.
+    """
     directory = settings.paths.cache_dir
-    if not os.path.lexists(directory):
+    if not os.path.lexists(directory / _LAYOUT):
         return nullcontext()
     return BlobCache.open(
         directory,

@@ -56,6 +56,16 @@ def test_a_cache_that_is_not_there_is_empty_and_stays_away(
     assert not command.cache_dir.exists()
 
 
+@pytest.mark.parametrize("verb", [["show"], ["verify"], ["collect"], ["clear", "--yes"]])
+def test_a_directory_that_is_no_cache_is_left_as_it_is(command: Command, verb: list[str]) -> None:
+    command.cache_dir.mkdir(parents=True)
+    (command.cache_dir / "letter.txt").write_text("not ours")
+    done = command("cache", *verb, "--json")
+
+    assert (done.code, done.json["blobs"]) == (0, 0)
+    assert [path.name for path in command.cache_dir.iterdir()] == ["letter.txt"]
+
+
 @pytest.mark.usefixtures("filled")
 def test_verify_reads_everything_and_is_content(command: Command) -> None:
     done = command("cache", "verify", "--json")
@@ -115,10 +125,14 @@ def test_clear_removes_all_but_what_a_session_holds(command: Command) -> None:
 
 @pytest.mark.usefixtures("filled")
 def test_clear_asks_first(command: Command) -> None:
-    assert command("cache", "clear", stdin=b"n\n").code == 77
+    for answer, said in ((b"n\n", "on request"), (b"\n", "on request"), (b"", "hint: say yes")):
+        refused = command("cache", "clear", stdin=answer)
+        assert (refused.code, said in refused.stderr) == (77, True)
     assert command("cache", "show", "--json").json["blobs"] == 4
 
-    assert command("cache", "clear", stdin=b"y\n").code == 0
+    done = command("cache", "clear", stdin=b"y\n")
+    assert (done.code, [event["event"] for event in done.events]) == (0, ["cache.collected"])
+    assert done.stderr.startswith(f"Remove all blobs from {command.cache_dir}? [y/N]: \n")
     assert command("cache", "show", "--json").json["blobs"] == 0
 
 
