@@ -26,7 +26,6 @@ from agent_plugin.content.blob_cache_collect import (
     Collector,
     CollectReport,
     Limits,
-    UsageCounter,
     VerifyReport,
     count_usage,
     verify_blobs,
@@ -40,6 +39,7 @@ from agent_plugin.content.blob_cache_directory import (
 )
 from agent_plugin.content.blob_cache_files import BlobFiles, Bytes, Staged
 from agent_plugin.content.blob_cache_leases import Lease, Leases
+from agent_plugin.content.blob_cache_usage import UsageCounter
 from agent_plugin.content.digest import Digest, hash_name
 from agent_plugin.content.errors import BlobCorruptError, LocalReadError, NoSpaceError
 from agent_plugin.content.store import Cancellation
@@ -54,13 +54,16 @@ __all__ = [
     "VerifyReport",
 ]
 
-# What a process may have added before the others know: it keeps a lock out of most adds.
+# What a process may have added before the others know: it keeps a lock out of most adds. Room for
+# staged blobs is counted before they come.
 _UNCOUNTED_BLOBS: Final = 64
 _UNCOUNTED_BYTES: Final = 16 * 1024 * 1024
-# After a collection that could not get below the limits (all is leased), the next adds must not
-# scan everything again and again.
+# After a collection that could not get below the limits (all is leased), the next adds are refused
+# and do not scan everything again and again.
 _FUTILE_SECONDS: Final = 60
 _POLL_SECONDS: Final = 0.05
+# Others may take the room that was just made.
+_RESERVE_TRIES: Final = 3
 _OTHER_COLLECTOR_SECONDS: Final = 5.0
 _FULL_DISK_MARK: Final = 0.8
 
@@ -106,8 +109,10 @@ class BlobCache:
         Args:
             directory: Absolute; made with mode 0700. Links above it are followed, itself not.
             store_url: The store that blobs come from; only caches of one store share blobs.
-            max_bytes: Quota for all blobs of all stores; each process may pass it by 16 MiB.
-            min_free_bytes: What has to stay free on the file system.
+            max_bytes: Quota for all blobs of all stores, staged ones too. Each process may pass it
+                by 16 MiB, and by what it is given to `add` at this moment.
+            min_free_bytes: What has to stay free on the file system; looked at with each 16 MiB
+                that are added, and before a blob is staged.
             clock: Seconds since the epoch.
             shared: Share blobs with all stores that are opened so. Whoever can write to one of
                 them can then feed wrong blobs to all: xxh128 is no defence against an attacker.
@@ -215,7 +220,8 @@ class BlobCache:
 
         Raises:
             BlobCorruptError: `data` has another length than the blob; nothing was kept.
-            NoSpaceError: The disk is full, after eviction as well.
+            NoSpaceError: The disk is full, after eviction as well; or a limit has been passed, and
+                nothing can be evicted.
             LocalWriteError: It could not be written.
             CacheUnsafeError: Its directory is not ours alone.
         """
@@ -223,6 +229,8 @@ class BlobCache:
             raise BlobCorruptError(f"{digest}: {len(data)} bytes were given to the cache")
         if self._files.contains(digest):
             return
+        if self._futile_until > float("-inf"):
+            self._insist_on_room(digest.size)
         try:
             try:
                 name = self._files.write(data)
@@ -239,12 +247,18 @@ class BlobCache:
     def staging(self, size: int) -> Staged:
         """Return an empty file to write a blob of `size` bytes to, for use in a `with`.
 
+        The room is reserved until the blob is published or the block ends.
+
         Raises:
             NoSpaceError: `size` bytes do not fit, after eviction as well.
             LocalWriteError: The file could not be made.
         """
-        self.make_room(size)
-        return self._files.stage(self._account)
+        for _ in range(_RESERVE_TRIES):
+            self.make_room(size)
+            staged = self._reserve(size)
+            if staged is not None:
+                return staged
+        raise self._no_room(size)
 
     def claim(self, digest: Digest) -> Claim | None:
         """Return the right to fetch a blob, or None when somebody on this host fetches it now.
@@ -315,16 +329,14 @@ class BlobCache:
             return
         if size <= self._limits.max_bytes:
             for _ in range(round(_OTHER_COLLECTOR_SECONDS / _POLL_SECONDS)):
-                report = self._collector.collect(room=size)
+                report = self.collect(room=size)
                 if report.within_limits:
                     return
-                if not report.busy:
+                if report.busy:
+                    time.sleep(_POLL_SECONDS)
+                elif not report.evicted_bytes:
                     break
-                time.sleep(_POLL_SECONDS)
-        raise NoSpaceError(
-            f"{size} bytes do not fit into the blob cache {self._directory.path}",
-            hint="raise the cache's quota, free disk space, or end sessions that hold leases",
-        )
+        raise self._no_room(size)
 
     def collect(self, *, room: int = 0, to_bytes: int | None = None) -> CollectReport:
         """Remove what is stale, and evict until the limits hold with `room` bytes to spare.
@@ -338,7 +350,20 @@ class BlobCache:
             LocalWriteError: Something could not be removed.
         """
         self._count()
-        return self._collector.collect(room=room, to_bytes=to_bytes)
+        with self._lock:
+            # Nobody knew the total, or they were counted; what is left the scan will see.
+            blobs, size = self._uncounted_blobs, self._uncounted_bytes
+            self._uncounted_blobs = self._uncounted_bytes = 0
+        scanned = False
+        try:
+            report = self._collector.collect(room=room, to_bytes=to_bytes)
+            scanned = not report.busy
+        finally:
+            if not scanned:
+                with self._lock:
+                    self._uncounted_blobs += blobs
+                    self._uncounted_bytes += size
+        return report
 
     def clear(self) -> CollectReport:
         """Evict every blob that is not leased. Raises as `collect`."""
@@ -381,6 +406,36 @@ class BlobCache:
         message = f"blob cache: can not read {self._directory.path}: {error.strerror}"
         return LocalReadError(message, hint="check the cache directory's disk")
 
+    def _no_room(self, size: int) -> NoSpaceError:
+        return NoSpaceError(
+            f"{size} bytes do not fit into the blob cache {self._directory.path}",
+            hint="raise the cache's quota, free disk space, or end sessions that hold leases",
+        )
+
+    def _reserve(self, size: int) -> Staged | None:
+        """Stage a blob and count its bytes; None when they do not fit now."""
+        # The file first: a collection sees it, or else what is counted after it began.
+        staged = self._files.stage(size)
+        with ExitStack() as undo:
+            undo.enter_context(staged)
+            total = self._count(size)
+            if total is None:
+                return None
+            staged.on_published = lambda actual: self._account(actual - size)
+            staged.on_dropped = lambda: self._count(-size)
+            if not self._collector.fits(total - size, size):
+                return None
+            undo.pop_all()
+        return staged
+
+    def _insist_on_room(self, size: int) -> None:
+        if not self._collector.fits(self._count(), size):
+            if self._clock() < self._futile_until:
+                raise self._no_room(size)
+            self._futile_until = self._clock() + _FUTILE_SECONDS
+            self.make_room(size)
+        self._futile_until = float("-inf")
+
     def _account(self, size: int) -> None:
         """Take notice of a published blob; collect when that was too much."""
         with self._lock:
@@ -393,22 +448,31 @@ class BlobCache:
                 return
         if self._collector.fits(self._count(), 0) or self._clock() < self._futile_until:
             return
-        report = self._collector.collect()
-        if not report.busy and not report.within_limits:
-            self._futile_until = self._clock() + _FUTILE_SECONDS
+        while True:
+            report = self.collect()
+            if report.busy or report.within_limits:
+                return
+            # Otherwise it is others who add, and what they added can go as well.
+            if not report.evicted_bytes:
+                break
+        self._futile_until = self._clock() + _FUTILE_SECONDS
 
-    def _count(self) -> int | None:
-        """Write down what is not counted yet; return the total, None when it is not known."""
+    def _count(self, more: int = 0) -> int | None:
+        """Write down `more` bytes and what is not counted yet; return the total, None if unknown.
+
+        When it is unknown nothing is written down.
+        """
         with self._lock:
             try:
-                total = self._counter.add(self._uncounted_bytes)
+                total = self._counter.add(self._uncounted_bytes + more)
             except OSError as error:
                 raise local_failure("can not count bytes", error) from error
-            self._uncounted_blobs = self._uncounted_bytes = 0
+            if total is not None:
+                self._uncounted_blobs = self._uncounted_bytes = 0
         return total
 
     def _collect_on_full_disk(self, size: int) -> None:
         """Evict a fifth of everything: the disk is full, whatever statvfs says (quota, inodes)."""
-        report = self._collector.collect(room=size)
+        report = self.collect(room=size)
         if not report.busy:
-            self._collector.collect(room=size, to_bytes=int(report.bytes * _FULL_DISK_MARK))
+            self.collect(room=size, to_bytes=int(report.bytes * _FULL_DISK_MARK))

@@ -30,6 +30,7 @@ from agent_plugin.content.blob_cache_directory import (
     open_directory,
 )
 from agent_plugin.content.blob_cache_leases import LeasedBlobs, Leases, lock_within
+from agent_plugin.content.blob_cache_usage import UsageCounter
 from agent_plugin.content.digest import hash_fd
 from agent_plugin.content.store import Cancellation
 
@@ -46,9 +47,6 @@ _BATCH_BLOBS: Final = 64
 _ENTRY: Final = struct.Struct(">QQH16s")
 # A use this far in the future is a clock gone wrong or a planted file: it counts as never used.
 _FUTURE_SECONDS: Final = 24 * 3600
-_COUNTER: Final = struct.Struct("<q")
-# The counter is a hint; with a peer that was stopped while it held the lock, we go on without.
-_COUNTER_WAIT_SECONDS: Final = 0.1
 
 log = events.get_logger()
 
@@ -72,7 +70,7 @@ class CollectReport:
 
     Attributes:
         busy: Another process was collecting, so nothing was done; all else is 0 then.
-        within_limits: Whether everything, and the room asked for, fits now.
+        within_limits: Whether everything, what was added meanwhile and the room asked for fit now.
         blobs: How many are left.
         bytes: Of the blobs that are left.
         evicted_blobs: How many were removed.
@@ -143,50 +141,6 @@ class FoundBlob(NamedTuple):
     path: str
     hash: str
     info: os.stat_result
-
-
-class UsageCounter:
-    """The file `usage`: bytes of all blobs, kept by all processes; a hint that scans correct."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-
-    def add(self, delta: int) -> int | None:
-        """Count `delta` bytes; return the new total, or None when only a scan can tell.
-
-        Raises:
-            OSError: The file could not be read or written.
-        """
-        lock_within(self._fd, fcntl.LOCK_EX, _COUNTER_WAIT_SECONDS)
-        try:
-            total = self.read()
-            if total is not None and delta:
-                total = max(0, total + delta)
-                os.pwrite(self._fd, _COUNTER.pack(total), 0)
-            return total
-        finally:
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
-
-    def read(self) -> int | None:
-        """Return the total; None for a new file or garbage."""
-        data = os.pread(self._fd, _COUNTER.size + 1, 0)
-        if len(data) != _COUNTER.size:
-            return None
-        total: int = _COUNTER.unpack(data)[0]
-        return total if total >= 0 else None
-
-    def correct(self, total: int) -> None:
-        """Set the total to what a scan found.
-
-        Raises:
-            OSError: The file could not be written.
-        """
-        os.ftruncate(self._fd, _COUNTER.size)
-        os.pwrite(self._fd, _COUNTER.pack(total), 0)
-
-    def close(self) -> None:
-        """Close the file."""
-        os.close(self._fd)
 
 
 def scan(directory: CacheDirectory) -> Iterator[FoundBlob]:
@@ -293,7 +247,9 @@ class Collector:
             os.close(fd)
 
     def _collect(self, room: int, to_bytes: int | None) -> CollectReport:
-        temporary = self._remove_leftovers()
+        since = self._counter.read()
+        # Before the blobs: one that gets its name meanwhile counts twice, rather than not at all.
+        temporary, reserved = self._remove_leftovers()
         under_pressure = self._free_bytes() - room < self._limits.min_free_bytes
         kept_seconds = 0 if under_pressure or to_bytes == 0 else QUARANTINE_KEPT_SECONDS
         quarantined = self._empty_quarantine(kept_seconds)
@@ -302,12 +258,12 @@ class Collector:
         total = sum(_ENTRY.unpack(entry)[1] for entry in entries)
         leased = LeasedBlobs(self._leases)
         leased.refresh()
-        blobs, evicted = self._evict(
-            entries, self._excess(total, room, to_bytes), namespaces, leased
-        )
-        self._counter.correct(total - evicted)
+        coming = reserved + self._counter.added_since(since)
+        excess = self._excess(total, coming, room, to_bytes)
+        blobs, evicted = self._evict(entries, excess, namespaces, leased)
+        used = self._counter.correct(total + reserved - evicted, since)
         report = CollectReport(
-            within_limits=self.fits(total - evicted, room),
+            within_limits=self.fits(used, room),
             blobs=len(entries) - blobs,
             bytes=total - evicted,
             evicted_blobs=blobs,
@@ -335,12 +291,13 @@ class Collector:
             bytes.fromhex(blob.hash),
         )
 
-    def _excess(self, total: int, room: int, to_bytes: int | None) -> int:
-        """Return how many bytes have to go."""
+    def _excess(self, found: int, coming: int, room: int, to_bytes: int | None) -> int:
+        """Return how many bytes have to go of those found, when others are on their way."""
         limits = self._limits
+        total = found + coming
         excess = 0
         if to_bytes is not None:
-            excess = total - to_bytes
+            excess = found - to_bytes
         elif total + room > limits.max_bytes:
             excess = total - min(int(limits.max_bytes * _QUOTA_MARK), limits.max_bytes - room)
         free = self._free_bytes()
@@ -373,9 +330,10 @@ class Collector:
                     evicted += size
         return blobs, evicted
 
-    def _remove_leftovers(self) -> int:
+    def _remove_leftovers(self) -> tuple[int, int]:
+        """Return how many files of dead writers went, and what the living ones have reserved."""
         directory = self._directory
-        removed = 0
+        removed = reserved = 0
         for name in list_directory(directory.temporary_fd):
             try:
                 info = os.stat(name, dir_fd=directory.temporary_fd, follow_symlinks=False)
@@ -384,7 +342,9 @@ class Collector:
             if directory.names.is_leftover(name, age_seconds=self._clock() - info.st_mtime):
                 _remove(name, directory.temporary_fd)
                 removed += 1
-        return removed
+            else:
+                reserved += directory.names.reserved(name)
+        return removed, reserved
 
     def _empty_quarantine(self, kept_seconds: float) -> int:
         quarantine_fd = self._directory.quarantine_fd

@@ -1,7 +1,7 @@
 """Where the blob cache keeps its files, and why nothing that others could write is trusted.
 
     <directory>/v1/<namespace>/<ab>/<hash>    verified blobs, 0400, named by their xxh128
-    <directory>/v1/tmp/                       files being written: <pid>-<start time>-<random>
+    <directory>/v1/tmp/                       files being written (TemporaryNames)
     <directory>/v1/leases/                    which blobs must stay (blob_cache_leases.py)
     <directory>/v1/quarantine/                what turned out wrong, kept for 7 days
     <directory>/v1/locks, usage               single-flight locks; the counter of bytes
@@ -42,7 +42,9 @@ BLOB_MODE: Final = 0o400
 
 _LAYOUT_VERSION: Final = "v1"
 _HINT: Final = "remove the cache directory, or point the cache at a directory only this user writes"
-_TEMPORARY_NAME: Final = re.compile(r"(\d{1,10})-(\d{1,20})-([0-9a-f]{1,16})\.[0-9a-f]+\.[0-9]+")
+_TEMPORARY_NAME: Final = re.compile(
+    r"(\d{1,10})-(\d{1,20})-([0-9a-f]{1,16})\.[0-9a-f]+\.[0-9]+(?:\.([0-9]{1,19}))?"
+)
 # Of a process that can not be looked up from here (another container's) nothing is known but age.
 _FOREIGN_LEFTOVER_SECONDS: Final = 24 * 3600
 
@@ -150,9 +152,9 @@ def list_directory(fd: int) -> list[str]:
 class TemporaryNames:
     """Names in tmp/ that tell who writes the file, so that dead writers' files can be removed.
 
-    `<pid>-<start time>-<pid namespace>.<random>.<number>`. Start time (clock ticks since boot)
-    tells a process from a later one of the same pid: proc(5), /proc/pid/stat field 22. The
-    namespace is there because a pid means nothing in another container.
+    `<pid>-<start time>-<pid namespace>.<random>.<number>[.<reserved bytes>]`. Start time (clock
+    ticks since boot) tells a process from a later one of the same pid: proc(5), /proc/pid/stat
+    field 22. The namespace is there because a pid means nothing in another container.
     """
 
     def __init__(self) -> None:
@@ -163,9 +165,19 @@ class TemporaryNames:
         self._prefix = f"{os.getpid()}-{started}-{self._space}.{os.urandom(6).hex()}."
         self._numbers = count()
 
-    def new(self) -> str:
-        """Return a name that nobody uses; may be called from any thread."""
-        return f"{self._prefix}{next(self._numbers)}"
+    def new(self, reserved: int | None = None) -> str:
+        """Return a name that nobody uses; may be called from any thread.
+
+        Args:
+            reserved: For how many bytes room is kept while the file is there.
+        """
+        name = f"{self._prefix}{next(self._numbers)}"
+        return name if reserved is None else f"{name}.{reserved}"
+
+    def reserved(self, name: str) -> int:
+        """Return for how many bytes the writer of `name` keeps room."""
+        match = _TEMPORARY_NAME.fullmatch(name)
+        return int(match[4] or 0) if match else 0
 
     def is_leftover(self, name: str, *, age_seconds: float) -> bool:
         """Whether the writer of `name`, last written `age_seconds` ago, is gone."""

@@ -35,15 +35,16 @@ class Staged:
 
     Attributes:
         fd: Open for reading and writing until the block ends, after `publish` too.
+        on_published: Told the size of the blob when it is there.
+        on_dropped: Called before the file goes without having been published.
     """
 
-    def __init__(
-        self, files: "BlobFiles", name: str, fd: int, on_published: Callable[[int], None]
-    ) -> None:
+    def __init__(self, files: "BlobFiles", name: str, fd: int) -> None:
         self._files = files
         self._name: str | None = name
-        self._on_published = on_published
         self.fd = fd
+        self.on_published: Callable[[int], None] | None = None
+        self.on_dropped: Callable[[], object] | None = None
 
     def publish(self, digest: Digest) -> None:
         """Make the file the blob. The caller has verified its bytes and writes no more.
@@ -61,9 +62,10 @@ class Staged:
             os.fchmod(self.fd, BLOB_MODE)
         except OSError as error:
             raise local_failure(f"can not publish {digest}", error) from error
-        name, self._name = self._name, None
-        self._files.publish(name, digest)
-        self._on_published(size)
+        self._files.publish(self._name, digest)
+        self._name = None
+        if self.on_published is not None:
+            self.on_published(size)
 
     def __enter__(self) -> Self:
         return self
@@ -75,7 +77,13 @@ class Staged:
         trace: TracebackType | None,
     ) -> None:
         os.close(self.fd)
-        if self._name is not None:
+        if self._name is None:
+            return
+        try:
+            # First: a collector that no longer sees the file must not count it either.
+            if self.on_dropped is not None:
+                self.on_dropped()
+        finally:
             self._files.remove_temporary(self._name)
 
 
@@ -161,19 +169,19 @@ class BlobFiles:
         os.close(fd)
         return name
 
-    def stage(self, on_published: Callable[[int], None]) -> Staged:
-        """Return an empty file in tmp/; `on_published` is told the size of the published blob.
+    def stage(self, reserved: int) -> Staged:
+        """Return an empty file in tmp/ that collectors take to have `reserved` bytes.
 
         Raises:
             NoSpaceError, LocalWriteError: It could not be made.
         """
-        name = self._directory.names.new()
+        name = self._directory.names.new(reserved)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             fd = os.open(name, flags, 0o600, dir_fd=self._directory.temporary_fd)
         except OSError as error:
             raise local_failure("can not make a file", error) from error
-        return Staged(self, name, fd, on_published)
+        return Staged(self, name, fd)
 
     def publish(self, name: str, digest: Digest) -> None:
         """Make a file in tmp/ the blob, in place of whatever stands there.

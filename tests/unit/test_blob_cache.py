@@ -6,12 +6,17 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from agent_plugin.content import events
+from agent_plugin.content import blob_cache_collect, events
 from agent_plugin.content.blob_cache import BlobCache
+from agent_plugin.content.blob_cache_collect import FoundBlob, scan
+from agent_plugin.content.blob_cache_directory import CacheDirectory
+from agent_plugin.content.blob_cache_usage import UsageCounter
 from agent_plugin.content.digest import EMPTY_HASH, Digest, hash_fd, hash_name
 from agent_plugin.content.errors import (
     BlobCorruptError,
@@ -433,21 +438,64 @@ def test_processes_count_together(directory: Path) -> None:
         assert one.usage().bytes <= 100_000 + 2 * 64 * 1000
 
 
-def test_a_cache_full_of_leased_blobs_is_not_scanned_again_and_again(
-    directory: Path, caplog: pytest.LogCaptureFixture
+def test_a_cache_full_of_leased_blobs_takes_no_more_and_is_not_scanned_again_and_again(
+    directory: Path, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", events.LOGGER_NAME)
     blobs = [numbered(number) for number in range(640)]
+    added = 0
+    with opened(directory, max_bytes=1000, clock=clock) as cache:
+        with cache.lease("session", [digest for digest, _data in blobs]):
+            for digest, data in blobs:
+                with suppress(NoSpaceError):
+                    cache.add(digest, data)
+                    added += 1
+            collections = caplog.messages.count(events.CACHE_COLLECTED)
+            assert (added, collections) == (64, 1), "what is counted at a time, and one look"
+            clock.ahead = 61
+            with pytest.raises(NoSpaceError, match="1000 bytes do not fit"):
+                cache.add(*numbered(1000))
+            assert caplog.messages.count(events.CACHE_COLLECTED) == 2
+        with pytest.raises(NoSpaceError):
+            cache.add(*numbered(1000))
+        clock.ahead = 122
+        cache.add(*numbered(1000))
+        assert cache.usage().bytes == 1000
+
+
+def test_a_cache_that_was_full_takes_blobs_as_soon_as_there_is_room(directory: Path) -> None:
+    blobs = [numbered(number) for number in range(64)]
     with opened(directory, max_bytes=1000) as cache:
         with cache.lease("session", [digest for digest, _data in blobs]):
             for digest, data in blobs:
                 cache.add(digest, data)
-        collections = caplog.messages.count(events.CACHE_COLLECTED)
+        with pytest.raises(NoSpaceError):
+            cache.add(*numbered(64))
+        cache.clear()
 
-    assert collections == 1
+        for number in range(64):
+            cache.add(*numbered(number + 1000))
+
+        assert cache.usage().bytes <= 64_000
 
 
-@pytest.mark.parametrize("content", [b"", b"short", b"\xff" * 8, b"\x7f" * 8, b"much too long"])
+def counted(directory: Path) -> int:
+    """Return how many bytes all processes think there are."""
+    return int.from_bytes((directory / "v1" / "usage").read_bytes()[:8], "little", signed=True)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"short",
+        b"\xff" * 8,
+        b"\xff" * 16,
+        b"\x7f" * 16,
+        bytes(8) + b"\xff" * 8,
+        b"much too long for it",
+    ],
+)
 def test_a_counter_that_makes_no_sense_is_counted_anew(directory: Path, content: bytes) -> None:
     with opened(directory) as cache:
         cache.add(*numbered(1))
@@ -457,7 +505,127 @@ def test_a_counter_that_makes_no_sense_is_counted_anew(directory: Path, content:
     with opened(directory, max_bytes=10_000) as cache:
         cache.make_room(1000)
 
-    assert int.from_bytes(counter.read_bytes(), "little") == 1000
+    assert counted(directory) == 1000
+
+
+def test_what_others_add_during_a_collection_is_counted(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what the scan came too early for."""
+
+    def slow_scan(cache_directory: CacheDirectory) -> Iterator[FoundBlob]:
+        yield from scan(cache_directory)
+        for number in range(10, 18):
+            stage(other, number)
+
+    with opened(directory, max_bytes=10_000) as cache, opened(directory) as other:
+        cache.make_room(1)
+        for number in range(8):
+            stage(cache, number)
+        with monkeypatch.context() as patched:
+            patched.setattr(blob_cache_collect, "scan", slow_scan)
+            report = cache.collect()
+
+        assert report.within_limits
+        assert report.evicted_blobs == 8, "those it found, to make up for those it did not"
+        assert counted(directory) == cache.usage().bytes == 8000
+
+
+def test_what_is_added_while_nobody_knows_the_total_is_counted_later(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow_scan(cache_directory: CacheDirectory) -> Iterator[FoundBlob]:
+        yield from scan(cache_directory)
+        for number in range(100):
+            other.add(*numbered(number))
+
+    with opened(directory) as cache, opened(directory) as other:
+        with monkeypatch.context() as patched:
+            patched.setattr(blob_cache_collect, "scan", slow_scan)
+            cache.collect()
+        other.close()
+
+        assert counted(directory) == cache.usage().bytes == 100_000
+
+
+def stage(cache: BlobCache, number: int) -> None:
+    digest, data = numbered(number)
+    with cache.staging(digest.size) as staged:
+        os.write(staged.fd, data)
+        staged.publish(digest)
+
+
+def test_room_for_a_staged_blob_is_kept_until_it_comes_or_is_given_up(directory: Path) -> None:
+    """Whatever other processes do meanwhile, and if they scan the cache."""
+    with opened(directory, max_bytes=2500) as cache, opened(directory, max_bytes=2500) as other:
+        with cache.staging(1000) as given_up, cache.staging(1000) as coming:
+            for _ in range(2):
+                with pytest.raises(NoSpaceError, match="do not fit"):
+                    other.staging(1000)
+                with pytest.raises(NoSpaceError, match="do not fit"):
+                    other.make_room(1000)
+                assert other.collect().within_limits
+                assert counted(directory) == 2000
+            assert given_up.fd != coming.fd
+            digest, data = numbered(1)
+            os.write(coming.fd, data)
+            coming.publish(digest)
+        assert counted(directory) == 1000
+        with other.staging(1500):
+            assert counted(directory) == 2500
+            assert other.contains(digest), "there was room for both"
+        with other.staging(1501):
+            assert not other.contains(digest)
+
+
+def test_room_that_others_take_at_the_last_moment_is_not_given_twice(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(directory, max_bytes=1500) as cache, opened(directory, max_bytes=1500) as other:
+        make_room = cache.make_room
+        taken = []
+
+        def make_room_for_others(size: int) -> None:
+            make_room(size)
+            taken.append(other.staging(1000))
+
+        monkeypatch.setattr(cache, "make_room", make_room_for_others)
+        with pytest.raises(NoSpaceError, match="1000 bytes do not fit"):
+            cache.staging(1000)
+        with taken[0]:
+            assert counted(directory) == 1000
+
+
+def test_a_staged_blob_of_another_size_counts_as_what_it_is(directory: Path) -> None:
+    digest, data = numbered(1)
+    with opened(directory) as cache:
+        cache.make_room(1)
+        with cache.staging(5000) as staged:
+            os.write(staged.fd, data)
+            staged.publish(digest)
+
+    assert counted(directory) == 1000
+
+
+def test_threads_that_count_at_once_lose_nothing(tmp_path: Path) -> None:
+    with (tmp_path / "usage").open("wb+") as file, ThreadPoolExecutor(4) as pool:
+        counter = UsageCounter(file.fileno())
+        counter.correct(0, None)
+        for _ in range(4):
+            pool.submit(lambda: [counter.add(1) for _ in range(2000)])
+        pool.shutdown()
+
+        assert counter.read() == (8000, 8000)
+
+
+def test_threads_and_processes_that_stage_at_once_count_together(directory: Path) -> None:
+    with opened(directory) as one, opened(directory) as two:
+        one.make_room(1)
+        with ThreadPoolExecutor(8) as pool:
+            for number in range(400):
+                pool.submit(stage, one if number % 2 else two, number)
+
+        assert counted(directory) == one.usage().bytes == 400_000
 
 
 def test_room_is_made_by_eviction(directory: Path) -> None:
@@ -844,4 +1012,4 @@ def test_closing_twice_is_fine_and_the_count_is_kept(directory: Path) -> None:
         cache.add(*numbered(1))
         cache.close()
 
-    assert int.from_bytes((directory / "v1" / "usage").read_bytes(), "little") == 1000
+    assert counted(directory) == 1000
