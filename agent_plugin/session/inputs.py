@@ -46,7 +46,7 @@ def materialise(
         PropmasterError: Any other of the tree.
     """
     plans = [_plan(root, manifest, state, context) for root, manifest in roots]
-    survey(plans, context.cache)
+    survey(plans, context.cache, context.cancellation)
     results = []
     with context.leased(state.session_id, {digest for plan in plans for digest in plan.wanted}):
         for plan, (root, _) in zip(plans, roots, strict=True):

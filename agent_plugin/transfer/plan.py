@@ -114,24 +114,36 @@ def plan_download(
     return plan
 
 
-def survey(plans: Sequence[DownloadPlan], cache: BlobCache | None) -> None:
+def survey(
+    plans: Sequence[DownloadPlan], cache: BlobCache | None, cancellation: Cancellation | None = None
+) -> None:
     """Note what the cache has, and see that the disks hold what is to come.
 
     Args:
         plans: What is to come, several roots may share a disk; their `cached` is filled in.
         cache: Where fetched blobs are kept as well, or None.
+        cancellation: Checked at each blob, or None.
 
     Raises:
+        CancelledError: Cancellation was wished.
+        LocalReadError: A root is gone, or not to be looked at.
         NoSpaceError: Naming what is needed and what is free; nothing was written.
         CacheUnsafeError: Others can write to the cache.
     """
+    cancellation = cancellation or Cancellation()
     if cache is not None:
         for plan in plans:
-            plan.cached.update(digest for digest in plan.wanted if cache.contains(digest))
+            for digest in plan.wanted:
+                cancellation.check()
+                if cache.contains(digest):
+                    plan.cached.add(digest)
     needed: dict[int, int] = {}
     places: dict[int, Path] = {}
     for plan in plans:
-        device = plan.root.stat().st_dev
+        try:
+            device = plan.root.stat().st_dev
+        except OSError as error:
+            raise LocalReadError(f"{plan.root}: {error.strerror}") from error
         places.setdefault(device, plan.root)
         needed[device] = needed.get(device, 0) + plan.bytes_to_place
     if cache is not None:
@@ -182,8 +194,11 @@ def _present(
     }
 
 
-def _stat_all(root: Root, entries: Sequence[FileEntry]) -> Iterable[FoundFile]:
+def _stat_all(
+    root: Root, entries: Sequence[FileEntry], cancellation: Cancellation
+) -> Iterable[FoundFile]:
     for entry in entries:
+        cancellation.check()
         parent, _, name = entry.path.rpartition("/")
         try:
             directory = root.directory(parent, create=False)

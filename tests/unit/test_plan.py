@@ -10,6 +10,7 @@ from agent_plugin.content.blob_cache import BlobCache
 from agent_plugin.content.digest import Digest
 from agent_plugin.content.errors import (
     CancelledError,
+    LocalReadError,
     NoSpaceError,
     PathClashError,
     PropmasterError,
@@ -270,3 +271,31 @@ def test_a_wish_to_stop_ends_the_comparison_with_files_in_place(tmp_path: Path) 
 
     with pytest.raises(CancelledError):
         plan_download(manifest(a=b"same"), tmp_path, None, cancellation=cancellation)
+
+
+def test_a_root_that_is_gone_by_then_is_told(tmp_path: Path) -> None:
+    with pytest.raises(LocalReadError, match=r"root: No such file"):
+        survey([DownloadPlan(tmp_path / "root")], None)
+
+
+def test_looking_what_the_cache_has_ends_with_a_wish_to_stop(tmp_path: Path) -> None:
+    cancellation = Cancellation()
+    cancellation.cancel()
+    plan = DownloadPlan(tmp_path, wanted={Digest.of(b"x"): [entry("x", b"x")]})
+
+    with (
+        BlobCache.open(
+            tmp_path / "cache", store_url="file:///s", max_bytes=1 << 20, min_free_bytes=0
+        ) as cache,
+        pytest.raises(CancelledError),
+    ):
+        survey([plan], cache, cancellation)
+
+
+def test_looking_what_is_in_place_ends_with_a_wish_to_stop(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    cancellation = Cancellation()
+    cancellation.cancel()
+
+    with pytest.raises(CancelledError):
+        plan_download(manifest(a=b"a"), tmp_path, None, cancellation=cancellation)
