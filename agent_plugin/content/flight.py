@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from contextvars import copy_context
+from functools import partial
 from queue import SimpleQueue
 from typing import Final, TypeVar
 
@@ -42,8 +44,12 @@ class Lanes:
         self._idle = 0
 
     def submit(self, fn: Callable[[], T]) -> "Future[T]":
-        """Have `fn` run by a thread; the future can be cancelled until it begins."""
+        """Have `fn` run by a thread, in the caller's context (contextvars).
+
+        The future can be cancelled until it begins.
+        """
         future: Future[T] = Future()
+        context = copy_context()
 
         def run() -> None:
             if not future.set_running_or_notify_cancel():
@@ -56,7 +62,7 @@ class Lanes:
                 future.set_result(result)
 
         with self._lock:
-            self._tasks.put(run)
+            self._tasks.put(partial(context.run, run))
             if self._idle > 0:
                 self._idle -= 1
             elif self._threads < self._most:

@@ -4,7 +4,9 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -21,6 +23,10 @@ T = TypeVar("T")
 
 # What arrives damaged may be damaged at its source, so it is not worth many tries.
 DAMAGED: Final = (BlobCorruptError, StoreProtocolError)
+
+# Told why an attempt failed and after how many seconds the next one begins; must not block.
+Retried = Callable[[PropmasterError, float], None]
+_RETRIED: Final[ContextVar[Retried | None]] = ContextVar("retried", default=None)
 
 log = events.get_logger()
 
@@ -113,7 +119,7 @@ class RetryPolicy:
                     or still - failing_since + wait > self.deadline_seconds
                 ):
                     raise _given_up(error, attempt, elapsed) from error
-                _log_retry(error, what, attempt, wait)
+                _tell_retry(error, what, attempt, wait)
             if cancellation is None:
                 self.sleep(wait)
             else:
@@ -155,7 +161,23 @@ class Movement:
             self.seconds += max(0.0, lasted - self.silence)
 
 
-def _log_retry(error: PropmasterError, what: str, attempt: int, wait: float) -> None:
+@contextmanager
+def telling(retried: Retried) -> Iterator[None]:
+    """Have `retried` called for each request of the block that is sent again.
+
+    Also for those that other threads send for it (flight.Lanes); it is called on their threads, and
+    by one that was left behind also after the block.
+    """
+    token = _RETRIED.set(retried)
+    try:
+        yield
+    finally:
+        _RETRIED.reset(token)
+
+
+def _tell_retry(error: PropmasterError, what: str, attempt: int, wait: float) -> None:
+    if (retried := _RETRIED.get()) is not None:
+        retried(error, wait)
     log.info(
         events.REQUEST_RETRIED,
         extra={

@@ -1,8 +1,8 @@
 """What every transfer of a process shares: store, cache, index, ledger, cancellation, view."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import wait
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, TypeVar
@@ -10,12 +10,14 @@ from typing import Final, TypeVar
 from agent_plugin.content import events
 from agent_plugin.content.blob_cache import BlobCache
 from agent_plugin.content.digest import Digest
-from agent_plugin.content.errors import CacheUnsafeError, LocalError
+from agent_plugin.content.errors import CacheUnsafeError, LocalError, PropmasterError
 from agent_plugin.content.flight import POLL_SECONDS, Lanes
 from agent_plugin.content.local_index import LocalIndex
+from agent_plugin.content.retry import telling
 from agent_plugin.content.store import Cancellation, Store
 from agent_plugin.transfer.ledger import Ledger
 from agent_plugin.transfer.progress import SilentView, View
+from agent_plugin.transfer.states import TaskStatus
 
 Item = TypeVar("Item")
 T = TypeVar("T")
@@ -96,6 +98,26 @@ class TransferContext:
         """Remember that the store has these blobs now, if it is one that is remembered."""
         if digests and self.remembers_store:
             self.index.remember_present(self.open_store().identity, digests)
+
+    @contextmanager
+    def attempt(self, task_id: int) -> Iterator[None]:
+        """Note that a task is tried, and each request that the block sends again.
+
+        For crew threads: nothing here waits for the disk.
+        """
+        self.ledger.note(task_id, TaskStatus.BOOTING)
+        under_way = True
+
+        def retried(error: PropmasterError, wait_seconds: float) -> None:
+            # Threads that were left behind have no say in what became of the task.
+            if under_way:
+                self.ledger.note_retry(task_id, error, wait_seconds)
+
+        try:
+            with telling(retried):
+                yield
+        finally:
+            under_way = False
 
     def ask(
         self, question: Callable[[Store], T], meanwhile: Callable[[], None] = lambda: None

@@ -7,11 +7,10 @@ most the last batch, and the engine never trusts a row over the file it speaks o
 ledger therefore loses history, not data; a corrupt file is set aside and a new one begun.
 
 One connection, used under one lock (ledger_file.py): SQLite serialises writers anyway, and rows are
-few. What is noted is under a lock of its own, so that no crew thread waits for the disk.
+few. What is noted (ledger_notes.py) is under another, so that no crew thread waits for the disk.
 """
 
 import sqlite3
-import threading
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from agent_plugin.transfer.ledger_begin import (
     sizes,
 )
 from agent_plugin.transfer.ledger_file import LedgerBusyError, LedgerFile, from_sql, to_sql
+from agent_plugin.transfer.ledger_notes import Notes
 from agent_plugin.transfer.ledger_rows import (
     TASK_COLUMNS,
     TRANSFER_COLUMNS,
@@ -47,6 +47,7 @@ from agent_plugin.transfer.states import (
 
 __all__ = [
     "LEASE_SECONDS",
+    "NOTES_AT_ONCE",
     "SAMPLE_WINDOW_SECONDS",
     "Ledger",
     "TaskRow",
@@ -74,12 +75,13 @@ class _Pulse:
     """What the next beat of a transfer has to write.
 
     Attributes:
-        moved: Bytes since the last beat that was written.
-        renewed: When that was, seconds since the epoch.
+        renewed: When the last one was written, seconds since the epoch.
+        moved, found: Bytes since then.
     """
 
     renewed: float
     moved: int = 0
+    found: int = 0
 
 
 class Ledger:
@@ -88,8 +90,7 @@ class Ledger:
     def __init__(self, file: LedgerFile, clock: Callable[[], float]) -> None:
         self._file = file
         self._clock = clock
-        self._lock = threading.Lock()
-        self._notes: dict[int, tuple[TaskStatus, str, str]] = {}
+        self._notes = Notes()
         self._pulses: dict[int, _Pulse] = {}
 
     @classmethod
@@ -187,38 +188,49 @@ class Ledger:
             ).fetchall()
         return {(from_sql(source), from_sql(dest)): task_id for source, dest, task_id in rows}
 
+    def left(self, transfer_id: int) -> set[int]:
+        """Return the ids of a transfer's tasks whose bytes are in its size and not in `done`."""
+        with self._file.read() as connection:
+            rows = connection.execute(
+                "SELECT id FROM task WHERE transfer = ? AND status NOT IN ('done', 'excluded')",
+                (transfer_id,),
+            )
+            return {task_id for (task_id,) in rows}
+
     def note(self, task_id: int, status: TaskStatus, error: PropmasterError | None = None) -> None:
-        """Remember a task's new state; written at the next flush, the last note wins."""
-        code, text = (error.code, error.message) if error else ("", "")
-        with self._lock:
-            self._notes[task_id] = (status, code, text)
+        """Remember a task's new state; written at the next flush or beat, the last note wins.
+
+        `booting` begins an attempt, which counts as a try. Never waits for the disk.
+        """
+        self._notes.state(task_id, status, error)
+
+    def note_retry(self, task_id: int, error: PropmasterError, wait_seconds: float) -> None:
+        """Remember that an attempt has failed and that the next one begins after a wait.
+
+        Counts as a try. Never waits for the disk.
+        """
+        self._notes.retry(task_id, error, self._clock() + wait_seconds)
 
     def flush(self) -> None:
-        """Write the noted states.
+        """Write what was noted.
 
         Raises:
             NoSpaceError, LocalWriteError: The ledger can not be written.
         """
         while self._notes:
             with self._file.write() as connection:
-                self._write_notes(connection)
+                self._notes.write(connection, self._clock(), NOTES_AT_ONCE)
 
-    def _write_notes(self, connection: sqlite3.Connection) -> None:
-        """Write some notes, taken in a transaction, so that no thread writes older ones last."""
-        with self._lock:
-            notes = [self._notes.popitem() for _ in range(min(NOTES_AT_ONCE, len(self._notes)))]
-        now = self._clock()
-        connection.executemany(
-            "UPDATE task SET status = ?1, error_code = ?2, error = ?3,"
-            " started = coalesce(started, ?4),"
-            " finished = CASE WHEN ?1 IN ('done', 'failed') THEN ?4 END WHERE id = ?5",
-            ((status, code, to_sql(text), now, task_id) for task_id, (status, code, text) in notes),
-        )
-
-    def beat(self, transfer_id: int, moved: int) -> TransferStatus:
-        """Renew the lease, record the bytes moved since the last beat, and write what was noted.
+    def beat(self, transfer_id: int, moved: int, found: int = 0) -> TransferStatus:
+        """Renew the lease, record what is done since the last beat, and write what was noted.
 
         What a busy ledger does not take is written by a later beat.
+
+        Args:
+            transfer_id: A transfer that this process has begun.
+            moved: Further bytes that were moved.
+            found: Further bytes that turned out to be there; they count as done, and say nothing
+                about speed. Negative if some of what was told is not done after all.
 
         Returns:
             The transfer's state, which another process may have changed.
@@ -231,11 +243,12 @@ class Ledger:
         now = self._clock()
         pulse = self._pulses.setdefault(transfer_id, _Pulse(now))
         pulse.moved += moved
+        pulse.found += found
         try:
             with self._file.write(patience=BEAT_PATIENCE_SECONDS) as connection:
                 renew_lease(connection, transfer_id, now)
-                self._write_notes(connection)
-                self._add(connection, transfer_id, pulse.moved, now)
+                self._notes.write(connection, now, NOTES_AT_ONCE)
+                self._add(connection, transfer_id, pulse, now)
         except LedgerBusyError:
             if now - pulse.renewed > BEATS_MISSED_SECONDS:
                 raise
@@ -244,12 +257,15 @@ class Ledger:
         return self.transfer(transfer_id).status
 
     @staticmethod
-    def _add(connection: sqlite3.Connection, transfer_id: int, moved: int, now: float) -> None:
-        connection.execute("UPDATE transfer SET done = done + ? WHERE id = ?", (moved, transfer_id))
+    def _add(connection: sqlite3.Connection, transfer_id: int, pulse: _Pulse, now: float) -> None:
+        connection.execute(
+            "UPDATE transfer SET done = done + ? WHERE id = ?",
+            (pulse.moved + pulse.found, transfer_id),
+        )
         connection.execute(
             "INSERT INTO sample VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET"
             " bytes = bytes + excluded.bytes",
-            (transfer_id, now, moved),
+            (transfer_id, now, pulse.moved),
         )
         connection.execute(
             "DELETE FROM sample WHERE transfer = ? AND time < ?",

@@ -35,8 +35,8 @@ CREATE TABLE IF NOT EXISTS task (
   source      TEXT    NOT NULL,              -- sync-in: hash; sync-out: path (BLOB if not UTF-8)
   destination TEXT    NOT NULL,              -- sync-in: path (BLOB if not UTF-8); sync-out: hash
   size        INTEGER NOT NULL,
-  tries       INTEGER NOT NULL DEFAULT 0,    -- how often it was begun again
-  not_before  REAL    NOT NULL DEFAULT 0,    -- not tried again earlier
+  tries       INTEGER NOT NULL DEFAULT 0,    -- attempts begun, requests sent again included
+  not_before  REAL    NOT NULL DEFAULT 0,    -- when the request that failed last is sent again
   error_code  TEXT    NOT NULL DEFAULT '',
   error       TEXT    NOT NULL DEFAULT '',
   started     REAL,

@@ -169,7 +169,7 @@ class Beginning:
                 " AND status IN ('booting', 'executing', 'failed')",
                 (self._id,),
             ).fetchall()
-        self._write_all("UPDATE task SET status = 'queued', tries = tries + 1 WHERE id = ?", begun)
+        self._write_all("UPDATE task SET status = 'queued', not_before = 0 WHERE id = ?", begun)
 
     def _exclude_others(self, tasks: Collection[TaskSpec]) -> None:
         """Exclude what is queued and no longer asked for."""

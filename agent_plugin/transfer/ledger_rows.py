@@ -63,7 +63,12 @@ class TransferRow:
 
 @dataclass(frozen=True, slots=True)
 class TaskRow:
-    """A task as the ledger has it."""
+    """A task as the ledger has it.
+
+    Attributes:
+        tries: How many attempts were begun.
+        not_before: When the request that failed last is sent again, seconds since the epoch.
+    """
 
     id: int
     status: TaskStatus
@@ -71,6 +76,7 @@ class TaskRow:
     destination: str
     size: int
     tries: int
+    not_before: float
     error_code: str
     error: str
 
@@ -79,7 +85,7 @@ TRANSFER_COLUMNS: Final = (
     "id, name, kind, status, source, destination, session, size, done,"
     " error_code, error, created, finished"
 )
-TASK_COLUMNS: Final = "id, status, source, destination, size, tries, error_code, error"
+TASK_COLUMNS: Final = "id, status, source, destination, size, tries, not_before, error_code, error"
 
 
 def transfer_row(row: Sequence[Any]) -> TransferRow:
@@ -94,5 +100,5 @@ def task_row(row: Sequence[Any]) -> TaskRow:
     """Return what TASK_COLUMNS selected."""
     return TaskRow(
         row[0], TaskStatus(row[1]), from_sql(row[2]), from_sql(row[3]), row[4], row[5], row[6],
-        from_sql(row[7]),
+        row[7], from_sql(row[8]),
     )  # fmt: skip

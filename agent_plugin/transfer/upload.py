@@ -7,6 +7,7 @@ caller hashes it again (`FileChangedError` after a few rounds is the caller's to
 
 import os
 import random
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,10 +24,10 @@ from agent_plugin.content.errors import (
     StoreError,
 )
 from agent_plugin.content.safe_path import Root
-from agent_plugin.content.store import WHOLE_BLOB_BYTES, Cancellation, Store
+from agent_plugin.content.store import WHOLE_BLOB_BYTES, Cancellation, Progress, Store
 from agent_plugin.transfer.context import TransferContext
 from agent_plugin.transfer.engine import TICK_SECONDS, ByteBudget, Crew, Products
-from agent_plugin.transfer.ledger import TaskSpec, TransferRow, TransferSpec
+from agent_plugin.transfer.ledger import NOTES_AT_ONCE, TaskSpec, TransferRow, TransferSpec
 from agent_plugin.transfer.progress import Meter, SilentView, View
 from agent_plugin.transfer.states import TaskStatus
 
@@ -137,8 +138,17 @@ class _Upload:
         self._stored: Products[Digest, bool] = Products()
         self._small = Crew(self._store, self._stored, context.concurrency, self._halt)
         self._large = Crew(self._store, self._stored, LARGE_AT_ONCE, self._halt)
-        self._meter = Meter(len(files), sum(digest.size for digest in files))
+        self._meter = Meter(
+            sum(len(paths) for paths in files.values()),
+            sum(digest.size * len(paths) for digest, paths in files.items()),
+        )
+        # Tasks that were done when a killed run had begun are in the ledger's count already.
+        self._left = context.ledger.left(row.id)
+        self._counting = threading.Lock()
         self._moved = 0
+        self._found = 0
+        # Bytes of large blobs that were sent while the blob is not there yet.
+        self._sent: dict[Digest, int] = {}
         self._next_beat = 0.0
         self._view: View = SilentView()
         self._present: list[Digest] = []
@@ -157,12 +167,11 @@ class _Upload:
             known = self._known()
             outstanding = 0
             for digest in self._files:
-                if digest in known:
-                    self._settle(digest, stored=False)
-                    continue
-                crew = self._small if digest.size <= WHOLE_BLOB_BYTES else self._large
-                crew.order(digest)
-                outstanding += 1
+                if digest not in known:
+                    crew = self._small if digest.size <= WHOLE_BLOB_BYTES else self._large
+                    crew.order(digest)
+                    outstanding += 1
+            self._settle_known(known)
             while outstanding:
                 self._context.cancellation.check()
                 taken = self._stored.take(TICK_SECONDS)
@@ -173,13 +182,27 @@ class _Upload:
 
     def _tick(self) -> None:
         """Beat, when it is time for it."""
-        if time.monotonic() < self._next_beat:
-            return
+        if time.monotonic() >= self._next_beat:
+            self._beat()
+
+    def _beat(self) -> None:
         self._next_beat = time.monotonic() + BEAT_SECONDS
-        moved, self._moved = self._moved, 0
-        self._context.ledger.beat(self._row.id, moved)
+        with self._counting:
+            moved, self._moved = self._moved, 0
+            found, self._found = self._found, 0
+        self._context.ledger.beat(self._row.id, moved, found)
         self._remember()
         self._view.show(self._meter.snapshot())
+
+    def _settle_known(self, known: set[Digest]) -> None:
+        """Note what is there already, in pieces, between which a wish to stop is noticed."""
+        remaining = iter(known)
+        while piece := list(islice(remaining, NOTES_AT_ONCE)):
+            self._context.cancellation.check()
+            for digest in piece:
+                self._settle(digest, stored=False)
+            if len(piece) == NOTES_AT_ONCE:
+                self._beat()
 
     def _known(self) -> set[Digest]:
         """Return what the store has of what this host remembers to have seen there.
@@ -232,6 +255,11 @@ class _Upload:
     def _store(self, digest: Digest) -> bool:
         """Store one blob, on a crew thread; True when it was sent."""
         path = self._files[digest][0]
+        task = self._tasks[path, digest.hex]
+        with self._context.attempt(task):
+            return self._send(digest, path, task)
+
+    def _send(self, digest: Digest, path: str, task: int) -> bool:
         store = self._context.open_store()
         try:
             fd = self._root.open_file(path)
@@ -239,9 +267,11 @@ class _Upload:
             raise FileChangedError(f"{path} vanished before it was uploaded") from error
         try:
             if digest.size > WHOLE_BLOB_BYTES:
-                return store.put_file(digest, fd, cancellation=self._halt)
+                told = self._told(digest, task)
+                return store.put_file(digest, fd, cancellation=self._halt, progress=told)
             self._budget.acquire(digest.size, self._halt)
             try:
+                self._context.ledger.note(task, TaskStatus.EXECUTING)
                 return store.put(digest, _read(fd, digest.size + 1))
             finally:
                 self._budget.release(digest.size)
@@ -249,6 +279,19 @@ class _Upload:
             raise LocalReadError(f"{path}: {error.strerror}") from error
         finally:
             os.close(fd)
+
+    def _told(self, digest: Digest, task: int) -> Progress:
+        """Return what counts the bytes of a large blob as they go, those of its first file."""
+
+        def count(size: int) -> None:
+            if digest not in self._sent:
+                self._context.ledger.note(task, TaskStatus.EXECUTING)
+            # The last one counts when the blob is there.
+            size = min(size, digest.size - 1 - self._sent.get(digest, 0))
+            self._sent[digest] = self._sent.get(digest, 0) + size
+            self._count(task, size, sent=True)
+
+        return count
 
     def _take(self, digest: Digest, stored: bool | BaseException) -> None:
         if isinstance(stored, bool):
@@ -259,6 +302,8 @@ class _Upload:
         if isinstance(stored, FileChangedError):
             # Another path may still have the content; hashing all of them again tells.
             self.result.changed.extend(self._files[digest])
+            first = self._tasks[path, digest.hex]
+            self._count(first, -self._sent.pop(digest, 0), sent=False)
             self._note(digest, TaskStatus.EXCLUDED, stored)
             return
         if isinstance(stored, CancelledError) or not isinstance(stored, PropmasterError):
@@ -271,12 +316,25 @@ class _Upload:
         if stored:
             self.result.bytes_uploaded += digest.size
             self.result.blobs_uploaded += 1
-            self._moved += digest.size
         else:
             self.result.bytes_reused += digest.size
             self.result.blobs_reused += 1
-        self._meter.advance(digest.size, files=1)
+        # One file's bytes were sent, maybe counted as they went; the others' are there by that.
+        counted = self._sent.pop(digest, 0)
+        for path in self._files[digest]:
+            self._count(self._tasks[path, digest.hex], digest.size - counted, sent=stored, files=1)
+            stored, counted = False, 0
         self._note(digest, TaskStatus.DONE)
+
+    def _count(self, task: int, size: int, *, sent: bool, files: int = 0) -> None:
+        """Count bytes of a file that are in the store now; crew threads call this as well."""
+        self._meter.advance(size, files=files)
+        if task in self._left:
+            with self._counting:
+                if sent:
+                    self._moved += size
+                else:
+                    self._found += size
 
     def _note(
         self, digest: Digest, status: TaskStatus, error: PropmasterError | None = None

@@ -110,6 +110,7 @@ def test_a_failed_transfer_names_its_error_and_is_taken_up_again(ledger: Ledger)
     tasks = ids(ledger, row.id)
     error = StoreUnavailableError("two: get s3://b/p/Data/bb: timed out")
     ledger.note(tasks["one"], TaskStatus.DONE)
+    ledger.note(tasks["two"], TaskStatus.BOOTING)
     ledger.note(tasks["two"], TaskStatus.FAILED, error)
 
     failed = ledger.finish(row.id, error)
@@ -134,8 +135,85 @@ def test_each_failed_run_counts_as_a_try(ledger: Ledger) -> None:
     for tries in range(4):
         row = ledger.begin(SPEC, TASKS[:1])
         assert by_destination(ledger, row.id) == {"one": ("queued", tries)}
+        ledger.note(ids(ledger, row.id)["one"], TaskStatus.BOOTING)
         ledger.note(ids(ledger, row.id)["one"], TaskStatus.FAILED)
         ledger.finish(row.id, StoreUnavailableError("no"))
+
+
+def test_every_attempt_counts_as_a_try_however_many_there_are_between_two_writes(
+    ledger: Ledger, clock: Clock
+) -> None:
+    row = ledger.begin(SPEC, TASKS)
+    tasks = ids(ledger, row.id)
+    error = StoreUnavailableError("get s3://b/p/Data/aa: timed out")
+    ledger.note(tasks["one"], TaskStatus.BOOTING)
+    ledger.note(tasks["one"], TaskStatus.EXECUTING)
+    ledger.note_retry(tasks["one"], error, 0.4)
+    ledger.note_retry(tasks["one"], error, 0.8)
+
+    one, two, _ = ledger.tasks(row.id)
+    assert (one.status, one.tries, one.not_before) == (TaskStatus.EXECUTING, 3, clock.now + 0.8)
+    assert (one.error_code, one.error) == ("E_NETWORK", error.message)
+    assert (two.status, two.tries, two.not_before) == (TaskStatus.QUEUED, 0, 0.0)
+    ledger.note_retry(tasks["one"], error, 1.6)
+    assert ledger.tasks(row.id)[0].status is TaskStatus.EXECUTING, "as it was"
+    ledger.note(tasks["one"], TaskStatus.DONE)
+    one = ledger.tasks(row.id)[0]
+    assert (one.status, one.tries, one.not_before, one.error) == (TaskStatus.DONE, 4, 0.0, "")
+
+
+def test_what_waits_for_its_next_try_is_queued_at_once_when_it_is_taken_up_again(
+    ledger: Ledger,
+) -> None:
+    row = ledger.begin(SPEC, TASKS[:1])
+    task = ids(ledger, row.id)["one"]
+    ledger.note(task, TaskStatus.BOOTING)
+    ledger.note_retry(task, StoreUnavailableError("no"), 60)
+    ledger.flush()
+
+    ledger.begin(SPEC, TASKS[:1])
+
+    [one] = ledger.tasks(row.id)
+    assert (one.status, one.tries, one.not_before) == (TaskStatus.QUEUED, 2, 0.0)
+
+
+def test_no_note_waits_for_a_busy_ledger(ledger: Ledger, path: Path) -> None:
+    row = ledger.begin(SPEC, TASKS)
+    one = ids(ledger, row.id)["one"]
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    writing = threading.Thread(target=ledger.flush)
+    ledger.note(one, TaskStatus.BOOTING)
+    writing.start()
+    started = time.monotonic()
+    ledger.note(one, TaskStatus.EXECUTING)
+    ledger.note_retry(one, StoreUnavailableError("no"), 1)
+    seconds = time.monotonic() - started
+    other.execute("ROLLBACK")
+    other.close()
+    writing.join(30)
+
+    assert seconds < 0.5
+    assert by_destination(ledger, row.id)["one"] == ("executing", 2)
+
+
+def test_bytes_that_were_found_are_done_and_say_nothing_about_speed(ledger: Ledger) -> None:
+    row = ledger.begin(SPEC, TASKS)
+
+    ledger.beat(row.id, 10, 200)
+
+    assert ledger.transfer(row.id).done == 210
+    assert [size for _, size in ledger.samples(row.id)] == [10]
+
+
+def test_what_is_left_are_the_tasks_that_count_and_are_not_done(ledger: Ledger) -> None:
+    row = ledger.begin(SPEC, TASKS)
+    tasks = ids(ledger, row.id)
+    ledger.note(tasks["one"], TaskStatus.DONE)
+    ledger.note(tasks["two"], TaskStatus.EXCLUDED)
+    ledger.flush()
+
+    assert ledger.left(row.id) == {tasks["three"]}
 
 
 def test_a_cancelled_transfer_waits_to_be_taken_up_again(ledger: Ledger) -> None:
@@ -303,10 +381,15 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from agent_plugin.transfer.ledger import Ledger, TaskSpec, TransferSpec
+from agent_plugin.transfer.states import TaskStatus
 spec = TransferSpec(kind="sync-in", source="s3://b/p", destination="/tmp/root", session="s1",
                     job="job-1")
 ledger = Ledger.open(Path(sys.argv[1]))
 row = ledger.begin(spec, [TaskSpec("aa", "one", 10)])
+for task in ledger.tasks(row.id):
+    ledger.note(task.id, TaskStatus.BOOTING)
+    ledger.note(task.id, TaskStatus.EXECUTING)
+ledger.flush()
 print(row.id, flush=True)
 time.sleep(60)
 """
@@ -400,13 +483,11 @@ def test_a_process_that_is_gone_has_no_lease_owner() -> None:
 def test_what_a_dead_engine_had_begun_is_queued_again_and_counted(
     path: Path, holder: subprocess.Popen[str]
 ) -> None:
-    holder.kill()
-    holder.wait()
-    with sqlite3.connect(path) as other:
-        other.execute("UPDATE task SET status = 'executing'")
-    other.close()
-
     with Ledger.open(path) as ledger:
+        assert by_destination(ledger, 1) == {"one": ("executing", 1)}
+        holder.kill()
+        holder.wait()
+
         ledger.begin(SPEC, TASKS)
         assert by_destination(ledger, 1) == {
             "one": ("queued", 1), "two": ("queued", 0), "three": ("queued", 0),

@@ -16,7 +16,8 @@ from agent_plugin.content.errors import (
     StoreThrottledError,
     StoreUnavailableError,
 )
-from agent_plugin.content.retry import Movement, RetryPolicy
+from agent_plugin.content.flight import Lanes
+from agent_plugin.content.retry import Movement, RetryPolicy, telling
 from agent_plugin.content.s3_errors import DamagedAnswerError
 from agent_plugin.content.store import Cancellation
 
@@ -252,3 +253,28 @@ def test_each_retry_is_an_event(time: Time, caplog: pytest.LogCaptureFixture) ->
         "error": "E_THROTTLED",
         "reason": "slow",
     }
+
+
+def test_whoever_asks_is_told_of_each_attempt_that_is_made_again(time: Time) -> None:
+    told: list[tuple[str, float]] = []
+    error = StoreUnavailableError("no")
+
+    with telling(lambda error, wait: told.append((error.code, wait))):
+        policy(time).call(failing([error, error]), what="x")
+    policy(time).call(failing([error]), what="another's")
+
+    assert told == [("E_NETWORK", wait) for wait in time.slept[:2]]
+
+
+def test_whoever_asks_is_told_what_other_threads_send_again_for_it(time: Time) -> None:
+    told: list[str] = []
+    lanes = Lanes(1)
+    error = StoreUnavailableError("no")
+
+    with telling(lambda error, _wait: told.append(error.code)):
+        future = lanes.submit(lambda: policy(time).call(failing([error]), what="x"))
+        assert lanes.result(future, Cancellation()) == "done"
+    future = lanes.submit(lambda: policy(time).call(failing([error]), what="another's"))
+    lanes.result(future, Cancellation())
+
+    assert told == ["E_NETWORK"]
