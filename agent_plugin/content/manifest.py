@@ -63,6 +63,12 @@ _HINT: Final = (
     "the manifest was damaged, or written by a program that breaks the format; "
     "submit the job, or run the task that wrote it, again"
 )
+# What to do about a file of this host, by the first word of what is wrong with it.
+_NEW: Final = "the new manifest"
+_NEW_HINTS: Final = {
+    "path": "rename the file",
+    "mtime": "touch the file: its time is not of the years 1 to 9999",
+}
 
 
 class FileEntry(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
@@ -114,7 +120,7 @@ class Manifest:
         self,
         entries: Iterable[FileEntry],
         *,
-        source: str = "the new manifest",
+        source: str = _NEW,
         are_parsed: bool = False,
     ) -> None:
         given = tuple(entries)
@@ -305,8 +311,8 @@ def subtree(manifest: Manifest, directory: str) -> Manifest | None:
     return Manifest.of(below) if below else None
 
 
-def _invalid(source: str, reason: str) -> ManifestInvalidError:
-    return ManifestInvalidError(f"{source}: {reason}", hint=_HINT)
+def _invalid(source: str, reason: str, hint: str = _HINT) -> ManifestInvalidError:
+    return ManifestInvalidError(f"{source}: {reason}", hint=hint)
 
 
 def _wrong_version(source: str, version: str) -> ManifestInvalidError:
@@ -314,7 +320,8 @@ def _wrong_version(source: str, version: str) -> ManifestInvalidError:
 
 
 def _invalid_entry(source: str, index: int, path: str, reason: str) -> ManifestInvalidError:
-    return _invalid(source, f"entry {index} ({_show(path)}): {reason}")
+    hint = _NEW_HINTS.get(reason.partition(" ")[0], _HINT) if source == _NEW else _HINT
+    return _invalid(source, f"entry {index} ({_show(path)}): {reason}", hint)
 
 
 def _show(value: str | int) -> str:

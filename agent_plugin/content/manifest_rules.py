@@ -23,10 +23,11 @@ MAX_NAME_BYTES: Final = 255
 MAX_PATH_BYTES: Final = 4096
 # off_t: no file on Linux can be larger.
 MAX_SIZE_BYTES: Final = 2**63 - 1
-# What 64 bits of nanoseconds can say: the years 1677 to 2262. The kernel's own time (ktime_t) ends
-# there, and later times are cut off silently by utimensat(2): ext4 ends in 2446, XFS in 2486.
-MAX_MTIME_US: Final = (2**63 - 1) // 1000
-MIN_MTIME_US: Final = -MAX_MTIME_US
+# The years 1 to 9999, which is what a date can say in most programs. Files have odd times that
+# nobody looks at: 1601 where Windows has none. utimensat(2) takes all of them, and gives a file
+# the nearest that its file system can keep: ext4 has 1901 to 2446, XFS ends in 2486.
+MIN_MTIME_US: Final = -62_135_596_800 * 1_000_000
+MAX_MTIME_US: Final = 253_402_300_800 * 1_000_000 - 1
 
 _HASH: Final = re.compile(r"[0-9a-f]{32}")
 _HEX_DIGITS: Final = b"0123456789abcdef"

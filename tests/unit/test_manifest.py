@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -176,8 +177,8 @@ BAD_DOCUMENTS: list[tuple[str, bytes, tuple[str, ...]]] = [
     ("a hash that is a number", document(entry(hash=7)), ("('a/b.txt')", "hash", "`int`")),
     ("an mtime that is a float", document(entry(mtime=1.5)), ("'a/b.txt'", "mtime", "`float`")),
     ("an mtime that is false", document(entry(mtime=False)), ("'a/b.txt'", "mtime", "`bool`")),
-    ("an mtime past 2262", document(entry(mtime=MAX_MTIME_US + 1)), ("'a/b.txt'", "mtime", "<=")),
-    ("an mtime before 1677", document(entry(mtime=MIN_MTIME_US - 1)), ("'a/b.txt'", "mtime", ">=")),
+    ("an mtime past 9999", document(entry(mtime=MAX_MTIME_US + 1)), ("'a/b.txt'", "mtime", "<=")),
+    ("an mtime before 0001", document(entry(mtime=MIN_MTIME_US - 1)), ("'a/b.txt'", "mtime", ">=")),
     ("an mtime in nanoseconds", document(entry(mtime=1_700_000_000_123_456_789)), ("mtime", "<=")),
     ("a wrong size beside a name that is not UTF-8",
      document(entry("\udce9"), entry("x\udce9", size=-1)), ("entry 1 ('x\\udce9')", ">= 0")),
@@ -380,16 +381,28 @@ def test_layout_and_order_of_the_json_do_not_matter() -> None:
     assert manifests.encode(read) == document(entry("a"), entry("b"))
 
 
-@pytest.mark.parametrize("mtime", [MIN_MTIME_US, -1, 0, 2**53, MAX_MTIME_US])
+# The year 1601: a file without a time on Windows, as others see it.
+NO_FILETIME_US = -11_644_473_600 * 1_000_000
+
+
+@pytest.mark.parametrize("mtime", [MIN_MTIME_US, NO_FILETIME_US, -1, 0, 2**53, MAX_MTIME_US])
 def test_every_mtime_in_range_is_kept(mtime: int) -> None:
     read = manifests.decode(document(entry(mtime=mtime)), source=SOURCE)
 
     assert read.entries[0].mtime == mtime
 
 
+def test_times_are_those_that_a_date_can_say() -> None:
+    epoch = datetime(1970, 1, 1, tzinfo=UTC)
+    microsecond = timedelta(microseconds=1)
+
+    assert (datetime.min.replace(tzinfo=UTC) - epoch) // microsecond == MIN_MTIME_US
+    assert (datetime.max.replace(tzinfo=UTC) - epoch) // microsecond == MAX_MTIME_US
+
+
 def test_a_file_system_here_holds_the_first_and_last_time_it_supports(tmp_path: Any) -> None:
     """What the limits promise: no mtime that is let in makes utimensat(2) fail."""
-    for mtime in (MIN_MTIME_US, -1, MAX_MTIME_US):
+    for mtime in (MIN_MTIME_US, NO_FILETIME_US, -1, MAX_MTIME_US):
         file = tmp_path / f"file{mtime}"
         file.touch()
         os.utime(file, ns=(mtime * 1000, mtime * 1000))
@@ -458,6 +471,25 @@ def test_no_manifest_can_be_made_that_decode_would_refuse(bad: FileEntry, reason
         Manifest.of([FileEntry(HASH, 5, "fine", 3), bad])
 
     assert reason in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("found", "hint"),
+    [
+        (FileEntry(HASH, 5, "a:b.exr", 3), "rename the file"),
+        (FileEntry(HASH, 5, "d/" * 2048 + "n", 3), "rename the file"),
+        (FileEntry(HASH, MAX_MTIME_US + 1, "a/b.exr", 3), "touch the file"),
+    ],
+)
+def test_what_is_wrong_with_a_file_of_this_host_can_be_mended_there(
+    found: FileEntry, hint: str
+) -> None:
+    """It is not the manifest that is damaged, which was not even written."""
+    with pytest.raises(ManifestInvalidError) as caught:
+        Manifest.of([found])
+
+    assert f"entry 0 ('{found.path[:10]}" in caught.value.message
+    assert hint in caught.value.hint
 
 
 def test_a_manifest_of_nothing_does_not_exist() -> None:
