@@ -184,7 +184,7 @@ def _present(
     entries = manifest.by_path()
     candidates = [
         found
-        for found in _stat_all(root, manifest.entries)
+        for found in _stat_all(root, manifest.entries, cancellation or Cancellation())
         if found.size == entries[found.path].size
     ]
     return {
