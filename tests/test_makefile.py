@@ -75,7 +75,7 @@ def test_the_demonstration_needs_no_package_of_the_tests(project: Path) -> None:
 def test_an_environment_that_was_interrupted_is_made_again(project: Path) -> None:
     python = project / "a python"
     python.symlink_to(sys.executable)
-    interrupted = [sys.executable, "-m", "venv", "--without-pip", project / ".venv"]
+    interrupted = [sys.executable, "-m", "venv", "--without-pip", str(project / ".venv")]
     subprocess.run(interrupted, check=True)
     done = make(project, "install", f"PYTHON={python}", OFFLINE)
 
