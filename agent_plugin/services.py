@@ -18,6 +18,7 @@ from agent_plugin.content.open_store import build_store
 from agent_plugin.content.retry import RetryPolicy
 from agent_plugin.content.store import Cancellation, Store
 from agent_plugin.settings import Settings
+from agent_plugin.transfer.asking import Asking
 from agent_plugin.transfer.context import Records, TransferContext
 from agent_plugin.transfer.ledger import Ledger
 from agent_plugin.transfer.progress import SilentView, View
@@ -112,6 +113,25 @@ def open_cache(settings: Settings, store_url: str) -> BlobCache | None:
             raise
         log.warning(events.CACHE_BYPASSED, extra={"reason": error.message})
         return None
+
+
+def ask_store(
+    settings: Settings,
+    store_url: str,
+    *,
+    cancellation: Cancellation,
+    environment: Mapping[str, str] = os.environ,
+) -> Asking:
+    """Return what asks a store, for a command that needs nothing else of this host.
+
+    Args:
+        settings: The host's settings.
+        store_url: The store.
+        cancellation: Ends the wait for an answer.
+        environment: Where credentials and endpoints come from.
+    """
+    open_store = LazyStore(store_url, settings, environment, None)
+    return Asking(open_store=open_store, cancellation=cancellation)
 
 
 @contextmanager

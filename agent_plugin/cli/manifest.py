@@ -22,7 +22,6 @@ from agent_plugin.content.errors import (
     UnsafePathError,
     local_write_error,
 )
-from agent_plugin.content.flight import Lanes
 from agent_plugin.content.local_index import LocalIndex
 from agent_plugin.content.manifest import (
     MAX_MANIFEST_BYTES,
@@ -35,8 +34,9 @@ from agent_plugin.content.manifest import (
 from agent_plugin.content.safe_path import Root
 from agent_plugin.content.snapshot import hash_files, walk
 from agent_plugin.content.store import Cancellation
-from agent_plugin.services import LazyStore, state_directory
+from agent_plugin.services import ask_store, state_directory
 from agent_plugin.settings import load
+from agent_plugin.transfer.asking import Asking
 from agent_plugin.transfer.progress import format_bytes
 
 _HASH: Final = re.compile("[0-9a-f]{32}")
@@ -170,8 +170,8 @@ def verify_command(
             result.differences.extend(_below(root, manifest, cancellation))
         if store_url is not None:
             result.checked.append("store")
-            open_store = LazyStore(store_url, settings, os.environ, None)
-            result.differences.extend(_lacking(open_store, manifest, cancellation))
+            asking = ask_store(settings, store_url, cancellation=cancellation)
+            result.differences.extend(_lacking(asking, manifest))
     if as_json:
         print_json(result)
     else:
@@ -280,12 +280,9 @@ def _below(root: Path, manifest: Manifest, cancellation: Cancellation) -> Iterat
                 yield Difference(entry.path, "root", reason)
 
 
-def _lacking(
-    open_store: LazyStore, manifest: Manifest, cancellation: Cancellation
-) -> Iterator[Difference]:
+def _lacking(asking: Asking, manifest: Manifest) -> Iterator[Difference]:
     digests = {entry.digest for entry in manifest.entries}
-    # By another thread: this one would notice no signal while it waits for the store.
-    missing = Lanes(1).run(lambda: open_store().find_missing(digests), cancellation)
+    missing = asking.ask(lambda store: store.find_missing(digests))
     for entry in manifest.entries:
         if entry.digest in missing:
             yield Difference(entry.path, "store", f"the store lacks {entry.digest}")

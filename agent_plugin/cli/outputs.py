@@ -15,7 +15,7 @@ from agent_plugin.cli.options import (
     store_option,
 )
 from agent_plugin.cli.signals import cancel_on_signals
-from agent_plugin.services import open_services
+from agent_plugin.services import ask_store, open_services
 from agent_plugin.session.job import check_id
 from agent_plugin.session.outputs import OutputsResult, get_outputs, list_outputs
 from agent_plugin.settings import load
@@ -59,13 +59,10 @@ def list_command(
 ) -> None:
     """List the output files of JOB with size and hash."""
     _check(farm_id, queue_id, job_id, step_id, task_id)
-    with (
-        cancel_on_signals() as cancellation,
-        open_services(load(config), store_url, cancellation=cancellation, quiet=True) as context,
-    ):
-        result = list_outputs(
-            context, (farm_id, queue_id, job_id), step_id=step_id, task_id=task_id
-        )
+    settings = load(config)
+    with cancel_on_signals() as cancellation:
+        asking = ask_store(settings, store_url, cancellation=cancellation)
+        result = list_outputs(asking, (farm_id, queue_id, job_id), step_id=step_id, task_id=task_id)
     if as_json:
         print_json(result)
         return

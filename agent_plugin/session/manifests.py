@@ -18,6 +18,7 @@ from agent_plugin.content.manifest import MAX_MANIFEST_BYTES, Manifest, decode, 
 from agent_plugin.content.store import Document, DocumentInfo, Store
 from agent_plugin.session.job import JobDocument, ManifestProperties
 from agent_plugin.session.roots import location_from_metadata, root_from_metadata
+from agent_plugin.transfer.asking import Asking
 from agent_plugin.transfer.context import TransferContext
 
 # What is not a manifest may have been damaged on the way: it is fetched again so many times.
@@ -108,7 +109,7 @@ def _log_damaged(key: str, error: ManifestInvalidError) -> None:
 
 
 def find_outputs(
-    context: TransferContext,
+    asking: Asking,
     job: JobDocument | tuple[str, str, str],
     *,
     step_id: str | None = None,
@@ -117,7 +118,7 @@ def find_outputs(
     """Return the output manifests that count, ascending by the store's time.
 
     Args:
-        context: The services.
+        asking: Of the job's store.
         job: The job, or its (farm id, queue id, job id).
         step_id: Only of this step.
         task_id: Only of this task; needs the step.
@@ -128,8 +129,8 @@ def find_outputs(
     """
     ids = (job.farm_id, job.queue_id, job.job_id) if isinstance(job, JobDocument) else job
     prefix = "/".join([*ids, *([step_id] if step_id else []), *([task_id] if task_id else [])])
-    infos = _that_count(context.ask(lambda store: list(store.list_documents(f"{prefix}/"))))
-    found = context.ask_each(_fetch_output, infos)
+    infos = _that_count(asking.ask(lambda store: list(store.list_documents(f"{prefix}/"))))
+    found = asking.ask_each(_fetch_output, infos)
     # Stable: manifests of one second stay in the order of their keys, chunks before tasks.
     return sorted(found, key=lambda output: output.last_modified)
 

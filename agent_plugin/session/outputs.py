@@ -11,6 +11,7 @@ from agent_plugin.content.errors import JobInvalidError, PathClashError
 from agent_plugin.content.manifest import FileEntry, Manifest, merge
 from agent_plugin.session.manifests import find_outputs, merge_by_root
 from agent_plugin.session.roots import session_directory_name
+from agent_plugin.transfer.asking import Asking
 from agent_plugin.transfer.context import TransferContext
 from agent_plugin.transfer.download import download
 from agent_plugin.transfer.ledger import TransferSpec
@@ -44,7 +45,7 @@ class OutputsResult(msgspec.Struct, rename="camel"):
 
 
 def list_outputs(
-    context: TransferContext,
+    asking: Asking,
     job: tuple[str, str, str],
     *,
     step_id: str | None = None,
@@ -53,7 +54,7 @@ def list_outputs(
     """Return what a job's tasks left behind: of each task its last run, later manifests winning.
 
     Args:
-        context: The services.
+        asking: Of the job's store.
         job: Its farm id, queue id and job id.
         step_id: Only of this step.
         task_id: Only of this task; needs the step.
@@ -62,7 +63,7 @@ def list_outputs(
         PropmasterError: Any of the tree; no outputs is no error.
     """
     begun = time.monotonic()
-    merged = _merged(context, job, step_id, task_id)
+    merged = _merged(asking, job, step_id, task_id)
     return _result(
         [OutputRoot(root, location, list(m.entries)) for (location, root), m in merged.items()],
         fetched=0,
@@ -129,12 +130,12 @@ def get_outputs(
 
 
 def _merged(
-    context: TransferContext,
+    asking: Asking,
     job: tuple[str, str, str],
     step_id: str | None,
     task_id: str | None,
 ) -> dict[tuple[str | None, str], Manifest]:
-    outputs = find_outputs(context, job, step_id=step_id, task_id=task_id)
+    outputs = find_outputs(asking, job, step_id=step_id, task_id=task_id)
     return merge_by_root(outputs)
 
 

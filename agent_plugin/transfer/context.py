@@ -1,31 +1,23 @@
 """What every transfer of a process shares: store, cache, index, ledger, cancellation, view."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Final, TypeVar
+from typing import Final
 
 from agent_plugin.content import events
 from agent_plugin.content.blob_cache import BlobCache
 from agent_plugin.content.digest import Digest
 from agent_plugin.content.errors import CacheUnsafeError, LocalError, PropmasterError
-from agent_plugin.content.flight import POLL_SECONDS, Lanes
 from agent_plugin.content.local_index import LocalIndex
 from agent_plugin.content.retry import telling
-from agent_plugin.content.store import Cancellation, Store
+from agent_plugin.transfer.asking import CONCURRENCY, Asking
 from agent_plugin.transfer.ledger import Ledger
 from agent_plugin.transfer.progress import SilentView, View
 from agent_plugin.transfer.states import TaskStatus
 
-Item = TypeVar("Item")
-T = TypeVar("T")
-
 log = events.get_logger()
 
-# Sixteen threads were the fastest for blobs of 16 KiB here (docs/decisions/0001-data-plane.md).
-CONCURRENCY: Final = 16
 EXISTENCE_MAX_AGE_SECONDS: Final = 86_400
 
 
@@ -45,31 +37,25 @@ class Records:
     open_ledger: Callable[[], Ledger]
 
 
-@dataclass(frozen=True, slots=True)
-class TransferContext:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferContext(Asking):
     """The services a transfer uses.
 
     Attributes:
-        open_store: Opens the store at the first call and returns the same one ever after; called
-            only when something has to be asked of it, because opening costs time.
         store_url: The store's URL, known without opening it.
         cache: The shared blob cache, or None when there is none to be used.
         index: Hash cache and existence cache.
         existence_max_age: For how many seconds a blob seen in the store is asked for before it
             would be sent.
-        lanes: The threads that `ask` uses.
     """
 
-    open_store: Callable[[], Store]
     store_url: str
     cache: BlobCache | None
     index: LocalIndex
     ledger: Ledger
-    cancellation: Cancellation
     view: Callable[[str], View] = field(default=lambda _title: SilentView())
     concurrency: int = CONCURRENCY
     existence_max_age: int = EXISTENCE_MAX_AGE_SECONDS
-    lanes: Lanes = field(default_factory=lambda: Lanes(CONCURRENCY))
 
     def leased(self, name: str, digests: Iterable[Digest]) -> AbstractContextManager[object]:
         """Keep blobs from eviction while the block runs, as far as the cache can be written.
@@ -118,38 +104,3 @@ class TransferContext:
                 yield
         finally:
             under_way = False
-
-    def ask(
-        self, question: Callable[[Store], T], meanwhile: Callable[[], None] = lambda: None
-    ) -> T:
-        """Return what `question` returns of the store, unless there is a wish to stop before.
-
-        For requests that the calling thread would make itself: no signal is noticed by a thread
-        that waits for a server. A request that is left behind ends with its time limit.
-
-        Args:
-            question: Called on a thread of its own.
-            meanwhile: Called several times a second while that takes.
-
-        Raises:
-            CancelledError: Cancellation was wished.
-        """
-        future = self.lanes.submit(lambda: question(self.open_store()))
-        while not future.done():
-            self.cancellation.check()
-            wait([future], timeout=POLL_SECONDS)
-            meanwhile()
-        return future.result()
-
-    def ask_each(self, question: Callable[[Store, Item], T], items: Sequence[Item]) -> list[T]:
-        """Return what `question` returns for each item, in order; several are asked at once.
-
-        Raises:
-            CancelledError: Cancellation was wished.
-        """
-
-        def ask_of(item: Item) -> T:
-            return question(self.open_store(), item)
-
-        asked = [self.lanes.submit(partial(ask_of, item)) for item in items]
-        return [self.lanes.result(future, self.cancellation) for future in asked]

@@ -7,7 +7,8 @@ import msgspec
 import pytest
 
 from agent_plugin.cli.options import escaped
-from tests.servers.hooks import FARM, JOB, QUEUE, action, job_of, step
+from tests.servers.disks import read_only
+from tests.servers.hooks import FARM, JOB, QUEUE, Host, action, job_of, step
 from tests.servers.sessions import MTIME_NS, Sessions
 from tests.servers.trees import write_files
 
@@ -145,3 +146,22 @@ def test_a_step_that_depends_on_itself_is_refused(sessions: Sessions) -> None:
 
     assert done.returncode == 66
     assert f"--depends-on {step(1)}: the step would depend on itself" in done.stderr
+
+
+def test_outputs_are_listed_where_nothing_can_be_written(sessions: Sessions) -> None:
+    root = sessions.started(sessions.submitted())
+    (root / "renders/1.exr").write_bytes(b"new")
+    sessions.finish()
+    place = sessions.tmp_path / "read-only"
+    place.mkdir()
+    reader = Host(
+        sessions.tmp_path / "reader",
+        sessions.host.store_url,
+        settings={"paths": {"cache_dir": f"{place}/cache", "state_dir": f"{place}/state"}},
+    )
+    where = (JOB, "--store", reader.store_url, "--farm-id", FARM, "--queue-id", QUEUE)
+    with read_only(place):
+        done = reader.run("outputs", "list", *where)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1].endswith(" renders/1.exr")
