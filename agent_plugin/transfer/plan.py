@@ -130,13 +130,8 @@ def survey(
         NoSpaceError: Naming what is needed and what is free; nothing was written.
         CacheUnsafeError: Others can write to the cache.
     """
-    cancellation = cancellation or Cancellation()
     if cache is not None:
-        for plan in plans:
-            for digest in plan.wanted:
-                cancellation.check()
-                if cache.contains(digest):
-                    plan.cached.add(digest)
+        _look_into(cache, plans, cancellation or Cancellation())
     needed: dict[int, int] = {}
     places: dict[int, Path] = {}
     for plan in plans:
@@ -209,6 +204,14 @@ def _stat_all(
             raise LocalReadError(f"{root.path}/{entry.path}: {error.strerror}") from error
         if stat.S_ISREG(status.st_mode):
             yield FoundFile.of(entry.path, status)
+
+
+def _look_into(cache: BlobCache, plans: Sequence[DownloadPlan], cancellation: Cancellation) -> None:
+    for plan in plans:
+        for digest in plan.wanted:
+            cancellation.check()
+            if cache.contains(digest):
+                plan.cached.add(digest)
 
 
 def _refuse_partials(manifest: Manifest) -> None:
