@@ -263,10 +263,17 @@ class _Download:
     # ------------------------------------------------------------------ on the crew's threads
 
     def _obtain(self, digest: Digest) -> _Obtained:
+        first = self._plan.wanted[digest][0]
+        task = self._tasks[first.hash, first.path]
+        with self._context.attempt(task):
+            return self._obtain_for(digest, task)
+
+    def _obtain_for(self, digest: Digest, task: int) -> _Obtained:
         claim = self._claim(digest)
         try:
             if claim is None and self._is_cached(digest):
                 return _Obtained(fetched=False)
+            self._context.ledger.note(task, TaskStatus.EXECUTING)
             if digest.size <= WHOLE_BLOB_BYTES:
                 self._budget.acquire(digest.size, self._halt)
                 try:

@@ -39,7 +39,9 @@ def lease_owner(pid: int | None = None) -> str | None:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
     except OSError:
         return None
-    return f"{pid}:{stat.rpartition(')')[2].split()[19]}"
+    fields = stat.rpartition(")")[2].split()
+    # A zombie is gone; in a container nobody may ever reap it.
+    return None if fields[0] in "ZX" else f"{pid}:{fields[19]}"
 
 
 def renew_lease(connection: sqlite3.Connection, transfer_id: int, now: float) -> None:

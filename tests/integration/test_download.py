@@ -11,6 +11,8 @@ from agent_plugin.content import events
 from agent_plugin.content.digest import Digest
 from agent_plugin.content.manifest import FileEntry, Manifest, encode
 from agent_plugin.session.job import JobDocument
+from agent_plugin.transfer.ledger import Ledger, TaskRow
+from agent_plugin.transfer.states import TaskStatus
 from tests.servers.disks import MEBIBYTE, tmpfs_mounted
 from tests.servers.fault_proxy import FaultProxy
 from tests.servers.faults import Fault
@@ -103,3 +105,31 @@ def test_a_large_blob_needs_its_size_once_on_the_disk_of_the_session(tmp_path: P
 
         assert root.bytes_fetched == 120 * MEBIBYTE
         assert files_below(Path(root.local_root)) == files_below(source)
+
+
+def test_the_ledger_says_which_file_is_under_way_and_how_often_it_was_tried(
+    fault_proxy: FaultProxy, s3: S3Server, s3_prefix: str, tmp_path: Path
+) -> None:
+    url = f"s3://{s3.bucket}/{s3_prefix}"
+    source = tmp_path / "source"
+    write_files(source, {"tried": 900, "at once": 901}, mtime_ns=1_600_000_000 * 10**9)
+    job = job_of(Host(tmp_path / "submitter", url, environment=s3.environment).submit(source)[0])
+    host = Host(tmp_path / "host", url, environment=s3.environment_at(fault_proxy.url))
+    key = Digest.of((source / "tried").read_bytes()).hex
+    fault_proxy.inject(Fault.UNAVAILABLE, key=key, times=2)
+    fault_proxy.inject(Fault.STALL, key=key, times=1, seconds=4)
+    running = host.popen(*host.start_arguments(job, tmp_path / "session"))
+
+    def tasks() -> dict[str, TaskRow]:
+        with Ledger.open(host.state_dir / "ledger.db") as ledger:
+            rows = [row for transfer in ledger.transfers() for row in ledger.tasks(transfer.id)]
+        return {row.destination: row for row in rows}
+
+    until(lambda: host.state_dir.joinpath("ledger.db").exists())
+    until(lambda: "tried" in tasks() and tasks()["tried"].tries == 3)
+    assert tasks()["tried"].status == TaskStatus.EXECUTING
+    _, errors = running.communicate(timeout=60)
+
+    assert running.returncode == 0, errors
+    found = {path: (row.status, row.tries) for path, row in tasks().items()}
+    assert found == {"tried": (TaskStatus.DONE, 3), "at once": (TaskStatus.DONE, 1)}

@@ -431,6 +431,17 @@ def test_the_lease_of_a_killed_process_is_taken_over_at_once(
         assert len(ledger.tasks(1)) == 3
 
 
+def test_the_lease_of_a_killed_process_that_nobody_has_reaped_is_taken_over_at_once(
+    path: Path, holder: subprocess.Popen[str]
+) -> None:
+    holder.kill()
+    # Waits until it is dead, and leaves it a zombie.
+    os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
+
+    with Ledger.open(path) as ledger:
+        assert ledger.begin(SPEC, TASKS).id == 1
+
+
 def test_the_lease_of_a_stopped_process_is_taken_over_when_it_has_run_out(
     path: Path, holder: subprocess.Popen[str]
 ) -> None:
