@@ -109,7 +109,7 @@ def test_a_mistyped_directory_is_refused_by_whoever_reads_it_and_is_not_made(
 ) -> None:
     s = sessions
     job = s.submitted()
-    mistyped = s.tmp_path / "stroe"
+    mistyped = s.tmp_path / "not-the-store"
     url = f"file://{mistyped}"
     snapshot = s.tmp_path / "manifest"
     s.host.run("manifest", "snapshot", s.source, "--output", snapshot)
