@@ -118,6 +118,7 @@ def download(plan: DownloadPlan, context: TransferContext, spec: TransferSpec) -
             for digest, entries in plan.wanted.items()
             for entry in entries
         ),
+        context.cancellation,
     )
     error: PropmasterError | None = None
     try:
@@ -162,6 +163,8 @@ class _Download:
         self._context = context
         self._row = row
         self._tasks = context.ledger.task_ids(row.id)
+        # Tasks that were done when a killed run had begun are in the ledger's count already.
+        self._left = context.ledger.left(row.id)
         # Blobs are read from the one and added to the other: a full cache can still be read. Crew
         # threads may set both to None, so each method takes its own copy first.
         self._cache: BlobCache | None = context.cache
@@ -282,7 +285,7 @@ class _Download:
                     self._budget.release(digest.size)
                     raise
                 return _Obtained(data=data, claim=claim)
-            return self._obtain_large(digest, claim)
+            return self._obtain_large(digest, claim, task)
         except BaseException:
             if claim is not None:
                 claim.release()
@@ -309,12 +312,12 @@ class _Download:
             self._bypass(error)
             return None
 
-    def _obtain_large(self, digest: Digest, claim: Claim | None) -> _Obtained:
+    def _obtain_large(self, digest: Digest, claim: Claim | None, task: int) -> _Obtained:
         staged: StagedFile | None = None
         try:
             staged = self._placer.stage()
             self._context.open_store().fetch(
-                digest, staged.fd, cancellation=self._halt, progress=self._told(digest)
+                digest, staged.fd, cancellation=self._halt, progress=self._told(digest, task)
             )
             self._keep_copy(digest, staged)
         except BaseException as error:
@@ -336,14 +339,14 @@ class _Download:
         except (LocalError, OSError) as error:
             self._bypass(error)
 
-    def _told(self, digest: Digest) -> Progress:
+    def _told(self, digest: Digest, task: int) -> Progress:
         """Return what counts the bytes of a large blob as they come, those of its first file."""
 
         def count(size: int) -> None:
             # A blob that has to be fetched again comes twice.
             size = min(size, digest.size - self._arrived.get(digest, 0))
             self._arrived[digest] = self._arrived.get(digest, 0) + size
-            self._count(size)
+            self._count(task, size)
 
         return count
 
@@ -423,12 +426,13 @@ class _Download:
                 raise
             self._context.ledger.note(task, TaskStatus.DONE)
             # What was counted as it came is that of one file.
-            self._count(entry.size - self._arrived.pop(entry.digest, 0), files=1)
+            self._count(task, entry.size - self._arrived.pop(entry.digest, 0), files=1)
 
-    def _count(self, size: int, *, files: int = 0) -> None:
+    def _count(self, task: int, size: int, *, files: int = 0) -> None:
         self._meter.advance(size, files=files)
-        with self._counting:
-            self.counts.moved += size
+        if task in self._left:
+            with self._counting:
+                self.counts.moved += size
 
     def _publish(self, digest: Digest, data: bytes) -> None:
         cache = self._filling
