@@ -113,7 +113,7 @@ def get_outputs(
         )
         for place, manifests in places.items()
     ]
-    survey(plans, context.cache)
+    survey(plans, context.cache, context.cancellation)
     fetched = 0
     with context.leased(job[2], {digest for plan in plans for digest in plan.wanted}):
         for plan in plans:

@@ -334,9 +334,9 @@ class _Download:
             return
         try:
             with cache.staging(digest.size) as kept:
-                self._placer.copy_to_cache(staged, kept.fd, digest.size, self._halt)
+                self._placer.copy_to_cache(digest, staged, kept.fd, self._halt)
                 kept.publish(digest)
-        except (LocalError, OSError) as error:
+        except (LocalError, BlobCorruptError, OSError) as error:
             self._bypass(error)
 
     def _told(self, digest: Digest, task: int) -> Progress:

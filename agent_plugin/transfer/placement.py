@@ -15,6 +15,7 @@ import errno
 import fcntl
 import itertools
 import os
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -36,8 +37,8 @@ REFLINK_MIN_BYTES: Final = 128 * 1024
 # How much the kernel is asked to copy at once, since nothing interrupts it: at 100 MB/s, 0.7 s.
 COPY_BYTES: Final = 64 * 1024 * 1024
 
-# How much of a copy nobody is going to read may be in memory without being on its way to the disk.
-FORGET_BYTES: Final = 8 * 1024 * 1024
+# How much of a copy for the cache may be in memory without being on its way to the disk.
+TOLD_BYTES: Final = 8 * 1024 * 1024
 
 _Fill = Callable[[int], None]
 
@@ -58,7 +59,8 @@ class StagedFile:
         self._directory = os.dup(directory)
         self._name: str | None = name
         try:
-            self.fd = _create(name, self._directory)
+            # Closed to others while it has no place: what was verified must stay as it is.
+            self.fd = _create(name, self._directory, mode=0o600)
         except OSError:
             os.close(self._directory)
             raise
@@ -125,6 +127,10 @@ class Placer:
         self._exclusive = exclusive
         self._swept: set[str] = set()
         self._staged = itertools.count(1)
+        # A thread that was left behind may stage when the root is closed.
+        self._staging = threading.Lock()
+        self._closed = False
+        self._umask = _umask()
         self._reflink = True
         self._cancellation = cancellation or Cancellation()
         if self._temporary:
@@ -140,7 +146,9 @@ class Placer:
 
     def close(self) -> None:
         """Give the root's descriptors back."""
-        self._root.close()
+        with self._staging:
+            self._closed = True
+            self._root.close()
 
     def place_data(self, entry: FileEntry, data: bytes) -> None:
         """Place a file whose verified content is in memory.
@@ -184,7 +192,10 @@ class Placer:
             OSError: It can not be made.
         """
         name = partial_name(f"{self._transfer}-{next(self._staged)}")
-        staged = StagedFile(name, self._root.fd)
+        with self._staging:
+            if self._closed:
+                raise OSError(errno.EBADF, "the transfer has ended")
+            staged = StagedFile(name, self._root.fd)
         if not self._exclusive:
             lock_partial(staged.fd)
         return staged
@@ -201,21 +212,35 @@ class Placer:
             directory = self._root.directory(parent, create=True)
             if self._temporary:
                 self._sweep(parent, directory)
+            os.fchmod(staged.fd, 0o666 & ~self._umask)
             os.utime(staged.fd, ns=(nanoseconds, nanoseconds))
             staged.rename(name, directory)
         except OSError as error:
             raise local_write_error(error, os.fspath(self._label / entry.path)) from error
 
     def copy_to_cache(
-        self, staged: StagedFile, target: int, size: int, cancellation: Cancellation
+        self, digest: Digest, staged: StagedFile, target: int, cancellation: Cancellation
     ) -> None:
-        """Copy what was staged to an empty file of the blob cache; from any thread.
+        """Copy what was staged to an empty file of the blob cache, and verify it; from any thread.
 
         Raises:
+            BlobCorruptError: What arrived is not the blob.
             CancelledError: Cancellation was wished.
             OSError: It can not be read or written.
         """
-        self._copy(staged.fd, target, size, cancellation, forget=True)
+        hashing = xxhash.xxh3_128()
+
+        def copied(offset: int, end: int) -> None:
+            while chunk := os.pread(target, min(READ_BYTES, end - offset), offset):
+                hashing.update(chunk)
+                offset += len(chunk)
+            # Begins to write what is dirty, waits for nothing, and gives back what was written:
+            # mm/fadvise.c, POSIX_FADV_DONTNEED.
+            os.posix_fadvise(target, 0, end, os.POSIX_FADV_DONTNEED)
+
+        self._copy(staged.fd, target, digest.size, cancellation, copied)
+        if hashing.hexdigest() != digest.hex:
+            raise BlobCorruptError(f"the copy for the cache is not {digest}")
 
     def retime(self, entry: FileEntry) -> None:
         """Give a file that is in place already the entry's time.
@@ -268,49 +293,69 @@ class Placer:
         target: int,
         size: int,
         cancellation: Cancellation,
-        *,
-        forget: bool = False,
+        copied: Callable[[int, int], None] | None = None,
     ) -> None:
-        if self._reflink and size >= REFLINK_MIN_BYTES:
-            try:
-                fcntl.ioctl(target, FICLONE, source)
-            except OSError as error:
-                if error.errno not in _NO_REFLINK:
-                    raise
-                self._reflink = False
-            else:
-                return
-        copied = 0
-        while copied < size:
+        """Fill an empty file; `copied` is told of each piece where it begins and ends."""
+        done = 0
+        while done < size:
             cancellation.check()
-            length = min(size - copied, FORGET_BYTES if forget else COPY_BYTES)
-            try:
-                count = os.copy_file_range(source, target, length, copied, copied)
-            except OSError as error:
-                if error.errno not in _NO_REFLINK:
-                    raise
-                count = _copy_part(source, target, copied)
+            if done == 0 and self._clone(source, target, size):
+                count = size
+            else:
+                most = min(size - done, TOLD_BYTES if copied else COPY_BYTES)
+                count = _copy_some(source, target, done, most)
             if count == 0:
                 break
-            copied += count
-            if forget:
-                # Begins to write what is dirty, waits for nothing, and gives back what was written:
-                # mm/fadvise.c, POSIX_FADV_DONTNEED.
-                os.posix_fadvise(target, 0, copied, os.POSIX_FADV_DONTNEED)
+            if copied:
+                copied(done, done + count)
+            done += count
+
+    def _clone(self, source: int, target: int, size: int) -> bool:
+        """Share the blocks of a whole file, if it is worth it and the file system can."""
+        if not self._reflink or size < REFLINK_MIN_BYTES:
+            return False
+        try:
+            fcntl.ioctl(target, FICLONE, source)
+        except OSError as error:
+            if error.errno not in _NO_REFLINK:
+                raise
+            self._reflink = False
+        return self._reflink
 
 
-def _create(name: str, directory: int) -> int:
+def _copy_some(source: int, target: int, offset: int, most: int) -> int:
+    """Copy up to so many bytes; return how many, 0 at the end of the source."""
+    try:
+        return os.copy_file_range(source, target, most, offset, offset)
+    except OSError as error:
+        if error.errno not in _NO_REFLINK:
+            raise
+        return _copy_part(source, target, offset, most)
+
+
+def _create(name: str, directory: int, *, mode: int = 0o666) -> int:
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        return os.open(name, flags, 0o666, dir_fd=directory)
+        return os.open(name, flags, mode, dir_fd=directory)
     except FileExistsError:
         # What a killed run of the same transfer left; it was not whole, or it would be kept.
         os.unlink(name, dir_fd=directory)
-        return os.open(name, flags, 0o666, dir_fd=directory)
+        return os.open(name, flags, mode, dir_fd=directory)
 
 
-def _copy_part(source: int, target: int, offset: int) -> int:
-    chunk = os.pread(source, READ_BYTES, offset)
+def _umask() -> int:
+    """Return this process's umask without changing it, since other threads make files meanwhile.
+
+    Source: proc_pid_status(5), since Linux 4.7.
+    """
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    return next(
+        int(line.split()[1], 8) for line in status.splitlines() if line.startswith("Umask:")
+    )
+
+
+def _copy_part(source: int, target: int, offset: int, most: int) -> int:
+    chunk = os.pread(source, min(most, READ_BYTES), offset)
     written = 0
     while written < len(chunk):
         written += os.pwrite(target, chunk[written:], offset + written)

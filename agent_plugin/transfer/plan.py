@@ -115,14 +115,14 @@ def plan_download(
 
 
 def survey(
-    plans: Sequence[DownloadPlan], cache: BlobCache | None, cancellation: Cancellation | None = None
+    plans: Sequence[DownloadPlan], cache: BlobCache | None, cancellation: Cancellation
 ) -> None:
     """Note what the cache has, and see that the disks hold what is to come.
 
     Args:
         plans: What is to come, several roots may share a disk; their `cached` is filled in.
         cache: Where fetched blobs are kept as well, or None.
-        cancellation: Checked at each blob, or None.
+        cancellation: Checked at each blob.
 
     Raises:
         CancelledError: Cancellation was wished.

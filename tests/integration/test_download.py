@@ -10,6 +10,7 @@ import pytest
 from agent_plugin.content import events
 from agent_plugin.content.digest import Digest
 from agent_plugin.content.manifest import FileEntry, Manifest, encode
+from agent_plugin.content.parts import PART_BYTES, WINDOW_PARTS
 from agent_plugin.session.job import JobDocument
 from agent_plugin.transfer.ledger import Ledger, TaskRow
 from agent_plugin.transfer.states import TaskStatus
@@ -17,6 +18,7 @@ from tests.servers.disks import MEBIBYTE, tmpfs_mounted
 from tests.servers.fault_proxy import FaultProxy
 from tests.servers.faults import Fault
 from tests.servers.hooks import Host, job_of
+from tests.servers.promptness import STOP_SECONDS
 from tests.servers.proxied_object import until
 from tests.servers.s3_server import S3Server
 from tests.servers.trees import files_below, write_files, write_random
@@ -62,7 +64,7 @@ def test_a_signal_stops_a_start_that_places_one_content_many_times(tmp_path: Pat
     stopped = time.monotonic() - signalled
 
     assert running.returncode == 77, errors
-    assert stopped < 1.5
+    assert stopped < STOP_SECONDS
     assert host.transfers()[-1].done < host.transfers()[-1].size
 
 
@@ -71,19 +73,21 @@ def test_the_bytes_of_a_large_blob_are_counted_while_they_come(
 ) -> None:
     url = f"s3://{s3.bucket}/{s3_prefix}"
     source = tmp_path / "source"
-    write_files(source, {"large": 20 * MEBIBYTE, "copy": 5}, mtime_ns=1_600_000_000 * 10**9)
+    size = (WINDOW_PARTS + 2) * PART_BYTES
+    write_files(source, {"large": size}, mtime_ns=1_600_000_000 * 10**9)
     job = job_of(Host(tmp_path / "submitter", url, environment=s3.environment).submit(source)[0])
     host = Host(tmp_path / "host", url, environment=s3.environment_at(fault_proxy.url))
-    fault_proxy.inject(Fault.STALL, key="Data/", skip=3, times=1, seconds=4)
+    # One of the parts that are asked for only when the first has come.
+    fault_proxy.inject(Fault.STALL, key="Data/", skip=WINDOW_PARTS, times=1, seconds=4)
     running = host.popen(*host.start_arguments(job, tmp_path / "session"))
 
     until(lambda: host.state_dir.joinpath("ledger.db").exists())
-    until(lambda: any(8 * MEBIBYTE <= row.done < row.size for row in host.transfers()))
+    until(lambda: any(PART_BYTES <= row.done < row.size for row in host.transfers()))
     _, errors = running.communicate(timeout=60)
 
     assert running.returncode == 0, errors
     [transfer] = host.transfers()
-    assert transfer.done == transfer.size == 20 * MEBIBYTE + 5
+    assert transfer.done == transfer.size == size
 
 
 @pytest.mark.expected_events(events.CACHE_BYPASSED)

@@ -137,7 +137,7 @@ def test_what_another_transfer_has_staged_stays(root: Path) -> None:
     assert everything_below(root) == ["one", "two"]
 
 
-@pytest.mark.parametrize("size", [0, 1, placement.FORGET_BYTES, 3 * placement.FORGET_BYTES + 5])
+@pytest.mark.parametrize("size", [0, 1, placement.TOLD_BYTES, 3 * placement.TOLD_BYTES + 5])
 def test_the_copy_for_the_cache_is_what_was_staged(
     placer: Placer, tmp_path: Path, size: int
 ) -> None:
@@ -146,14 +146,53 @@ def test_the_copy_for_the_cache_is_what_was_staged(
     os.pwrite(staged.fd, data, 0)
 
     with tempfile.TemporaryFile(dir=tmp_path) as target:
-        placer.copy_to_cache(staged, target.fileno(), size, Cancellation())
+        placer.copy_to_cache(Digest.of(data), staged, target.fileno(), Cancellation())
         assert os.pread(target.fileno(), size + 1, 0) == data
     staged.close()
 
 
-def test_the_copy_for_the_cache_ends_with_a_wish_to_stop(placer: Placer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("found", [b"y" * 9, b"x" * 8, b""])
+def test_a_copy_for_the_cache_that_is_something_else_is_refused(
+    placer: Placer, tmp_path: Path, found: bytes
+) -> None:
     staged = placer.stage()
-    os.truncate(staged.fd, 2 * placement.FORGET_BYTES)
+    os.pwrite(staged.fd, found, 0)
+
+    with (
+        tempfile.TemporaryFile(dir=tmp_path) as target,
+        pytest.raises(BlobCorruptError),
+    ):
+        placer.copy_to_cache(Digest.of(b"x" * 9), staged, target.fileno(), Cancellation())
+    staged.close()
+
+
+def test_a_staged_file_is_closed_to_others_until_it_has_its_place(root: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with Placer(root, LABEL) as placer:
+            staged = placer.stage()
+            assert stat.S_IMODE(os.fstat(staged.fd).st_mode) == 0o600
+            placer.place_staged(entry("one", b""), staged)
+            staged.close()
+    finally:
+        os.umask(before)
+
+    assert stat.S_IMODE((root / "one").stat().st_mode) == 0o640
+
+
+def test_nothing_is_staged_once_the_root_is_closed(root: Path) -> None:
+    with Placer(root, LABEL) as placer:
+        pass
+
+    with pytest.raises(OSError, match="ended"):
+        placer.stage()
+    assert everything_below(root) == []
+
+
+def test_the_copy_for_the_cache_ends_with_a_wish_to_stop(placer: Placer, tmp_path: Path) -> None:
+    data = bytes(2 * placement.TOLD_BYTES)
+    staged = placer.stage()
+    os.pwrite(staged.fd, data, 0)
     cancellation = Cancellation()
     cancellation.cancel()
 
@@ -161,7 +200,7 @@ def test_the_copy_for_the_cache_ends_with_a_wish_to_stop(placer: Placer, tmp_pat
         tempfile.TemporaryFile(dir=tmp_path) as target,
         pytest.raises(CancelledError),
     ):
-        placer.copy_to_cache(staged, target.fileno(), 2 * placement.FORGET_BYTES, cancellation)
+        placer.copy_to_cache(Digest.of(data), staged, target.fileno(), cancellation)
     staged.close()
 
 

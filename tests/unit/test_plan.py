@@ -219,7 +219,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_what_fits_with_something_to_spare_is_accepted(disk: Path) -> None:
-    survey([plan_of(disk, 7 * MEBIBYTE)], None)
+    survey([plan_of(disk, 7 * MEBIBYTE)], None, Cancellation())
 
 
 def test_what_does_not_fit_is_refused_with_what_is_needed_and_what_is_free(disk: Path) -> None:
@@ -229,39 +229,39 @@ def test_what_does_not_fit_is_refused_with_what_is_needed_and_what_is_free(disk:
     with pytest.raises(
         NoSpaceError, match=f"disk: {9 * MEBIBYTE} bytes are needed and {free} are free"
     ):
-        survey([plan], None)
+        survey([plan], None, Cancellation())
 
 
 def test_two_roots_on_one_disk_are_counted_together(disk: Path) -> None:
     plans = [plan_of(disk / "a", 5 * MEBIBYTE), plan_of(disk / "b", 5 * MEBIBYTE)]
 
-    survey(plans[:1], None)
+    survey(plans[:1], None, Cancellation())
     with pytest.raises(NoSpaceError):
-        survey(plans, None)
+        survey(plans, None, Cancellation())
 
 
 def test_a_cache_on_the_same_disk_counts_for_what_it_lacks(disk: Path) -> None:
     with cache_at(disk / "cache") as cache:
         plan = plan_of(disk / "root", 5 * MEBIBYTE)
         with pytest.raises(NoSpaceError):
-            survey([plan], cache)
+            survey([plan], cache, Cancellation())
         # Then it has the blob, and the root needs 2 MiB of the 3 that are left.
         digest = next(iter(plan.wanted))
         small = plan_of(disk / "root", 2 * MEBIBYTE)
         cache.add(next(iter(small.wanted)), content(2 * MEBIBYTE))
-        survey([small], cache)
+        survey([small], cache, Cancellation())
         assert small.cached == set(small.wanted)
         assert digest not in small.cached
 
 
 def test_a_cache_on_another_disk_does_not_count(disk: Path, tmp_path: Path) -> None:
     with cache_at(tmp_path / "cache") as cache:
-        survey([plan_of(disk, 7 * MEBIBYTE)], cache)
+        survey([plan_of(disk, 7 * MEBIBYTE)], cache, Cancellation())
 
 
 def test_nothing_to_write_needs_no_space(tmp_path: Path) -> None:
     with tmpfs_mounted(tmp_path / "disk", size=MEBIBYTE) as disk:
-        survey([plan_of(disk)], None)
+        survey([plan_of(disk)], None, Cancellation())
 
 
 def test_a_wish_to_stop_ends_the_comparison_with_files_in_place(tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_a_wish_to_stop_ends_the_comparison_with_files_in_place(tmp_path: Path) 
 
 def test_a_root_that_is_gone_by_then_is_told(tmp_path: Path) -> None:
     with pytest.raises(LocalReadError, match=r"root: No such file"):
-        survey([DownloadPlan(tmp_path / "root")], None)
+        survey([DownloadPlan(tmp_path / "root")], None, Cancellation())
 
 
 def test_looking_what_the_cache_has_ends_with_a_wish_to_stop(tmp_path: Path) -> None:
