@@ -204,9 +204,8 @@ class StateFile:
             raise local_write_error(error, os.fspath(self._path)) from error
 
     def remove(self) -> None:
-        """Forget the session and its lock; nothing happens when it is forgotten already."""
+        """Forget the session; nothing happens when it is forgotten already."""
         self._path.unlink(missing_ok=True)
-        self._path.with_suffix(_LOCK_SUFFIX).unlink(missing_ok=True)
 
 
 def _encode(state: SessionState) -> bytes:
@@ -236,9 +235,10 @@ def locked_state(state_dir: Path, session_dir: Path) -> Iterator[StateFile]:
     """
     directory = state_dir / "sessions"
     state = directory / f"{session_id(session_dir)}.json"
+    lock_path = state.with_suffix(_LOCK_SUFFIX)
     try:
         directory.mkdir(mode=0o700, exist_ok=True)
-        lock = _lock(state.with_suffix(_LOCK_SUFFIX))
+        lock = _lock(lock_path)
     except BlockingIOError as error:
         raise SessionStateError(
             f"another command works on the session in {session_dir} right now",
@@ -251,10 +251,12 @@ def locked_state(state_dir: Path, session_dir: Path) -> Iterator[StateFile]:
     try:
         yield StateFile(state, session_dir)
     finally:
-        if not state.exists():
+        try:
             # There is no such session: a mistyped directory must leave nothing.
-            state.with_suffix(_LOCK_SUFFIX).unlink(missing_ok=True)
-        os.close(lock)
+            if not state.exists():
+                _unlink_lock(lock_path, lock)
+        finally:
+            os.close(lock)
 
 
 def _lock(path: Path) -> int:
@@ -268,11 +270,23 @@ def _lock(path: Path) -> int:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(fd), path.stat()):
-                    return fd
+            if _is_at(path, fd):
+                return fd
         except BaseException:
             os.close(fd)
             raise
         # An ending session removed the file between the two calls: the lock is on nothing.
         os.close(fd)
+
+
+def _unlink_lock(path: Path, held: int) -> None:
+    # If somebody else removed ours, the one that stands there now is another hook's.
+    if _is_at(path, held):
+        path.unlink(missing_ok=True)
+
+
+def _is_at(path: Path, fd: int) -> bool:
+    """Whether the file that is open still stands there."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(fd), path.lstat())
+    return False

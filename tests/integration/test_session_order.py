@@ -5,7 +5,7 @@ import json
 import os
 import pkgutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from agent_plugin.content.errors import (
 )
 from agent_plugin.session.inputs import hidden_root
 from agent_plugin.session.roots import session_directory_name
+from agent_plugin.session.state import locked_state
 from tests.servers.hooks import action, step, task
 from tests.servers.sessions import Sessions
 from tests.servers.trees import files_below
@@ -301,6 +302,31 @@ def test_two_hooks_at_once_are_refused_with_76(sessions: Sessions) -> None:
             assert "another command works on the session" in done.stderr
 
     assert sessions.host.run(*finish_arguments(sessions.session_dir)).returncode == 0
+
+
+@pytest.mark.parametrize("removed", [False, True], ids=["lock stays", "lock removed by hand"])
+def test_of_two_hooks_after_an_end_one_is_refused(tmp_path: Path, removed: bool) -> None:
+    """The second has its lock, and nothing written yet, when the ending one lets go."""
+    session_dir = tmp_path / "session"
+    with ExitStack() as second:
+        at_work = False
+        with locked_state(tmp_path, session_dir) as ending:
+            ending.remove()
+            for lock in (tmp_path / "sessions").glob("*.lock") if removed else ():
+                lock.unlink()
+            with suppress(SessionStateError):
+                second.enter_context(locked_state(tmp_path, session_dir))
+                at_work = True
+        if not at_work:
+            second.enter_context(locked_state(tmp_path, session_dir))
+
+        with (
+            pytest.raises(SessionStateError, match="another command works on the session"),
+            locked_state(tmp_path, session_dir),
+        ):
+            pass
+
+    assert list((tmp_path / "sessions").iterdir()) == []
 
 
 def test_a_job_document_that_is_not_there_is_told(sessions: Sessions) -> None:
