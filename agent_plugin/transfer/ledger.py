@@ -26,7 +26,13 @@ from agent_plugin.transfer.ledger_begin import (
     renew_lease,
     sizes,
 )
-from agent_plugin.transfer.ledger_file import LedgerBusyError, LedgerFile, from_sql, to_sql
+from agent_plugin.transfer.ledger_file import (
+    BUSY_TIMEOUT_SECONDS,
+    LedgerBusyError,
+    LedgerFile,
+    from_sql,
+    to_sql,
+)
 from agent_plugin.transfer.ledger_notes import Notes
 from agent_plugin.transfer.ledger_rows import (
     TASK_COLUMNS,
@@ -244,13 +250,16 @@ class Ledger:
         pulse = self._pulses.setdefault(transfer_id, _Pulse(now))
         pulse.moved += moved
         pulse.found += found
+        # An overdue one need not mean a busy ledger: the process was stopped, or the clock set.
+        overdue = now - pulse.renewed > BEATS_MISSED_SECONDS
+        patience = BUSY_TIMEOUT_SECONDS if overdue else BEAT_PATIENCE_SECONDS
         try:
-            with self._file.write(patience=BEAT_PATIENCE_SECONDS) as connection:
+            with self._file.write(patience=patience) as connection:
                 renew_lease(connection, transfer_id, now)
                 self._notes.write(connection, now, NOTES_AT_ONCE)
                 self._add(connection, transfer_id, pulse, now)
         except LedgerBusyError:
-            if now - pulse.renewed > BEATS_MISSED_SECONDS:
+            if overdue:
                 raise
             return TransferStatus.RUNNING
         self._pulses[transfer_id] = _Pulse(now)

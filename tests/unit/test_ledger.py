@@ -953,6 +953,24 @@ def test_a_ledger_that_stays_busy_until_the_lease_runs_out_is_an_error(
     other.close()
 
 
+def test_a_beat_that_comes_late_waits_for_a_ledger_that_is_busy_for_a_moment(
+    ledger: Ledger, path: Path, clock: Clock
+) -> None:
+    """As after the process was stopped, or the machine slept."""
+    row = ledger.begin(SPEC, TASKS)
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    clock.now += LEASE_SECONDS * 10
+    release = threading.Timer(0.5, other.execute, ("ROLLBACK",))
+    release.start()
+
+    assert ledger.beat(row.id, 10) is TransferStatus.RUNNING
+
+    release.join()
+    other.close()
+    assert ledger.transfer(row.id).done == 10
+
+
 WRITER = """
 import sys
 from pathlib import Path
