@@ -26,6 +26,7 @@ from agent_plugin.content.errors import (
 from agent_plugin.content.open_store import build_store
 from agent_plugin.content.retry import RetryPolicy
 from agent_plugin.content.store import WHOLE_BLOB_BYTES, Cancellation, Store
+from tests.servers.promptness import STOP_SECONDS
 from tests.servers.s3_server import S3Server
 
 MIB = 1024 * 1024
@@ -332,7 +333,7 @@ def test_many_may_put_one_blob_at_once(subject: Subject) -> None:
 def test_a_cancelled_transfer_ends_at_once_and_leaves_nothing(
     subject: Subject, large: bytes
 ) -> None:
-    """Cancelled before it begins, and in the middle; within a second."""
+    """Cancelled before it begins, and in the middle."""
     digest = Digest.of(large)
     for after in [0, 1]:
         cancellation = Cancellation()
@@ -352,7 +353,7 @@ def test_a_cancelled_transfer_ends_at_once_and_leaves_nothing(
                 subject.store.put_file(
                     digest, file.fileno(), cancellation=cancellation, progress=tell
                 )
-        assert time.monotonic() - begun < 1
+        assert time.monotonic() - begun < STOP_SECONDS
         assert subject.behind.names() == []
 
 
@@ -371,7 +372,7 @@ def test_a_cancelled_fetch_ends_at_once_and_the_next_one_succeeds(
 
     with tempfile.TemporaryFile() as file, pytest.raises(CancelledError):
         subject.store.fetch(digest, file.fileno(), cancellation=cancellation, progress=tell)
-    assert time.monotonic() - begun < 1
+    assert time.monotonic() - begun < STOP_SECONDS
     assert subject.fetch(digest) == large
 
 

@@ -21,6 +21,7 @@ from agent_plugin.transfer.states import TransferStatus
 from tests.servers.fault_proxy import FaultProxy
 from tests.servers.faults import Fault
 from tests.servers.hooks import Host, action
+from tests.servers.promptness import STOP_SECONDS, seconds_until_end
 from tests.servers.s3_server import S3Server
 from tests.servers.sessions import Sessions
 from tests.servers.trees import files_below
@@ -68,14 +69,12 @@ def test_a_signal_stops_a_start_within_a_second_and_it_goes_on_later(
     process = sessions.host.popen(*sessions.host.start_arguments(job, sessions.session_dir))
     await_requests(fault_proxy, 10, process)
 
-    process.send_signal(number)
-    signalled = time.monotonic()
-    _, stderr = process.communicate(timeout=30)
-    seconds = time.monotonic() - signalled
+    seconds = seconds_until_end(process, number)
+    _, stderr = process.communicate()
 
     assert process.returncode == 77, stderr
     assert "error[cancelled]: stopped on request" in stderr
-    assert seconds < 1.5, "a second, and some for a busy machine"
+    assert seconds < STOP_SECONDS
     state = sessions.host.read_state(sessions.session_dir)
     assert state is not None
     assert not state.ready
@@ -95,10 +94,10 @@ def test_a_signal_stops_a_start_within_a_second_and_it_goes_on_later(
 def test_a_signal_stops_a_finish_that_hashes_a_large_file(
     sessions: Sessions, number: signal.Signals
 ) -> None:
-    """Hashing the whole file, a hole in the disk, takes 10 s and more."""
+    """Hashing the whole file, a hole in the disk, takes 20 s and more."""
     root = sessions.started(sessions.submitted())
     with (root / "renders/huge.exr").open("xb") as file:
-        file.truncate(16 * 1024**3)
+        file.truncate(64 * 1024**3)
     run = action(1, 0)
     process = sessions.host.popen(
         *("session", "finish-task", "--session-dir", str(sessions.session_dir)),
@@ -106,14 +105,12 @@ def test_a_signal_stops_a_finish_that_hashes_a_large_file(
     )
     await_bytes_read(process, 100_000_000)
 
-    process.send_signal(number)
-    signalled = time.monotonic()
-    _, stderr = process.communicate(timeout=60)
-    seconds = time.monotonic() - signalled
+    seconds = seconds_until_end(process, number)
+    _, stderr = process.communicate()
 
     assert process.returncode == 77, stderr
     assert "error[cancelled]: stopped on request" in stderr
-    assert seconds < 1.5, "a second, and some for a busy machine"
+    assert seconds < STOP_SECONDS
     assert sessions.outputs() == {}
     (root / "renders/huge.exr").unlink()
     (root / "renders/small.exr").write_bytes(b"small")

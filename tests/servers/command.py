@@ -53,13 +53,15 @@ class Command:
             "PROPMASTER_STATE_DIR": str(self.state_dir),
         }
 
-    def popen(self, *arguments: str | Path) -> "subprocess.Popen[bytes]":
-        """Start a command whose three streams are pipes."""
+    def popen(
+        self, *arguments: str | Path, stdout: int = subprocess.PIPE
+    ) -> "subprocess.Popen[bytes]":
+        """Start a command whose streams are pipes; stdout may be one that was made before."""
         return subprocess.Popen(
             [sys.executable, "-m", "agent_plugin", *map(str, arguments)],
             env=self._environment,
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=stdout,
             stderr=subprocess.PIPE,
         )
 

@@ -84,7 +84,7 @@ class ProxiedObject:
         return found["Body"].read()
 
 
-def until(condition: Callable[[], bool], *, seconds: float = 10) -> None:
+def until(condition: Callable[[], bool], *, seconds: float = 60) -> None:
     """Wait for something that will be so; bounded."""
     deadline = time.monotonic() + seconds
     while not condition():
