@@ -19,8 +19,9 @@ from agent_plugin.content.blob_cache_leases import lock_within
 _COUNTER: Final = struct.Struct("<qq")
 # More bytes than ever were; no sum of two such numbers is too large to be written.
 _GARBAGE_FROM: Final = 2**62
-# With a peer that was stopped while it held the lock, we go on without.
-_LOCK_WAIT_SECONDS: Final = 0.1
+# Others hold the lock for microseconds, but a busy host may keep one of them from its core. With a
+# peer that was stopped we go on without.
+_LOCK_WAIT_SECONDS: Final = 5.0
 
 
 class Usage(NamedTuple):
@@ -46,6 +47,7 @@ class UsageCounter:
         self._fd = fd
         # The file's lock is the process's: it does not keep threads apart.
         self._lock = threading.Lock()
+        self._wait_seconds = _LOCK_WAIT_SECONDS
 
     def read(self) -> Usage | None:
         """Return what it says; None for a new file or garbage: then only a scan can tell.
@@ -62,20 +64,28 @@ class UsageCounter:
     def add(self, delta: int) -> int | None:
         """Count `delta` bytes, or take them off; return the new total, None when it is not known.
 
+        When somebody keeps the lock, what is returned is the best guess, and the file says from
+        then on that the total is not known.
+
         Raises:
             OSError: The file could not be read or written.
         """
-        with self._locked():
+        with self._locked() as locked:
             usage = self.read()
             if usage is None:
                 return None
             total = max(0, usage.total + delta)
-            if delta:
+            if delta and locked:
                 self._write(Usage(total, usage.added + max(0, delta)))
+            elif delta:
+                # Written, it would undo what others count meanwhile; a scan sees it all.
+                os.ftruncate(self._fd, 0)
             return total
 
     def correct(self, found: int, since: Usage | None) -> int:
         """Set the total to what a scan found and what was added meanwhile; return it.
+
+        What became unknown since the scan began stays so: the scan may have missed what did it.
 
         Args:
             found: Bytes that the scan found, less what was evicted.
@@ -87,7 +97,8 @@ class UsageCounter:
         with self._locked():
             added = self.added_since(since)
             usage = self.read()
-            self._write(Usage(found + added, usage.added if usage else 0))
+            if usage or not since:
+                self._write(Usage(found + added, usage.added if usage else 0))
             return found + added
 
     def added_since(self, since: Usage | None) -> int:
@@ -108,10 +119,14 @@ class UsageCounter:
         os.pwrite(self._fd, _COUNTER.pack(*usage), 0)
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self) -> Iterator[bool]:
+        """Hold the lock, or go on without it (False) when somebody keeps it."""
         with self._lock:
-            lock_within(self._fd, fcntl.LOCK_EX, _LOCK_WAIT_SECONDS)
+            locked = lock_within(self._fd, fcntl.LOCK_EX, self._wait_seconds)
+            # Whoever is stopped in the middle of it is waited for once, not for each blob.
+            self._wait_seconds = _LOCK_WAIT_SECONDS if locked else 0.0
             try:
-                yield
+                yield locked
             finally:
-                fcntl.flock(self._fd, fcntl.LOCK_UN)
+                if locked:
+                    fcntl.flock(self._fd, fcntl.LOCK_UN)

@@ -1,5 +1,6 @@
 """The blob cache as one process sees it: what it keeps, what it trusts, what it evicts."""
 
+import fcntl
 import os
 import socket
 import stat
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from agent_plugin.content import blob_cache_collect, events
+from agent_plugin.content import blob_cache_collect, blob_cache_usage, events
 from agent_plugin.content.blob_cache import BlobCache
 from agent_plugin.content.blob_cache_collect import FoundBlob, scan
 from agent_plugin.content.blob_cache_directory import CacheDirectory
@@ -616,6 +617,42 @@ def test_threads_that_count_at_once_lose_nothing(tmp_path: Path) -> None:
         pool.shutdown()
 
         assert counter.read() == (8000, 8000)
+
+
+def test_who_counts_while_another_holds_the_lock_for_a_moment_loses_nothing(tmp_path: Path) -> None:
+    """The other has read the total, and is kept from its core before it writes a new one."""
+    with (tmp_path / "usage").open("wb+") as file, (tmp_path / "usage").open("rb+") as others:
+        counter, other = UsageCounter(file.fileno()), UsageCounter(others.fileno())
+        counter.correct(1000, None)
+        fcntl.flock(others, fcntl.LOCK_EX)
+        # Its own add ends with giving the lock back.
+        late = threading.Timer(0.3, other.add, (20,))
+        late.start()
+
+        assert counter.add(3) == 1023
+        late.join()
+        assert counter.read() == (1023, 23)
+
+
+def test_with_a_lock_that_is_never_given_back_a_scan_tells_the_total(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blob_cache_usage, "_LOCK_WAIT_SECONDS", 0.2)
+    with opened(directory, max_bytes=10_000) as cache:
+        stage(cache, 1)
+        with (directory / "v1" / "usage").open("rb") as stopped:
+            fcntl.flock(stopped, fcntl.LOCK_EX)
+            stage(cache, 2)
+            assert (directory / "v1" / "usage").read_bytes() == b"", "no total is made up"
+            started = time.monotonic()
+            for number in range(3, 30):
+                stage(cache, number)
+            assert time.monotonic() - started < 0.2 * 27, "it is not waited for each time"
+            assert cache.usage().bytes <= 10_000
+        cache.make_room(1)
+        stage(cache, 30)
+
+        assert counted(directory) == cache.usage().bytes
 
 
 def test_threads_and_processes_that_stage_at_once_count_together(directory: Path) -> None:
