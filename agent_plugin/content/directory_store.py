@@ -57,6 +57,7 @@ from agent_plugin.content.store import (
 MAX_METADATA_BYTES: Final = 64 * 1024
 
 _ROOT: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_PARENT: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _DIRECTORY: Final = _ROOT | os.O_NOFOLLOW
 # O_NONBLOCK: opening a fifo that took a file's place would wait for its writer.
 _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -94,7 +95,8 @@ class DirectoryStore:
         # Once it was there it is never made again: its disk may have gone meanwhile.
         self._may_be_made = not os.path.lexists(root)
         with _store_errors(str(root)):
-            os.close(os.open(root.parent if self._may_be_made else root, _ROOT))
+            # Who may write into what holds it need not be allowed to read that.
+            os.close(os.open(root.parent, _PARENT) if self._may_be_made else self._open_root())
 
     @property
     def url(self) -> str:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from agent_plugin.content.errors import (
 )
 from agent_plugin.content.open_store import build_store
 from agent_plugin.content.store import Cancellation
+from tests.servers.other_user import being_nobody
 
 BLOB = b"content"
 DIGEST = Digest.of(BLOB)
@@ -409,6 +411,24 @@ def test_who_may_not_write_or_read_is_told_so(root: Path) -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.stdout, done.stderr) == ("E_ACCESS\n" * 5, "")
+
+
+def test_what_holds_the_directory_need_not_be_readable() -> None:
+    """It may be entered and written, as a drop box that root has made."""
+    # Where everybody may enter; pytest's own directories are closed to others.
+    with tempfile.TemporaryDirectory(dir="/tmp") as outer:
+        Path(outer).chmod(0o755)
+        box = Path(outer) / "box"
+        box.mkdir()
+        box.chmod(0o733)
+        with being_nobody():
+            with pytest.raises(PermissionError):
+                list(box.iterdir())
+            store = DirectoryStore(box / "store")
+            store.put(DIGEST, BLOB)
+            store.put_document("a/b", b"{}", {})
+
+            assert DirectoryStore(box / "store").get(DIGEST) == BLOB
 
 
 def test_absent_is_absent_before_anything_was_stored(store: DirectoryStore) -> None:
