@@ -56,6 +56,7 @@ class LazyStore:
                         deadline_seconds=limits.deadline_seconds,
                         connect_timeout=limits.connect_timeout,
                         read_timeout=limits.read_timeout,
+                        least_bytes_per_second=limits.least_bytes_per_second,
                     ),
                     account_id=self._account_id,
                     concurrency=limits.concurrency,

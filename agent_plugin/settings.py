@@ -144,6 +144,7 @@ class StoreSettings(_Section, frozen=True, forbid_unknown_fields=True):
             which bytes moved does not count.
         connect_timeout: Seconds for a connection to be made.
         read_timeout: Seconds without a byte from the store.
+        least_bytes_per_second: A request that reads and is slower, on the average, is ended.
         existence_max_age: Seconds for which a blob seen in the store is asked for before it would
             be sent; 0 remembers nothing.
     """
@@ -153,6 +154,7 @@ class StoreSettings(_Section, frozen=True, forbid_unknown_fields=True):
     deadline_seconds: Annotated[float, Meta(gt=0, le=86400)] = 120.0
     connect_timeout: Annotated[float, Meta(gt=0, le=3600)] = 5.0
     read_timeout: Annotated[float, Meta(gt=0, le=3600)] = 15.0
+    least_bytes_per_second: Annotated[int, Meta(ge=1, le=2**30)] = 16384
     existence_max_age: Annotated[int, Meta(ge=0, le=365 * 86400)] = 86400
 
 

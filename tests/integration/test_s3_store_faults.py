@@ -34,6 +34,8 @@ from agent_plugin.content.open_store import build_store
 from agent_plugin.content.parts import PART_BYTES
 from agent_plugin.content.retry import RetryPolicy
 from agent_plugin.content.store import WHOLE_BLOB_BYTES, Cancellation, Store
+from agent_plugin.services import LazyStore
+from agent_plugin.settings import load
 from tests.servers.fault_proxy import FaultProxy
 from tests.servers.faults import Fault
 from tests.servers.s3_server import S3Server
@@ -695,6 +697,30 @@ def test_a_store_that_drips_is_given_up_after_twice_the_time_that_a_request_has(
     fault_proxy.clear()
     fault_proxy.inject(Fault.DRIP, times=1)
     assert fetched(store, digest) == data
+
+
+def test_the_least_rate_is_what_the_settings_say(
+    fault_proxy: FaultProxy,
+    s3: S3Server,
+    s3_prefix: str,
+    behind: Callable[[str, bytes], None],
+    tmp_path: Path,
+) -> None:
+    data = random.Random(1).randbytes(100_000)
+    digest = Digest.of(data)
+    behind(layout.blob_key(digest), data)
+    config = tmp_path / "config.toml"
+    config.write_text(
+        f"[store]\nread_timeout = 1.0\nattempts = 1\nleast_bytes_per_second = {8 * MIB}\n"
+    )
+    open_store = LazyStore(
+        f"s3://{s3.bucket}/{s3_prefix}", load(config), s3.environment_at(fault_proxy.url), ""
+    )
+    fault_proxy.inject(Fault.DRIP)
+
+    # At its rate the blob would take 98 s, of which the default lets all pass.
+    with pytest.raises(StoreUnavailableError, match=r"timed out.*given up after 1 attempt"):
+        fetched(open_store(), digest)
 
 
 def test_a_manifest_has_time_by_its_size(

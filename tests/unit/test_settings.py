@@ -37,6 +37,7 @@ def test_without_a_file_everything_has_its_default(tmp_path: Path) -> None:
 
     assert settings.store.concurrency == 16
     assert settings.store.existence_max_age == 86400
+    assert settings.store.least_bytes_per_second == 16 * 1024
     assert settings.cache.shared_between_stores is False
     assert settings.outputs.upload_failed is False
 
@@ -95,6 +96,7 @@ def test_every_setting_can_be_set(tmp_path: Path) -> None:
         deadline_seconds = 60
         connect_timeout = 1.5
         read_timeout = 2
+        least_bytes_per_second = 1
         existence_max_age = 0
         [outputs]
         upload_failed = true
@@ -106,6 +108,7 @@ def test_every_setting_can_be_set(tmp_path: Path) -> None:
     assert settings.cache == CacheSettings(Size(200 * GIB), Size(percent=10.0), True)
     assert settings.store.concurrency == 8
     assert settings.store.deadline_seconds == 60.0
+    assert settings.store.least_bytes_per_second == 1
     assert settings.store.existence_max_age == 0
     assert settings.outputs.upload_failed is True
 
@@ -185,6 +188,11 @@ def test_a_file_that_can_not_be_read_is_an_error(tmp_path: Path) -> None:
             "",
         ),
         ("paths = 3", "config.toml, line 1: paths: expected `object`, got `int`", ""),
+        (
+            "store.least_bytes_per_second = 0",
+            "config.toml, line 1: store.least_bytes_per_second: ",
+            "",
+        ),
         ("store.read_timeout = nan", "config.toml, line 1: store.read_timeout: ", ""),
         ("store.read_timeout = inf", "config.toml, line 1: store.read_timeout: ", ""),
     ],
