@@ -38,6 +38,7 @@ from agent_plugin.services import LazyStore
 from agent_plugin.settings import load
 from tests.servers.fault_proxy import FaultProxy
 from tests.servers.faults import Fault
+from tests.servers.promptness import STOP_SECONDS
 from tests.servers.s3_server import S3Server
 
 # As patient as the usual one, in attempts, but not in seconds.
@@ -315,24 +316,28 @@ def test_a_large_blob_is_fetched_again_however_long_that_takes(
 def test_the_time_in_which_bytes_came_does_not_count_against_the_deadline(
     fault_proxy: FaultProxy, s3: S3Server, s3_prefix: str, behind: Callable[[str, bytes], None]
 ) -> None:
-    """As on a slow line: each try lasts a second, and half a second of silence would end it."""
+    """As on a slow line: each try lasts 5 s, and 2 s of silence would end it.
+
+    If all of it counted, the third damaged answer would be the last. One that the machine, busy
+    with others, lets time out comes on top.
+    """
     data = b"d" * 1000
     store = build_store(
         f"s3://{s3.bucket}/{s3_prefix}",
         environment=s3.environment_at(fault_proxy.url),
         policy=RetryPolicy(
-            connect_timeout=0.25,
-            read_timeout=0.25,
-            deadline_seconds=2.0,
+            connect_timeout=1.0,
+            read_timeout=1.0,
+            deadline_seconds=9.5,
             damaged_retries=3,
             initial_seconds=0.01,
         ),
         account_id="",
     )
     behind(layout.blob_key(Digest.of(data)), data[::-1].replace(b"d", b"e", 1))
-    fault_proxy.inject(Fault.DRIP, bytes_per_second=1000)
+    fault_proxy.inject(Fault.DRIP, bytes_per_second=200)
 
-    with pytest.raises(BlobCorruptError, match="given up after 4 attempts"):
+    with pytest.raises(BlobCorruptError, match=r"given up after [4-6] attempts"):
         store.get(Digest.of(data))
 
 
@@ -414,6 +419,17 @@ def test_throttling_lowers_the_number_of_requests_under_way(
     assert all(isinstance(allowed, int) and 1 <= allowed <= 8 for allowed in cuts)
 
 
+def cancel_when(
+    truth: Callable[[], bool], cancellation: Cancellation, moments: list[float]
+) -> None:
+    """Cancel once something is so, 30 s later at the most; add the moment to `moments`."""
+    deadline = time.monotonic() + 30
+    while not truth() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    moments.append(time.monotonic())
+    cancellation.cancel()
+
+
 @pytest.mark.parametrize("size", [1000, 3 * PART_BYTES], ids=["small", "large"])
 def test_a_fetch_from_a_store_that_went_silent_can_be_cancelled_at_once(
     fault_proxy: FaultProxy, s3: S3Server, s3_prefix: str, size: int
@@ -429,18 +445,23 @@ def test_a_fetch_from_a_store_that_went_silent_can_be_cancelled_at_once(
         environment=s3.environment_at(fault_proxy.url),
         account_id="",
     )
-    fault_proxy.inject(Fault.STALL, seconds=2)
+    fault_proxy.inject(Fault.STALL, seconds=STOP_SECONDS + 1)
     cancellation = Cancellation()
-    threading.Timer(0.3, cancellation.cancel).start()
-    begun = time.monotonic()
+    cancelled: list[float] = []
+    thread = threading.Thread(
+        target=cancel_when,
+        args=(lambda: fault_proxy.count("GET") > 0, cancellation, cancelled),
+    )
+    thread.start()
     with tempfile.TemporaryFile() as file:
         with pytest.raises(CancelledError):
             store.fetch(digest, file.fileno(), cancellation=cancellation)
-        assert time.monotonic() - begun < 1.3
+        assert time.monotonic() - cancelled[0] < STOP_SECONDS
+        thread.join(10)
         number = file.fileno()
     with tempfile.TemporaryFile() as other:
         assert other.fileno() == number, "the point is that the descriptor's number is used again"
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while any(request.status is None for request in fault_proxy.requests):
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -456,24 +477,19 @@ def test_an_upload_to_a_store_that_went_silent_can_be_cancelled_and_leaves_nothi
         environment=s3.environment_at(fault_proxy.url),
         account_id="",
     )
-    fault_proxy.inject(Fault.STALL, methods={"PUT"}, seconds=2)
+    fault_proxy.inject(Fault.STALL, methods={"PUT"}, seconds=STOP_SECONDS + 1)
     cancellation = Cancellation()
-
-    def cancel_when_parts_are_sent() -> None:
-        deadline = time.monotonic() + 20
-        while fault_proxy.count("PUT") < 2 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        cancelled.append(time.monotonic())
-        cancellation.cancel()
-
     cancelled: list[float] = []
-    thread = threading.Thread(target=cancel_when_parts_are_sent)
+    thread = threading.Thread(
+        target=cancel_when,
+        args=(lambda: fault_proxy.count("PUT") >= 2, cancellation, cancelled),
+    )
     thread.start()
     with pytest.raises(CancelledError):
         put_file(store, large, cancellation)
-    assert time.monotonic() - cancelled[0] < 1
+    assert time.monotonic() - cancelled[0] < STOP_SECONDS
     thread.join(10)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while uploads_of(s3, s3_prefix):
         assert time.monotonic() < deadline, "the upload was not aborted"
         time.sleep(0.05)
@@ -693,7 +709,8 @@ def test_a_store_that_drips_is_given_up_after_twice_the_time_that_a_request_has(
 
     with pytest.raises(StoreUnavailableError, match=r"timed out.*given up after 2 attempts"):
         fetched(store, digest)
-    assert 2 * 2.0 <= time.monotonic() - begun < 2 * 2.0 + 2
+    # At its rate the blob would take 98 s at the least.
+    assert 2 * 2.0 <= time.monotonic() - begun < 40
     fault_proxy.clear()
     fault_proxy.inject(Fault.DRIP, times=1)
     assert fetched(store, digest) == data
@@ -726,11 +743,11 @@ def test_the_least_rate_is_what_the_settings_say(
 def test_a_manifest_has_time_by_its_size(
     fault_proxy: FaultProxy, s3: S3Server, s3_prefix: str, behind: Callable[[str, bytes], None]
 ) -> None:
-    """4 s at 10 MiB/s, where 8 MiB have 2 s and 40 MiB have 6 s; one that drips has an end too."""
+    """2.5 s at 16 MiB/s; 8 MiB have 2 s and 40 MiB have 6 s. One that drips has an end too."""
     data = random.Random(40).randbytes(40 * MIB)
     behind("Manifests/large", data)
     store = waiting_for_a_fast_line(s3, s3_prefix, fault_proxy)
-    rule = fault_proxy.inject(Fault.DRIP, bytes_per_second=10 * MIB)
+    rule = fault_proxy.inject(Fault.DRIP, bytes_per_second=16 * MIB)
 
     assert store.get_document("large", max_bytes=len(data)).data == data
 
