@@ -49,7 +49,9 @@ from agent_plugin.content.store import (
     Cancellation,
     Document,
     DocumentInfo,
+    Hashed,
     Progress,
+    ignore_bytes,
     ignore_progress,
 )
 
@@ -142,6 +144,7 @@ class DirectoryStore:
         *,
         cancellation: Cancellation,
         progress: Progress = ignore_progress,
+        hashed: Hashed = ignore_bytes,
     ) -> None:
         """See Store.fetch."""
         hashing = xxhash.xxh3_128()
@@ -153,6 +156,7 @@ class DirectoryStore:
                 data = _read(source, offset, min(READ_BYTES, digest.size - offset))
                 hashing.update(data)
                 parts.write_all(fd, data, offset)
+                hashed(memoryview(data), offset)
                 progress(len(data))
         if hashing.hexdigest() != digest.hex:
             raise BlobCorruptError(f"{digest} is stored as xxh128:{hashing.hexdigest()}")

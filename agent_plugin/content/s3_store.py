@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import obstore
 import xxhash
@@ -44,9 +44,14 @@ from agent_plugin.content.store import (
     Cancellation,
     Document,
     DocumentInfo,
+    Hashed,
     Progress,
+    ignore_bytes,
     ignore_progress,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 T = TypeVar("T")
 
@@ -55,6 +60,8 @@ REQUESTS_PER_CALLER: Final = 4
 # A blob up to here is sent without asking whether it is there: a question costs half as much as
 # the answer (docs/decisions/0005-upload-without-asking.md). Above, a useless body costs more.
 ASK_FIRST_BYTES: Final = 256 * 1024
+# In what pieces a part is taken off the network: memory of this size is used again and again.
+PIECE_BYTES: Final = 256 * 1024
 # How often a large blob is fetched anew whose parts all came and which is wrong as a whole.
 WHOLE_RETRIES: Final = 3
 # obstore gives these among the user's metadata, in this spelling; the user's are lower case.
@@ -139,18 +146,20 @@ class S3Store:
         *,
         cancellation: Cancellation,
         progress: Progress = ignore_progress,
+        hashed: Hashed = ignore_bytes,
     ) -> None:
         """See Store.fetch."""
         if digest.size <= WHOLE_BLOB_BYTES:
             data = self._lanes.run(lambda: self._get(digest, cancellation), cancellation)
             parts.write_all(fd, data, 0)
+            hashed(memoryview(data), 0)
             progress(digest.size)
             return
         parts.reserve(fd, digest.size)
         told = parts.HighWater(progress)
         # No deadline: everything moved, and each part has one of its own.
         replace(self._policy, damaged_retries=WHOLE_RETRIES, deadline_seconds=math.inf).call(
-            lambda: self._receive(digest, fd, cancellation, told),
+            lambda: self._receive(digest, fd, cancellation, told, hashed),
             what=f"fetch {self._requests.place(layout.blob_key(digest))}",
             cancellation=cancellation,
             # Each part was tried often enough.
@@ -166,12 +175,19 @@ class S3Store:
         length = min(length, digest.size - offset)
         if length <= 0:
             return b""
+        data = bytearray(length)
+        view = memoryview(data)
+
+        def write(piece: "Buffer", position: int) -> None:
+            received = memoryview(piece)
+            view[position - offset :][: received.nbytes] = received
+
         part = _of_either_key(
-            digest, lambda key: self._read_part(key, digest, offset, length, None)
+            digest, lambda key: self._read_part(key, digest, offset, length, None, write)
         )
         if part.blob_size != digest.size:
             raise BlobCorruptError(f"{digest} is stored as {part.blob_size} bytes")
-        return bytes(part.data)
+        return bytes(data)
 
     def put(self, digest: Digest, data: bytes) -> bool:
         """See Store.put."""
@@ -308,36 +324,56 @@ class S3Store:
         return self._requests.make(ask, f"get {self._requests.place(key)}", cancellation)
 
     def _receive(
-        self, digest: Digest, fd: int, cancellation: Cancellation, told: parts.HighWater
+        self,
+        digest: Digest,
+        fd: int,
+        cancellation: Cancellation,
+        told: parts.HighWater,
+        hashed: Hashed,
     ) -> None:
         def receive(key: str) -> None:
             parts.receive(
                 digest,
                 fd,
-                lambda offset, length, stop: self._read_part(key, digest, offset, length, stop),
+                lambda offset, length, stop, write: self._read_part(
+                    key, digest, offset, length, stop, write
+                ),
                 lanes=self._lanes,
                 cancellation=cancellation,
                 progress=told,
+                hashed=hashed,
             )
 
         _of_either_key(digest, receive)
 
     def _read_part(
-        self, key: str, digest: Digest, offset: int, length: int, stop: Cancellation | None
+        self,
+        key: str,
+        digest: Digest,
+        offset: int,
+        length: int,
+        stop: Cancellation | None,
+        write: parts.Write,
     ) -> parts.Part:
+        """Have exactly that part written, piece by piece, also when some of it comes twice."""
+
         def ask(clients: Clients) -> parts.Part:
             reader = clients.reader_of(length)
             answer = obstore.get(reader, key, options={"range": (offset, offset + length)})
             meta = answer.meta
             if meta["size"] != digest.size:
-                return parts.Part(b"", "", meta["size"])
+                return parts.Part("", meta["size"])
             refuse_coded(answer.attributes, self._requests.place(key))
-            data = answer.bytes()
-            if len(data) != length:
+            received = 0
+            for piece in answer.stream(min_chunk_size=PIECE_BYTES):
+                if received + len(piece) <= length:
+                    write(piece, offset + received)
+                received += len(piece)
+            if received != length:
                 raise DamagedAnswerError(
-                    f"{self._requests.place(key)}: {len(data)} bytes instead of {length}"
+                    f"{self._requests.place(key)}: {received} bytes instead of {length}"
                 )
-            return parts.Part(data, meta["e_tag"] or "", meta["size"])
+            return parts.Part(meta["e_tag"] or "", meta["size"])
 
         try:
             return self._requests.make(ask, f"get {self._requests.place(key)} from {offset}", stop)

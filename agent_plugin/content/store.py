@@ -8,7 +8,7 @@ returns, or it raises: nothing is skipped silently. Only an answer of 404 means 
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeAlias
 
 from agent_plugin.content.digest import Digest
 from agent_plugin.content.errors import CancelledError
@@ -20,8 +20,17 @@ WHOLE_BLOB_BYTES: Final = 8 * 1024 * 1024
 Progress = Callable[[int], None]
 
 
+# Told the bytes of a blob in order, with the position of each piece, when they count for its hash;
+# may keep none of them. Begins anew with position 0 when a blob has to be fetched again.
+Hashed: TypeAlias = "Callable[[memoryview, int], None]"
+
+
 def ignore_progress(_bytes: int) -> None:
     """Take no notice of progress."""
+
+
+def ignore_bytes(_piece: memoryview, _offset: int) -> None:
+    """Take no notice of bytes."""
 
 
 class Cancellation:
@@ -115,13 +124,14 @@ class Store(Protocol):
         *,
         cancellation: Cancellation,
         progress: Progress = ignore_progress,
+        hashed: Hashed = ignore_bytes,
     ) -> None:
         """Write a whole blob to an empty file open for reading and writing, verified on return.
 
         On any error the file's content is undefined and the caller drops it; on return, and on any
         error but CancelledError, nobody writes to it any more. Parts are fetched in parallel and
-        hashed while they arrive. Progress tells each byte of the blob once; bytes fetched a second
-        time are not told again.
+        hashed while they arrive; what is hashed is given to `hashed`. Progress tells each byte of
+        the blob once; bytes fetched a second time are not told again.
 
         Raises:
             BlobNotFoundError, BlobCorruptError: As for get.

@@ -16,6 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Final, Self
 
@@ -34,11 +35,11 @@ from agent_plugin.content.errors import (
 )
 from agent_plugin.content.layout import blob_key
 from agent_plugin.content.manifest import FileEntry
-from agent_plugin.content.store import WHOLE_BLOB_BYTES, Cancellation, Progress
+from agent_plugin.content.store import WHOLE_BLOB_BYTES, Cancellation, Progress, ignore_bytes
 from agent_plugin.transfer.context import TransferContext
 from agent_plugin.transfer.engine import TICK_SECONDS, ByteBudget, Crew, Products
 from agent_plugin.transfer.ledger import TaskSpec, TransferRow, TransferSpec
-from agent_plugin.transfer.placement import Placer, StagedFile
+from agent_plugin.transfer.placement import CacheCopy, Placer, StagedFile
 from agent_plugin.transfer.plan import EMPTY, DownloadPlan
 from agent_plugin.transfer.progress import Meter
 from agent_plugin.transfer.states import TaskStatus
@@ -316,10 +317,7 @@ class _Download:
         staged: StagedFile | None = None
         try:
             staged = self._placer.stage()
-            self._context.open_store().fetch(
-                digest, staged.fd, cancellation=self._halt, progress=self._told(digest, task)
-            )
-            self._keep_copy(digest, staged)
+            self._fetch(digest, staged, task)
         except BaseException as error:
             if staged is not None:
                 staged.close()
@@ -328,16 +326,34 @@ class _Download:
             raise
         return _Obtained(staged=staged, claim=claim)
 
-    def _keep_copy(self, digest: Digest, staged: StagedFile) -> None:
+    def _fetch(self, digest: Digest, staged: StagedFile, task: int) -> None:
+        with ExitStack() as files:
+            copy = self._copy_for_cache(digest, staged, files)
+            self._context.open_store().fetch(
+                digest,
+                staged.fd,
+                cancellation=self._halt,
+                progress=self._told(digest, task),
+                hashed=copy.take if copy is not None else ignore_bytes,
+            )
+            if copy is not None:
+                try:
+                    copy.publish(digest)
+                except (LocalError, BlobCorruptError, OSError) as error:
+                    self._bypass(error)
+
+    def _copy_for_cache(
+        self, digest: Digest, staged: StagedFile, files: ExitStack
+    ) -> CacheCopy | None:
         cache = self._filling
         if cache is None:
-            return
+            return None
         try:
-            with cache.staging(digest.size) as kept:
-                self._placer.copy_to_cache(digest, staged, kept.fd, self._halt)
-                kept.publish(digest)
-        except (LocalError, BlobCorruptError, OSError) as error:
+            kept = files.enter_context(cache.staging(digest.size))
+        except LocalError as error:
             self._bypass(error)
+            return None
+        return CacheCopy(kept, staged, clones=self._placer.can_clone(staged, kept.fd))
 
     def _told(self, digest: Digest, task: int) -> Progress:
         """Return what counts the bytes of a large blob as they come, those of its first file."""

@@ -7,8 +7,7 @@ directory's lock and the GIL). Content comes from the blob cache by reflink wher
 can, else by copy_file_range, and what arrived in the target is hashed before it counts, so that
 damage in the cache can not reach a job. Never by hard link: names that share content have their own
 times, and a job could write through one into the cache. A large blob is fetched right into the file
-that gets its name in the end, and copied from there into the cache: who asks for its pages next is
-the job, so those of the cache's copy are given back as soon as they are on the disk.
+that gets its name in the end, and copied from there into the cache.
 """
 
 import errno
@@ -16,6 +15,7 @@ import fcntl
 import itertools
 import os
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -23,10 +23,12 @@ from typing import Final, Self
 
 import xxhash
 
+from agent_plugin.content.blob_cache import Staged
 from agent_plugin.content.digest import READ_BYTES, Digest, hash_fd
 from agent_plugin.content.errors import BlobCorruptError, local_write_error
 from agent_plugin.content.leftovers import lock_partial, partial_name, remove_partials
 from agent_plugin.content.manifest import FileEntry
+from agent_plugin.content.parts import write_all
 from agent_plugin.content.safe_path import Root
 from agent_plugin.content.store import Cancellation
 
@@ -37,8 +39,11 @@ REFLINK_MIN_BYTES: Final = 128 * 1024
 # How much the kernel is asked to copy at once, since nothing interrupts it: at 100 MB/s, 0.7 s.
 COPY_BYTES: Final = 64 * 1024 * 1024
 
-# How much of a copy for the cache may be in memory without being on its way to the disk.
-TOLD_BYTES: Final = 8 * 1024 * 1024
+# Direct I/O needs positions and lengths that are multiples of the disk's blocks.
+BLOCK_BYTES: Final = 4096
+# A disk that is slower than that would hold the session up: memory takes what it can not yet.
+DIRECT_BYTES_PER_SECOND: Final = 150e6
+DIRECT_TRIAL_BYTES: Final = 32 * 1024 * 1024
 
 _Fill = Callable[[int], None]
 
@@ -83,6 +88,72 @@ class StagedFile:
             with suppress(FileNotFoundError):
                 os.unlink(self._name, dir_fd=self._directory)
         os.close(self._directory)
+
+
+class CacheCopy:
+    """The copy of a large blob for the cache, made of what is hashed while it is fetched.
+
+    By direct I/O as long as the disk is quick: nobody is going to read the copy soon, and fresh
+    memory for the page cache cost more here than the network (docs/decisions/0006-placement.md).
+    Where the file system can, it shares the blocks of the staged file instead. Whatever goes wrong
+    is told by `publish`: it costs the cache a blob, and not the transfer its own.
+
+    Args:
+        kept: A file of the cache, empty.
+        staged: The file that the blob is fetched into.
+        clones: Whether the two can share blocks.
+    """
+
+    def __init__(self, kept: Staged, staged: StagedFile, *, clones: bool) -> None:
+        self._kept = kept
+        self._staged = staged
+        self._clones = clones
+        self._failure: OSError | None = None
+        self._direct = not clones and _set_direct(kept.fd, wanted=True)
+        # Of what was written, with a start that one slow write does not decide.
+        self._bytes = DIRECT_TRIAL_BYTES
+        self._seconds = 0.001
+
+    def take(self, piece: memoryview, offset: int) -> None:
+        """Write what was hashed; never raises."""
+        if self._clones or self._failure is not None:
+            return
+        try:
+            if self._direct and (len(piece) | offset) % BLOCK_BYTES:
+                self._direct = _set_direct(self._kept.fd, wanted=False)
+            begun = time.monotonic()
+            self._write(piece, offset)
+            self._seconds += time.monotonic() - begun
+            self._bytes += len(piece)
+            if self._direct and self._bytes / self._seconds < DIRECT_BYTES_PER_SECOND:
+                self._direct = _set_direct(self._kept.fd, wanted=False)
+        except OSError as error:
+            self._failure = error
+
+    def publish(self, digest: Digest) -> None:
+        """Make it the blob in the cache; all of it was taken, and turned out right.
+
+        Raises:
+            OSError, NoSpaceError, LocalWriteError: It could not be written or published.
+            BlobCorruptError: Not all of it was taken.
+        """
+        if self._failure is not None:
+            raise self._failure
+        if self._clones:
+            fcntl.ioctl(self._kept.fd, FICLONE, self._staged.fd)
+        elif self._direct:
+            _set_direct(self._kept.fd, wanted=False)
+        self._kept.publish(digest)
+
+    def _write(self, piece: memoryview, offset: int) -> None:
+        try:
+            write_all(self._kept.fd, piece, offset)
+        except OSError as error:
+            # The memory is not aligned, or its blocks are larger than we think.
+            if not self._direct or error.errno != errno.EINVAL:
+                raise
+            self._direct = _set_direct(self._kept.fd, wanted=False)
+            write_all(self._kept.fd, piece, offset)
 
 
 class Placer:
@@ -171,7 +242,7 @@ class Placer:
 
         def fill(fd: int) -> None:
             try:
-                self._copy(source_fd, fd, digest.size, self._cancellation)
+                self._copy(source_fd, fd, digest.size)
                 actual = _digest_of(fd, digest.size, self._cancellation)
             except OSError as error:
                 # The same code for both sides: asking the source alone tells which disk it was.
@@ -218,29 +289,9 @@ class Placer:
         except OSError as error:
             raise local_write_error(error, os.fspath(self._label / entry.path)) from error
 
-    def copy_to_cache(
-        self, digest: Digest, staged: StagedFile, target: int, cancellation: Cancellation
-    ) -> None:
-        """Copy what was staged to an empty file of the blob cache, and verify it; from any thread.
-
-        Raises:
-            BlobCorruptError: What arrived is not the blob.
-            CancelledError: Cancellation was wished.
-            OSError: It can not be read or written.
-        """
-        hashing = xxhash.xxh3_128()
-
-        def copied(offset: int, end: int) -> None:
-            while chunk := os.pread(target, min(READ_BYTES, end - offset), offset):
-                hashing.update(chunk)
-                offset += len(chunk)
-            # Begins to write what is dirty, waits for nothing, and gives back what was written:
-            # mm/fadvise.c, POSIX_FADV_DONTNEED.
-            os.posix_fadvise(target, 0, end, os.POSIX_FADV_DONTNEED)
-
-        self._copy(staged.fd, target, digest.size, cancellation, copied)
-        if hashing.hexdigest() != digest.hex:
-            raise BlobCorruptError(f"the copy for the cache is not {digest}")
+    def can_clone(self, staged: StagedFile, target: int) -> bool:
+        """Whether an empty file of the blob cache can share blocks with a staged one."""
+        return self._clone(staged.fd, target, REFLINK_MIN_BYTES)
 
     def retime(self, entry: FileEntry) -> None:
         """Give a file that is in place already the entry's time.
@@ -287,28 +338,22 @@ class Placer:
             self._swept.add(parent)
             remove_partials(directory, exclusive=self._exclusive)
 
-    def _copy(
-        self,
-        source: int,
-        target: int,
-        size: int,
-        cancellation: Cancellation,
-        copied: Callable[[int, int], None] | None = None,
-    ) -> None:
-        """Fill an empty file; `copied` is told of each piece where it begins and ends."""
-        done = 0
-        while done < size:
-            cancellation.check()
-            if done == 0 and self._clone(source, target, size):
-                count = size
-            else:
-                most = min(size - done, TOLD_BYTES if copied else COPY_BYTES)
-                count = _copy_some(source, target, done, most)
+    def _copy(self, source: int, target: int, size: int) -> None:
+        if self._clone(source, target, size):
+            return
+        copied = 0
+        while copied < size:
+            self._cancellation.check()
+            length = min(size - copied, COPY_BYTES)
+            try:
+                count = os.copy_file_range(source, target, length, copied, copied)
+            except OSError as error:
+                if error.errno not in _NO_REFLINK:
+                    raise
+                count = _copy_part(source, target, copied)
             if count == 0:
                 break
-            if copied:
-                copied(done, done + count)
-            done += count
+            copied += count
 
     def _clone(self, source: int, target: int, size: int) -> bool:
         """Share the blocks of a whole file, if it is worth it and the file system can."""
@@ -323,14 +368,15 @@ class Placer:
         return self._reflink
 
 
-def _copy_some(source: int, target: int, offset: int, most: int) -> int:
-    """Copy up to so many bytes; return how many, 0 at the end of the source."""
+def _set_direct(fd: int, *, wanted: bool) -> bool:
+    """Have a file written past the page cache, or not; return whether it is."""
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     try:
-        return os.copy_file_range(source, target, most, offset, offset)
-    except OSError as error:
-        if error.errno not in _NO_REFLINK:
-            raise
-        return _copy_part(source, target, offset, most)
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT if wanted else flags & ~os.O_DIRECT)
+    except OSError:
+        # The file system has no direct I/O.
+        return False
+    return wanted
 
 
 def _create(name: str, directory: int, *, mode: int = 0o666) -> int:
@@ -354,8 +400,8 @@ def _umask() -> int:
     )
 
 
-def _copy_part(source: int, target: int, offset: int, most: int) -> int:
-    chunk = os.pread(source, min(most, READ_BYTES), offset)
+def _copy_part(source: int, target: int, offset: int) -> int:
+    chunk = os.pread(source, READ_BYTES, offset)
     written = 0
     while written < len(chunk):
         written += os.pwrite(target, chunk[written:], offset + written)

@@ -95,6 +95,7 @@ class Subject:
     store: Store
     behind: Behind
     progress: list[int] = field(default_factory=list)
+    hashed: bytearray = field(default_factory=bytearray)
 
     def put_file(
         self, digest: Digest, data: bytes, cancellation: Cancellation | None = None
@@ -116,8 +117,13 @@ class Subject:
                 file.fileno(),
                 cancellation=cancellation or Cancellation(),
                 progress=self.progress.append,
+                hashed=self.take,
             )
             return os.pread(file.fileno(), digest.size + 1, 0)
+
+    def take(self, piece: memoryview, offset: int) -> None:
+        assert offset in (0, len(self.hashed)), "in order, or from the start"
+        self.hashed[offset:] = bytes(piece)
 
 
 @pytest.fixture(params=["directory", "s3"])
@@ -155,6 +161,7 @@ def test_what_was_put_is_what_is_got(subject: Subject, size: int) -> None:
     assert subject.store.find_missing([digest]) == set()
     assert subject.store.get(digest) == data
     assert subject.fetch(digest) == data
+    assert subject.hashed == data
     assert sum(subject.progress) == 2 * size
 
 
@@ -165,6 +172,7 @@ def test_a_blob_of_many_parts_makes_the_round_trip(subject: Subject, large: byte
     assert subject.put_file(digest, large)
     assert sum(subject.progress) == LARGE_BYTES
     assert subject.fetch(digest) == large
+    assert subject.hashed == large
     assert sum(subject.progress) == 2 * LARGE_BYTES
     assert subject.behind.names() == [layout.blob_key(digest)]
 

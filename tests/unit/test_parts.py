@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 DATA = os.urandom(9 * parts.PART_BYTES + 1)
 DIGEST = Digest.of(DATA)
 THIRD_PART = 2 * parts.PART_BYTES
+PIECE_BYTES = 1024 * 1024
 
 
 def receive(
@@ -47,20 +48,25 @@ class ReadPart:
         self.begun: list[int] = []
         self.lock = threading.Lock()
 
-    def __call__(self, offset: int, length: int, stop: Cancellation) -> parts.Part:
+    def __call__(
+        self, offset: int, length: int, stop: Cancellation, write: parts.Write
+    ) -> parts.Part:
         del stop
         with self.lock:
             self.begun.append(offset)
-        return self.part(offset, DATA[offset : offset + length])
+        data, version, size = self.part(offset, DATA[offset : offset + length])
+        for start in range(0, len(data), PIECE_BYTES):
+            write(data[start : start + PIECE_BYTES], offset + start)
+        return parts.Part(version, size)
 
-    def part(self, offset: int, data: bytes) -> parts.Part:
+    def part(self, offset: int, data: bytes) -> tuple[bytes, str, int]:
         del offset
-        return parts.Part(data, "v1", len(DATA))
+        return data, "v1", len(DATA)
 
 
 def test_parts_that_arrive_in_any_order_make_the_blob() -> None:
     class LastFirst(ReadPart):
-        def part(self, offset: int, data: bytes) -> parts.Part:
+        def part(self, offset: int, data: bytes) -> tuple[bytes, str, int]:
             time.sleep(0.002 * (9 - offset // parts.PART_BYTES % 6))
             return super().part(offset, data)
 
@@ -75,7 +81,7 @@ def test_what_was_received_out_of_order_stays_within_the_window() -> None:
     cancellation = Cancellation()
 
     class FirstHangs(ReadPart):
-        def part(self, offset: int, data: bytes) -> parts.Part:
+        def part(self, offset: int, data: bytes) -> tuple[bytes, str, int]:
             if offset == 0:
                 first.wait(20)
             return super().part(offset, data)
@@ -91,8 +97,8 @@ def test_what_was_received_out_of_order_stays_within_the_window() -> None:
 
 def test_parts_of_two_versions_are_not_mixed() -> None:
     class Replaced(ReadPart):
-        def part(self, offset: int, data: bytes) -> parts.Part:
-            return parts.Part(data, "v1" if offset < 20_000_000 else "v2", len(DATA))
+        def part(self, offset: int, data: bytes) -> tuple[bytes, str, int]:
+            return data, "v1" if offset < 20_000_000 else "v2", len(DATA)
 
     with tempfile.TemporaryFile() as file, pytest.raises(BlobCorruptError, match="replaced"):
         receive(Replaced(), file.fileno())
@@ -100,13 +106,13 @@ def test_parts_of_two_versions_are_not_mixed() -> None:
 
 def test_a_part_of_another_blob_is_found_out() -> None:
     class Wrong(ReadPart):
-        def part(self, offset: int, data: bytes) -> parts.Part:
+        def part(self, offset: int, data: bytes) -> tuple[bytes, str, int]:
             return super().part(offset, data if offset else bytes(len(data)))
 
     class Longer(ReadPart):
-        def part(self, offset: int, data: bytes) -> parts.Part:
+        def part(self, offset: int, data: bytes) -> tuple[bytes, str, int]:
             del offset
-            return parts.Part(data, "v1", len(DATA) + 1)
+            return data, "v1", len(DATA) + 1
 
     with tempfile.TemporaryFile() as file:
         with pytest.raises(BlobCorruptError, match="stored as xxh128"):
@@ -122,7 +128,7 @@ def test_a_late_part_is_written_nowhere_and_no_descriptor_is_kept() -> None:
     cancellation = Cancellation()
 
     class Late(ReadPart):
-        def part(self, offset: int, data: bytes) -> parts.Part:
+        def part(self, offset: int, data: bytes) -> tuple[bytes, str, int]:
             late.wait(20)
             done.release()
             return super().part(offset, data)
@@ -175,16 +181,18 @@ class ReplacedMeanwhile(ReadPart):
         self.held_up = held_up
         self.stop = Cancellation()
 
-    def __call__(self, offset: int, length: int, stop: Cancellation) -> parts.Part:
+    def __call__(
+        self, offset: int, length: int, stop: Cancellation, write: parts.Write
+    ) -> parts.Part:
         self.stop = stop
-        return super().__call__(offset, length, stop)
+        return super().__call__(offset, length, stop, write)
 
-    def part(self, offset: int, data: bytes) -> parts.Part:
+    def part(self, offset: int, data: bytes) -> tuple[bytes, str, int]:
         if offset == THIRD_PART:
             data = bytes(len(data))
         if offset == parts.PART_BYTES:
             self.held_up.begun.wait(30)
-            return parts.Part(data, "v2", len(DATA))
+            return data, "v2", len(DATA)
         return super().part(offset, data)
 
 

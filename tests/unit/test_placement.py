@@ -1,6 +1,7 @@
 """A file is under its name whole, right and with its time, or not at all; on every file system."""
 
 import errno
+import mmap
 import os
 import random
 import stat
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from agent_plugin.content.blob_cache import BlobCache
 from agent_plugin.content.digest import Digest
 from agent_plugin.content.errors import (
     BlobCorruptError,
@@ -25,7 +27,7 @@ from agent_plugin.content.leftovers import partial_name
 from agent_plugin.content.manifest import FileEntry
 from agent_plugin.content.store import Cancellation
 from agent_plugin.transfer import placement
-from agent_plugin.transfer.placement import Placer
+from agent_plugin.transfer.placement import CacheCopy, Placer
 from tests.servers.disks import fill, image_mounted, tmpfs_mounted, use_up_inodes
 
 MEBIBYTE = 1024 * 1024
@@ -137,32 +139,91 @@ def test_what_another_transfer_has_staged_stays(root: Path) -> None:
     assert everything_below(root) == ["one", "two"]
 
 
-@pytest.mark.parametrize("size", [0, 1, placement.TOLD_BYTES, 3 * placement.TOLD_BYTES + 5])
-def test_the_copy_for_the_cache_is_what_was_staged(
-    placer: Placer, tmp_path: Path, size: int
-) -> None:
-    data = random.Random(size).randbytes(size)
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[BlobCache]:
+    with BlobCache.open(
+        tmp_path / "cache", store_url="file:///s", max_bytes=1 << 30, min_free_bytes=0
+    ) as opened:
+        yield opened
+
+
+def copied(cache: BlobCache, placer: Placer, data: bytes, *, piece: int, aligned: bool) -> bytes:
+    """Return what is in the cache of a blob that was given to a CacheCopy piece by piece."""
+    digest = Digest.of(data)
     staged = placer.stage()
     os.pwrite(staged.fd, data, 0)
-
-    with tempfile.TemporaryFile(dir=tmp_path) as target:
-        placer.copy_to_cache(Digest.of(data), staged, target.fileno(), Cancellation())
-        assert os.pread(target.fileno(), size + 1, 0) == data
+    with cache.staging(digest.size) as kept, mmap.mmap(-1, piece + 1) as memory:
+        copy = CacheCopy(kept, staged, clones=placer.can_clone(staged, kept.fd))
+        buffer = memoryview(memory)[0 if aligned else 1 :]
+        for offset in range(0, len(data), piece):
+            part = data[offset : offset + piece]
+            buffer[: len(part)] = part
+            copy.take(buffer[: len(part)], offset)
+        buffer.release()
+        copy.publish(digest)
     staged.close()
+    found = cache.read_by_hash(digest.hex, max_bytes=len(data))
+    assert found is not None
+    return found
 
 
-@pytest.mark.parametrize("found", [b"y" * 9, b"x" * 8, b""])
-def test_a_copy_for_the_cache_that_is_something_else_is_refused(
-    placer: Placer, tmp_path: Path, found: bytes
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("piece", [placement.BLOCK_BYTES * 16, 100_001])
+@pytest.mark.parametrize("size", [1, placement.BLOCK_BYTES * 48, 3_000_001])
+def test_the_copy_for_the_cache_is_what_was_hashed(
+    cache: BlobCache, placer: Placer, size: int, piece: int, aligned: bool
+) -> None:
+    data = random.Random(size).randbytes(size)
+
+    assert copied(cache, placer, data, piece=piece, aligned=aligned) == data
+
+
+def test_the_copy_for_the_cache_is_the_same_blocks_where_that_can_be(tmp_path: Path) -> None:
+    data = random.Random(1).randbytes(3 * MEBIBYTE)
+    with (
+        image_mounted("xfs", tmp_path / "image", tmp_path / "disk") as disk,
+        Placer(disk / "root", LABEL) as placer,
+        BlobCache.open(
+            disk / "cache", store_url="file:///s", max_bytes=1 << 30, min_free_bytes=0
+        ) as cache,
+    ):
+        staged = placer.stage()
+        with cache.staging(len(data)) as kept:
+            assert placer.can_clone(staged, kept.fd)
+        staged.close()
+        assert copied(cache, placer, data, piece=MEBIBYTE, aligned=True) == data
+
+
+def test_a_copy_for_the_cache_that_lacks_something_is_not_published(
+    cache: BlobCache, placer: Placer
 ) -> None:
     staged = placer.stage()
-    os.pwrite(staged.fd, found, 0)
+    with cache.staging(9) as kept:
+        copy = CacheCopy(kept, staged, clones=False)
+        copy.take(memoryview(b"x" * 8), 0)
+        with pytest.raises(BlobCorruptError):
+            copy.publish(Digest.of(b"x" * 9))
+    staged.close()
 
+    assert not cache.contains(Digest.of(b"x" * 9))
+
+
+def test_a_copy_that_can_not_be_written_is_told_when_it_is_to_be_published(
+    placer: Placer, tmp_path: Path
+) -> None:
+    data = bytes(8 * MEBIBYTE)
+    staged = placer.stage()
     with (
-        tempfile.TemporaryFile(dir=tmp_path) as target,
-        pytest.raises(BlobCorruptError),
+        tmpfs_mounted(tmp_path / "disk", size=MEBIBYTE) as disk,
+        BlobCache.open(
+            disk / "cache", store_url="file:///s", max_bytes=1 << 30, min_free_bytes=0
+        ) as cache,
+        cache.staging(1) as kept,
     ):
-        placer.copy_to_cache(Digest.of(b"x" * 9), staged, target.fileno(), Cancellation())
+        copy = CacheCopy(kept, staged, clones=False)
+        copy.take(memoryview(data), 0)
+        with pytest.raises(OSError, match="No space"):
+            copy.publish(Digest.of(data))
     staged.close()
 
 
@@ -187,21 +248,6 @@ def test_nothing_is_staged_once_the_root_is_closed(root: Path) -> None:
     with pytest.raises(OSError, match="ended"):
         placer.stage()
     assert everything_below(root) == []
-
-
-def test_the_copy_for_the_cache_ends_with_a_wish_to_stop(placer: Placer, tmp_path: Path) -> None:
-    data = bytes(2 * placement.TOLD_BYTES)
-    staged = placer.stage()
-    os.pwrite(staged.fd, data, 0)
-    cancellation = Cancellation()
-    cancellation.cancel()
-
-    with (
-        tempfile.TemporaryFile(dir=tmp_path) as target,
-        pytest.raises(CancelledError),
-    ):
-        placer.copy_to_cache(Digest.of(data), staged, target.fileno(), cancellation)
-    staged.close()
 
 
 # -------------------------------------------------------------------------------- what is placed
