@@ -11,7 +11,8 @@
     │   └── StoreProtocolError
     ├── LocalError             this host
     │   ├── NoSpaceError                LocalWriteError          LocalReadError
-    │   └── CacheUnsafeError            FileChangedError
+    │   ├── CacheUnsafeError            FileChangedError
+    │   └── MountFailedError            MountReadFailedError
     └── StateError             a command came at the wrong time
         ├── SessionStateError           TransferStateError
         └── CancelledError
@@ -170,6 +171,18 @@ class FileChangedError(LocalError):
     """A file kept changing, or vanished, while it was read for upload."""
 
     reference, code, exit_code = "file-changed", "E_SOURCE_CHANGED", 74
+
+
+class MountFailedError(LocalError):
+    """A mount could not be made, or not within its time."""
+
+    reference, code, exit_code = "mount-failed", "E_MOUNT", 86
+
+
+class MountReadFailedError(LocalError):
+    """A task was refused bytes of its inputs; whatever it made of that, the farm failed it."""
+
+    reference, code, exit_code, retryable = "mount-read-failed", "E_MOUNT_READ", 87, True
 
 
 class StateError(PropmasterError):

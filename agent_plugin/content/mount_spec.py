@@ -1,0 +1,119 @@
+"""What the plugin tells the mount process: one JSON file, closed to others, with a version.
+
+The process is `python -m vfs SPEC`. It answers with one line of JSON on stdout when the mount can
+be used (`Ready`), and serves until it is unmounted.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from agent_plugin.content.errors import SessionStateError, local_write_error
+
+VERSION: Final = 1
+
+
+class MountSpec(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
+    """One mount; all paths are absolute.
+
+    Attributes:
+        version: VERSION.
+        name: Tells this mount from all others of the host; stands in the mount table.
+        mountpoint: An empty directory.
+        manifests: Files that hold manifests; of a path that stands in several the last counts.
+        store_url: Where content comes from.
+        account_id: The bucket's expected owner, empty if unknown.
+        cache_dir: The host's blob cache; empty to do without.
+        cache_max_bytes, cache_min_free_bytes, cache_shared: As the settings have them.
+        work_dir: A directory of this mount alone, closed to others: `lower` is where the inputs
+            are mounted, `upper` holds what is written, `work` is overlayfs's own, `spool` is for
+            content that the cache can not take.
+        writes: `overlayfs` or `none`.
+        uid, gid: To whom files and directories seem to belong.
+        stream: Whether large blobs may be read before all of them is here and verified.
+        xattrs: Whether to tell a file's hash and state as extended attributes.
+        errors: The error ledger's file.
+        control: The control socket's path.
+        owner_pid: The process without which the mount goes away; 0 for none.
+    """
+
+    version: int
+    name: str
+    mountpoint: str
+    manifests: list[str]
+    store_url: str
+    account_id: str
+    cache_dir: str
+    cache_max_bytes: int
+    cache_min_free_bytes: int
+    cache_shared: bool
+    work_dir: str
+    writes: str
+    uid: int
+    gid: int
+    stream: bool
+    xattrs: bool
+    errors: str
+    control: str
+    owner_pid: int = 0
+
+    @property
+    def lower(self) -> Path:
+        """Where the inputs are mounted: below the work directory if something is written."""
+        return Path(self.work_dir, "lower") if self.writes == "overlayfs" else Path(self.mountpoint)
+
+    @property
+    def upper(self) -> Path:
+        """Where what is written goes."""
+        return Path(self.work_dir, "upper")
+
+
+class Ready(msgspec.Struct, frozen=True, rename="camel"):
+    """What the mount process prints when the mount can be used.
+
+    Attributes:
+        pid: Of the supervisor: SIGTERM unmounts.
+        transport, writes: What was chosen.
+        files, bytes: In the tree.
+        seconds: Since the process began.
+    """
+
+    pid: int
+    transport: str
+    writes: str
+    files: int
+    bytes: int
+    seconds: float
+
+
+def write_spec(spec: MountSpec, path: Path) -> None:
+    """Write a spec, closed to others.
+
+    Raises:
+        NoSpaceError, LocalWriteError: It can not be written.
+    """
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(fd, "wb") as file:
+            # Not by msgspec: paths from the operating system may hold lone surrogates.
+            file.write(json.dumps(msgspec.to_builtins(spec)).encode("ascii"))
+    except OSError as error:
+        raise local_write_error(error, os.fspath(path)) from error
+
+
+def read_spec(path: Path) -> MountSpec:
+    """Read a spec.
+
+    Raises:
+        SessionStateError: It is not there, damaged, or of another version.
+    """
+    try:
+        spec = msgspec.convert(json.loads(path.read_bytes()), MountSpec)
+    except (OSError, ValueError, msgspec.ValidationError) as error:
+        raise SessionStateError(f"{path} can not be read: {error}") from error
+    if spec.version != VERSION:
+        raise SessionStateError(f"{path} is of version {spec.version}, not {VERSION}")
+    return spec

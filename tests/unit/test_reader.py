@@ -1,0 +1,777 @@
+"""Where bytes come from: what is verified when, fetched how often, and what a failure leaves.
+
+The store is a directory, or the S3 server behind a proxy that counts and breaks requests.
+"""
+
+import json
+import os
+import random
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import vfs.reader
+from agent_plugin.content import events
+from agent_plugin.content.blob_cache import BlobCache
+from agent_plugin.content.digest import Digest, hash_fd
+from agent_plugin.content.errors import (
+    BlobCorruptError,
+    BlobNotFoundError,
+    CancelledError,
+    LocalWriteError,
+    PropmasterError,
+    StoreUnavailableError,
+)
+from agent_plugin.content.layout import blob_key
+from agent_plugin.content.manifest import FileEntry, Manifest
+from agent_plugin.content.open_store import build_store
+from agent_plugin.content.retry import RetryPolicy
+from agent_plugin.content.store import Cancellation, Store
+from tests.servers.disks import tmpfs_mounted
+from tests.servers.fault_proxy import FaultProxy
+from tests.servers.faults import Fault
+from tests.servers.proxied_object import until
+from tests.servers.s3_server import S3Server
+from vfs.error_ledger import MOST_LINES, REPEAT_SECONDS, ErrorLedger
+from vfs.reader import BlobReader
+from vfs.service import NodeService, Ownership
+from vfs.statistics import Statistics
+from vfs.streaming import StreamPolicy
+from vfs.tree import Tree
+
+PLENTY = 1 << 40
+KIBIBYTE = 1024
+# A blob is large from 64 KiB on in these tests, and comes in parts of 16 KiB.
+LARGE_BYTES = 64 * KIBIBYTE
+SMALL_PARTS = StreamPolicy(part_bytes=16 * KIBIBYTE, ahead_bytes=64 * KIBIBYTE)
+# A store that asks to come later is asked until the deadline.
+QUICK = RetryPolicy(attempts=2, deadline_seconds=0.5, initial_seconds=0.01, damaged_retries=1)
+
+
+def blob(seed: int, size: int = 5000) -> tuple[Digest, bytes]:
+    data = random.Random(seed).randbytes(size)
+    return Digest.of(data), data
+
+
+def flip_a_bit(path: Path, at: int) -> None:
+    """Change a file's content and nothing else that a cache could notice."""
+    before = path.stat()
+    path.chmod(0o600)
+    with path.open("r+b") as file:
+        file.seek(at)
+        [byte] = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+    path.chmod(before.st_mode & 0o777)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+class Rig:
+    """A store, a cache, and readers of them."""
+
+    def __init__(self, home: Path, store: Store, past_the_proxy: Store | None = None) -> None:
+        self.home = home
+        self.store = store
+        self._direct = past_the_proxy or store
+        self.cache_dir = home / "cache"
+        self.spool = home / "spool"
+        self.spool.mkdir()
+        self.caches: list[BlobCache] = []
+        self.readers: list[BlobReader] = []
+        self.statistics = Statistics()
+
+    def put(self, digest: Digest, data: bytes) -> None:
+        """Store a blob; the proxy hears nothing of it."""
+        with tempfile.TemporaryFile() as file:
+            file.write(data)
+            file.flush()
+            self._direct.put_file(digest, file.fileno(), cancellation=Cancellation())
+
+    def cache(self, *, max_bytes: int = PLENTY, at: Path | None = None) -> BlobCache:
+        cache = BlobCache.open(
+            at or self.cache_dir, store_url="s3://a/b", max_bytes=max_bytes, min_free_bytes=0
+        )
+        self.caches.append(cache)
+        return cache
+
+    def reader(
+        self,
+        cache: BlobCache | None,
+        *,
+        policy: StreamPolicy = SMALL_PARTS,
+        statistics: Statistics | None = None,
+    ) -> BlobReader:
+        reader = BlobReader(
+            cache, lambda: self.store, self.spool, statistics or self.statistics, policy=policy
+        )
+        self.readers.append(reader)
+        return reader
+
+    def cached(self, digest: Digest) -> Path:
+        """Return where a blob is in the cache."""
+        [path] = self.cache_dir.rglob(digest.hex)
+        return path
+
+    def count(self, name: str) -> int:
+        return self.statistics.snapshot()[name]
+
+    def close(self) -> None:
+        for reader in self.readers:
+            reader.close()
+            reader._threads.shutdown(wait=True)
+        for cache in self.caches:
+            cache.close()
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    rig = Rig(tmp_path, build_store(f"file://{tmp_path}/store"))
+    yield rig
+    rig.close()
+
+
+@pytest.fixture
+def s3_rig(tmp_path: Path, s3: S3Server, s3_prefix: str, fault_proxy: FaultProxy) -> Iterator[Rig]:
+    url = f"s3://{s3.bucket}/{s3_prefix}"
+    environment = s3.environment_at(fault_proxy.url)
+    store = build_store(url, environment=environment, policy=QUICK, account_id="")
+    rig = Rig(tmp_path, store, build_store(url, environment=s3.environment, account_id=""))
+    yield rig
+    # Whoever is held up by the proxy is let go first.
+    fault_proxy.refuse(0)
+    fault_proxy.clear()
+    rig.close()
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vfs.reader, "STRICT_BYTES", LARGE_BYTES)
+
+
+def read(reader: BlobReader, digest: Digest, offset: int = 0, length: int | None = None) -> bytes:
+    length = digest.size if length is None else length
+    return reader.read(digest, offset, length, Cancellation())
+
+
+def read_now(reader: BlobReader, digest: Digest, offset: int, length: int) -> bytes | None:
+    buffer = bytearray(length)
+    count = reader.read_now(digest, offset, memoryview(buffer))
+    return None if count < 0 else bytes(buffer[:count])
+
+
+# ------------------------------------------------------------------ blobs that are read whole
+
+
+def test_a_blob_is_fetched_once_and_read_from_the_cache_afterwards(rig: Rig) -> None:
+    digest, data = blob(1)
+    rig.put(digest, data)
+    reader = rig.reader(rig.cache())
+
+    assert read_now(reader, digest, 0, 10) is None
+    assert not reader.is_local(digest)
+    assert read(reader, digest, 100, 200) == data[100:300]
+    assert read_now(reader, digest, 4000, 1000) == data[4000:]
+    assert reader.is_local(digest)
+    assert (rig.count("blobs_fetched"), rig.count("bytes_fetched")) == (1, 5000)
+    assert rig.cached(digest).read_bytes() == data
+
+    later = Statistics()
+    assert read(rig.reader(rig.cache(), statistics=later), digest) == data
+    assert later.snapshot()["blobs_fetched"] == 0
+    assert later.snapshot()["bytes_from_cache"] == 5000
+
+
+def test_nothing_is_read_of_an_empty_blob(rig: Rig) -> None:
+    digest = Digest.of()
+    assert read(rig.reader(None), digest) == b""
+    assert rig.reader(None).is_local(digest)
+
+
+def test_a_blob_of_more_than_a_request_is_fetched_through_a_file(s3_rig: Rig) -> None:
+    digest, data = blob(2, 9_000_000)
+    s3_rig.put(digest, data)
+    reader = s3_rig.reader(s3_rig.cache())
+
+    assert read(reader, digest, 8_500_000, 500_000) == data[8_500_000:]
+    assert s3_rig.cached(digest).read_bytes() == data
+
+
+def test_a_cached_blob_with_a_flipped_bit_is_quarantined_and_fetched_anew(
+    rig: Rig, expected_events: set[str]
+) -> None:
+    expected_events.add(events.CACHE_QUARANTINED)
+    digest, data = blob(3)
+    rig.put(digest, data)
+    rig.cache().add(digest, data)
+    flip_a_bit(rig.cached(digest), 2500)
+    reader = rig.reader(rig.cache())
+
+    assert read(reader, digest) == data
+    assert rig.count("blobs_quarantined") == 1
+    assert rig.count("blobs_fetched") == 1
+    assert rig.count("blobs_from_cache") == 0
+    [quarantined] = (path for path in rig.cache_dir.rglob("quarantine/*") if path.is_file())
+    assert quarantined.stat().st_size == digest.size
+    # It is the good one that is in its place now.
+    [path] = (path for path in rig.cache_dir.rglob(digest.hex) if "quarantine" not in path.parts)
+    assert path.read_bytes() == data
+
+
+def test_a_cached_blob_is_verified_once_and_not_for_each_read(rig: Rig) -> None:
+    digest, data = blob(4)
+    rig.cache().add(digest, data)
+    reader = rig.reader(rig.cache())
+    assert read(reader, digest, 0, 10) == data[:10]
+
+    # What happens to the disk behind an open file is not looked for again.
+    flip_a_bit(rig.cached(digest), 4999)
+    assert read(reader, digest, 0, 10) == data[:10]
+    assert read_now(reader, digest, 4999, 1) != data[4999:]
+    assert rig.count("blobs_quarantined") == 0
+
+
+def test_sixteen_readers_share_one_fetch(s3_rig: Rig, fault_proxy: FaultProxy) -> None:
+    digest, data = blob(5)
+    s3_rig.put(digest, data)
+    fault_proxy.inject(Fault.STALL, seconds=0.3)
+    reader = s3_rig.reader(s3_rig.cache())
+    begin = threading.Barrier(16)
+
+    def one(number: int) -> bytes:
+        begin.wait(10)
+        return read(reader, digest, number, 1000)
+
+    with ThreadPoolExecutor(16) as threads:
+        assert list(threads.map(one, range(16))) == [data[at : at + 1000] for at in range(16)]
+    assert fault_proxy.count("GET", digest.hex) == 1
+    assert s3_rig.count("blobs_fetched") == 1
+
+
+def test_two_servers_with_one_cache_share_one_fetch(s3_rig: Rig, fault_proxy: FaultProxy) -> None:
+    digest, data = blob(6)
+    s3_rig.put(digest, data)
+    fault_proxy.inject(Fault.STALL, seconds=0.3)
+    readers = [s3_rig.reader(s3_rig.cache()) for _ in range(2)]
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(lambda reader: read(reader, digest), readers)) == [data, data]
+    assert fault_proxy.count("GET", digest.hex) == 1
+
+
+def test_who_gives_up_waiting_takes_nothing_from_the_others(
+    s3_rig: Rig, fault_proxy: FaultProxy
+) -> None:
+    digest, data = blob(7)
+    s3_rig.put(digest, data)
+    stall = fault_proxy.inject(Fault.STALL, seconds=1.0)
+    reader = s3_rig.reader(s3_rig.cache())
+    impatient = Cancellation()
+
+    with ThreadPoolExecutor(2) as threads:
+        gone = threads.submit(reader.read, digest, 0, 10, impatient)
+        until(lambda: stall.hits == 1)
+        patient = threads.submit(read, reader, digest)
+        impatient.cancel()
+        with pytest.raises(CancelledError):
+            gone.result(0.5)
+        assert not patient.done()
+        assert patient.result(10) == data
+    assert fault_proxy.count("GET", digest.hex) == 1
+
+
+def test_a_blob_that_could_not_be_had_is_asked_for_again_by_the_next_reader(
+    s3_rig: Rig, fault_proxy: FaultProxy, expected_events: set[str]
+) -> None:
+    expected_events.add(events.REQUEST_RETRIED)
+    digest, data = blob(8)
+    s3_rig.put(digest, data)
+    fault_proxy.inject(Fault.UNAVAILABLE)
+    reader = s3_rig.reader(s3_rig.cache())
+    with pytest.raises(StoreUnavailableError):
+        read(reader, digest)
+
+    fault_proxy.clear()
+    assert read(reader, digest) == data
+
+
+def test_wrong_bytes_from_the_store_are_refused_and_not_kept(
+    s3_rig: Rig, fault_proxy: FaultProxy, expected_events: set[str]
+) -> None:
+    expected_events.add(events.REQUEST_RETRIED)
+    digest, data = blob(9)
+    s3_rig.put(digest, data)
+    fault_proxy.inject(Fault.FLIPPED_BIT)
+    cache = s3_rig.cache()
+    with pytest.raises(BlobCorruptError):
+        read(s3_rig.reader(cache), digest)
+    assert not cache.contains(digest)
+
+
+# ------------------------------------------------------------------ without room in the cache
+
+
+def test_without_a_cache_blobs_are_kept_in_files_without_names(rig: Rig) -> None:
+    small, large_one = blob(10), blob(11, 9_000_000)
+    reader = rig.reader(None)
+    for digest, data in (small, large_one):
+        rig.put(digest, data)
+        assert read(reader, digest, 100, 4000) == data[100:4100]
+        assert read_now(reader, digest, 0, 4000) == data[:4000]
+    assert list(rig.spool.iterdir()) == []
+    assert rig.count("blobs_fetched") == 2
+
+
+@pytest.mark.parametrize("size", [5000, 9_000_000])
+def test_what_does_not_fit_into_the_cache_is_spooled(
+    rig: Rig, expected_events: set[str], size: int
+) -> None:
+    expected_events.add(events.CACHE_BYPASSED)
+    digest, data = blob(12, size)
+    rig.put(digest, data)
+    with tmpfs_mounted(rig.home / "disk", size=256 * KIBIBYTE) as disk:
+        cache = rig.cache(at=disk / "cache")
+        (disk / "filler").write_bytes(bytes(_free(disk)))
+        reader = rig.reader(cache)
+
+        assert read(reader, digest, 1000, 3000) == data[1000:4000]
+        assert read_now(reader, digest, 1000, 3000) == data[1000:4000]
+        assert not cache.contains(digest)
+        assert list(rig.spool.iterdir()) == []
+        # Its count can not be written down on a full disk.
+        (disk / "filler").unlink()
+        rig.close()
+        rig.caches.clear()
+
+
+def _free(directory: Path) -> int:
+    filesystem = os.statvfs(directory)
+    return filesystem.f_bavail * filesystem.f_frsize
+
+
+def test_a_cache_that_others_could_write_is_neither_read_nor_written(
+    rig: Rig, expected_events: set[str]
+) -> None:
+    expected_events.add(events.CACHE_BYPASSED)
+    digest, data = blob(13)
+    rig.put(digest, data)
+    cache = rig.cache()
+    cache.add(digest, data)
+    rig.cached(digest).parent.chmod(0o777)
+    fresh = rig.cache()
+
+    assert read(rig.reader(fresh), digest) == data
+    assert rig.count("blobs_fetched") == 1
+
+
+def test_a_spool_that_can_not_be_written_is_an_error_of_this_host(rig: Rig) -> None:
+    digest, data = blob(14)
+    rig.put(digest, data)
+    rig.spool.rmdir()
+    with pytest.raises(LocalWriteError):
+        read(rig.reader(None), digest)
+
+
+# ------------------------------------------------------------------ what a job is told
+
+
+@pytest.fixture
+def served(rig: Rig) -> Callable[..., tuple[NodeService, Path]]:
+    """Serves files of a content that the store has, or has not."""
+
+    def serve(
+        files: dict[str, Digest], reader: BlobReader | None = None
+    ) -> tuple[NodeService, Path]:
+        tree = Tree()
+        tree.add(
+            Manifest.of(
+                FileEntry(digest.hex, 0, path, digest.size) for path, digest in files.items()
+            )
+        )
+        errors = rig.home / "errors"
+        service = NodeService(
+            tree,
+            reader or rig.reader(rig.cache()),
+            ErrorLedger(errors),
+            rig.statistics,
+            Ownership(os.geteuid(), os.getegid()),
+        )
+        return service, errors
+
+    return serve
+
+
+def lines_of(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+Serve = Callable[..., tuple[NodeService, Path]]
+
+
+def test_a_missing_blob_is_an_error_with_one_line_in_the_ledger(
+    rig: Rig, served: Serve, expected_events: set[str]
+) -> None:
+    expected_events.add(events.MOUNT_READ_FAILED)
+    there, data = blob(20)
+    missing, _ = blob(21, 300)
+    rig.put(there, data)
+    name = os.fsdecode(b"lost-\xff.tx")
+    service, errors = served({name: missing, "there.tx": there})
+    lost, found = service.tree.find(name), service.tree.find("there.tx")
+    assert lost is not None
+    assert found is not None
+
+    for _ in range(3):
+        with pytest.raises(BlobNotFoundError):
+            service.read(lost, 0, 100, Cancellation())
+    assert service.read(found, 4990, 100, Cancellation()) == data[4990:]
+
+    [line] = lines_of(errors)
+    assert (line["path"], line["hash"], line["size"]) == (name, missing.hex, 300)
+    assert (line["code"], line["reference"]) == ("E_NOT_FOUND", "blob-not-found")
+    assert missing.hex in str(line["reason"])
+    assert errors.stat().st_mode & 0o777 == 0o600
+    assert rig.count("reads_failed") == 3
+
+
+def test_a_read_past_the_end_is_empty_and_needs_no_blob(served: Serve) -> None:
+    missing, _ = blob(22, 300)
+    service, errors = served({"a": missing})
+    node = service.tree.find("a")
+    assert node is not None
+    assert service.read(node, 300, 10, Cancellation()) == b""
+    assert service.read_now(node, 1000, memoryview(bytearray(10))) == 0
+    assert not errors.exists()
+
+
+def test_whoever_is_gone_is_counted_and_is_no_failure(rig: Rig, served: Serve) -> None:
+    missing, _ = blob(23, 300)
+    service, errors = served({"a": missing})
+    node = service.tree.find("a")
+    assert node is not None
+    gone = Cancellation()
+    gone.cancel()
+    with pytest.raises(CancelledError):
+        service.read(node, 0, 10, gone)
+    assert rig.count("reads_interrupted") == 1
+    assert rig.count("reads_failed") == 0
+    assert not errors.exists()
+
+
+class Clock:
+    now = 1_700_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_ledger_keeps_an_error_of_a_file_once_in_ten_seconds(tmp_path: Path) -> None:
+    clock = Clock()
+    ledger = ErrorLedger(tmp_path / "errors", clock=clock)
+    digest, _ = blob(24)
+    lost, down = BlobNotFoundError("no such blob"), StoreUnavailableError("it is down")
+    ledger.record("a", digest, lost)
+    ledger.record("a", digest, lost)
+    ledger.record("a", digest, down)
+    ledger.record("b", digest, lost)
+    clock.now += REPEAT_SECONDS - 0.1
+    ledger.record("a", digest, lost)
+    clock.now += 0.1
+    ledger.record("a", digest, lost)
+
+    assert [(line["path"], line["code"]) for line in lines_of(tmp_path / "errors")] == [
+        ("a", "E_NOT_FOUND"), ("a", "E_NETWORK"), ("b", "E_NOT_FOUND"), ("a", "E_NOT_FOUND"),
+    ]  # fmt: skip
+
+
+def test_the_ledger_does_not_grow_for_ever(tmp_path: Path) -> None:
+    ledger = ErrorLedger(tmp_path / "errors")
+    digest, _ = blob(25)
+    for number in range(MOST_LINES + 10):
+        ledger.record(f"{number}", digest, BlobNotFoundError("no such blob"))
+    assert len(lines_of(tmp_path / "errors")) == MOST_LINES
+
+
+def test_a_ledger_that_can_not_be_written_is_logged_and_raises_nothing(
+    tmp_path: Path, expected_events: set[str]
+) -> None:
+    expected_events.add(events.MOUNT_READ_FAILED)
+    ledger = ErrorLedger(tmp_path / "missing/errors")
+    ledger.record("a", blob(26)[0], BlobNotFoundError("no such blob"))
+
+
+# ------------------------------------------------------------------ large blobs
+
+PARTS = 20
+LARGE = PARTS * SMALL_PARTS.part_bytes - 777
+
+
+def ranges_asked(proxy: FaultProxy, digest: Digest) -> list[int]:
+    """Return the numbers of the parts that were asked for, in order."""
+    found = []
+    for request in proxy.requests:
+        if request.method == "GET" and digest.hex in request.key:
+            first = request.headers["range"].removeprefix("bytes=").partition("-")[0]
+            found.append(int(first) // SMALL_PARTS.part_bytes)
+    return found
+
+
+@pytest.mark.usefixtures("large")
+def test_of_a_large_blob_only_the_parts_that_are_read_are_fetched(
+    s3_rig: Rig, fault_proxy: FaultProxy
+) -> None:
+    digest, data = blob(30, LARGE)
+    s3_rig.put(digest, data)
+    cache = s3_rig.cache()
+    reader = s3_rig.reader(cache)
+    part = SMALL_PARTS.part_bytes
+    for offset, length in ((10 * part + 5, 100), (18 * part - 10, 20), (LARGE - 3, 3)):
+        assert read(reader, digest, offset, length) == data[offset : offset + length]
+
+    assert sorted(ranges_asked(fault_proxy, digest)) == [10, 17, 18, 19]
+    assert s3_rig.count("bytes_fetched") == 4 * part - 777
+    assert read_now(reader, digest, 10 * part, part) == data[10 * part : 11 * part]
+    assert read_now(reader, digest, 3 * part, 10) is None
+    assert not cache.contains(digest)
+
+
+@pytest.mark.usefixtures("large")
+def test_random_parts_of_a_large_blob_are_right_whatever_their_order(
+    s3_rig: Rig, fault_proxy: FaultProxy
+) -> None:
+    digest, data = blob(31, LARGE)
+    s3_rig.put(digest, data)
+    reader = s3_rig.reader(s3_rig.cache())
+    chance = random.Random(31)
+
+    def one(_number: int) -> bool:
+        offset = chance.randrange(LARGE)
+        length = min(chance.randrange(1, 40_000), LARGE - offset)
+        return read(reader, digest, offset, length) == data[offset : offset + length]
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(one, range(100)))
+    until(lambda: s3_rig.count("blobs_fetched") == 1)
+    asked = ranges_asked(fault_proxy, digest)
+    assert sorted(asked) == list(range(PARTS)), "each part is fetched once"
+
+
+@pytest.mark.usefixtures("large")
+def test_a_sequential_reader_has_more_and_more_fetched_ahead(
+    s3_rig: Rig, fault_proxy: FaultProxy
+) -> None:
+    digest, data = blob(32, LARGE)
+    s3_rig.put(digest, data)
+    reader = s3_rig.reader(s3_rig.cache())
+    part = SMALL_PARTS.part_bytes
+    ahead = []
+    for at in range(4):
+        assert read(reader, digest, at * part, part) == data[at * part : (at + 1) * part]
+        until(lambda: not reader._streamed[digest.hex]._under_way)
+        ahead.append(max(ranges_asked(fault_proxy, digest)) - at)
+
+    assert ahead[0] < ahead[1] < ahead[2]
+    assert max(ahead) <= SMALL_PARTS.ahead_bytes // part + 1
+
+
+@pytest.mark.usefixtures("large")
+def test_a_large_blob_that_is_complete_is_verified_and_published(rig: Rig) -> None:
+    digest, data = blob(33, LARGE)
+    rig.put(digest, data)
+    cache = rig.cache()
+    reader = rig.reader(cache)
+    for offset in range(0, LARGE, 10_000):
+        assert read(reader, digest, offset, min(10_000, LARGE - offset)) == data[offset:][:10_000]
+
+    until(lambda: not reader._streamed)
+    assert cache.contains(digest)
+    assert rig.cached(digest).read_bytes() == data
+    assert read_now(reader, digest, LARGE - 10, 10) == data[-10:]
+    assert (rig.count("blobs_fetched"), rig.count("bytes_fetched")) == (1, LARGE)
+    assert [path for path in rig.cache_dir.rglob("tmp/*") if path.is_file()] == []
+
+
+@pytest.mark.usefixtures("large")
+def test_a_large_blob_streams_without_a_cache(rig: Rig) -> None:
+    digest, data = blob(34, LARGE)
+    rig.put(digest, data)
+    reader = rig.reader(None)
+    assert read(reader, digest) == data
+    until(lambda: not reader._streamed)
+    assert read_now(reader, digest, 5, 100) == data[5:105]
+    assert list(rig.spool.iterdir()) == []
+
+
+@pytest.mark.usefixtures("large")
+def test_a_large_blob_that_does_not_fit_into_the_cache_streams_through_the_spool(
+    rig: Rig, expected_events: set[str]
+) -> None:
+    expected_events.add(events.CACHE_BYPASSED)
+    digest, data = blob(35, LARGE)
+    rig.put(digest, data)
+    cache = rig.cache(max_bytes=1000)
+    assert read(rig.reader(cache), digest) == data
+    assert not cache.contains(digest)
+
+
+@pytest.mark.usefixtures("large")
+def test_a_large_blob_is_read_whole_if_it_may_not_be_read_unverified(
+    s3_rig: Rig, fault_proxy: FaultProxy
+) -> None:
+    digest, data = blob(36, LARGE)
+    s3_rig.put(digest, data)
+    reader = s3_rig.reader(s3_rig.cache(), policy=replace(SMALL_PARTS, may_stream=False))
+    assert read(reader, digest, 0, 10) == data[:10]
+    assert s3_rig.count("blobs_fetched") == 1
+    assert fault_proxy.count("GET", digest.hex) == 1
+
+
+@pytest.mark.usefixtures("large")
+def test_a_corrupt_large_blob_fails_once_it_is_complete_and_is_not_published(
+    rig: Rig, served: Serve, expected_events: set[str]
+) -> None:
+    expected_events.add(events.MOUNT_READ_FAILED)
+    digest, data = blob(37, LARGE)
+    rig.put(digest, data)
+    flip_a_bit(rig.home / "store" / blob_key(digest), LARGE - 1)
+    cache = rig.cache()
+    reader = rig.reader(cache)
+    service, errors = served({"big.abc": digest, "copies/big.abc": digest}, reader)
+    node = service.tree.find("big.abc")
+    assert node is not None
+
+    assert service.read(node, 0, 1000, Cancellation()) == data[:1000], "that much is known later"
+    with pytest.raises(BlobCorruptError):
+        service.read(node, 0, LARGE, Cancellation())
+    for offset in (0, LARGE - 10):
+        assert service.read_now(node, offset, memoryview(bytearray(10))) == -1
+        with pytest.raises(BlobCorruptError):
+            service.read(node, offset, 10, Cancellation())
+    assert not cache.contains(digest)
+    assert rig.count("blobs_fetched") == 0
+    assert {line["code"] for line in lines_of(errors)} == {"E_CHECKSUM"}
+
+
+@pytest.mark.usefixtures("large")
+def test_what_was_read_before_it_turned_out_wrong_is_in_the_ledger_for_each_of_its_files(
+    rig: Rig, served: Serve, expected_events: set[str]
+) -> None:
+    expected_events.add(events.MOUNT_READ_FAILED)
+    digest, data = blob(38, LARGE)
+    rig.put(digest, data)
+    flip_a_bit(rig.home / "store" / blob_key(digest), 0)
+    reader = rig.reader(rig.cache())
+    service, errors = served({"big.abc": digest, "copies/big.abc": digest}, reader)
+    node = service.tree.find("big.abc")
+    assert node is not None
+    part = SMALL_PARTS.part_bytes
+    # From the end on, so that nothing is fetched ahead, but in the end the one that is missing.
+    for at in range(PARTS - 1, 1, -1):
+        service.read(node, at * part, part, Cancellation())
+    service.read(node, 0, 100, Cancellation())
+    assert service.read(node, 100, 100, Cancellation()) == data[100:200]
+
+    until(lambda: errors.exists() and len(lines_of(errors)) == 2)
+    assert {line["path"] for line in lines_of(errors)} == {"big.abc", "copies/big.abc"}
+
+
+@pytest.mark.usefixtures("large")
+def test_a_damaged_large_blob_in_the_cache_is_found_beside_the_reading(
+    rig: Rig, served: Serve, expected_events: set[str]
+) -> None:
+    expected_events.update({events.CACHE_QUARANTINED, events.MOUNT_READ_FAILED})
+    digest, data = blob(39, LARGE)
+    rig.put(digest, data)
+    cache = rig.cache()
+    cache.add(digest, data)
+    flip_a_bit(rig.cached(digest), LARGE // 2)
+    reader = rig.reader(cache)
+    service, errors = served({"big.abc": digest}, reader)
+    node = service.tree.find("big.abc")
+    assert node is not None
+
+    assert service.read(node, 0, 100, Cancellation()) == data[:100]
+    until(lambda: rig.count("blobs_quarantined") == 1)
+    until(errors.exists)
+    assert service.read(node, LARGE // 2 - 5, 10, Cancellation()) == data[LARGE // 2 - 5 :][:10]
+    assert [line["path"] for line in lines_of(errors)] == ["big.abc"]
+
+
+@pytest.mark.usefixtures("large")
+def test_a_part_that_could_not_be_had_fails_its_readers_and_is_asked_for_again(
+    s3_rig: Rig, fault_proxy: FaultProxy, expected_events: set[str]
+) -> None:
+    expected_events.add(events.REQUEST_RETRIED)
+    digest, data = blob(40, LARGE)
+    s3_rig.put(digest, data)
+    fault_proxy.inject(Fault.UNAVAILABLE)
+    reader = s3_rig.reader(s3_rig.cache())
+    with pytest.raises(StoreUnavailableError):
+        read(reader, digest, 100_000, 10)
+
+    fault_proxy.clear()
+    assert read(reader, digest, 100_000, 10) == data[100_000:100_010]
+
+
+@pytest.mark.usefixtures("large")
+def test_a_disk_that_fills_while_a_large_blob_comes_is_an_error_of_this_host(
+    rig: Rig, served: Serve, expected_events: set[str]
+) -> None:
+    expected_events.add(events.MOUNT_READ_FAILED)
+    digest, data = blob(41, LARGE)
+    rig.put(digest, data)
+    with tmpfs_mounted(rig.home / "disk", size=64 * KIBIBYTE) as disk:
+        rig.spool = disk
+        reader = rig.reader(None)
+        service, errors = served({"big.abc": digest}, reader)
+        node = service.tree.find("big.abc")
+        assert node is not None
+        assert service.read(node, 0, 10, Cancellation()) == data[:10]
+        with pytest.raises(PropmasterError, match="space"):
+            service.read(node, 0, LARGE, Cancellation())
+        assert [line["code"] for line in lines_of(errors)] == ["E_NO_SPACE"]
+        rig.close()
+        reader._streamed.clear()
+
+
+@pytest.mark.usefixtures("large")
+def test_a_killed_waiter_of_a_large_blob_goes_and_the_part_still_comes(
+    s3_rig: Rig, fault_proxy: FaultProxy
+) -> None:
+    digest, data = blob(42, LARGE)
+    s3_rig.put(digest, data)
+    stall = fault_proxy.inject(Fault.STALL, seconds=0.7)
+    reader = s3_rig.reader(s3_rig.cache())
+    gone = Cancellation()
+    with ThreadPoolExecutor(1) as threads:
+        waiter = threads.submit(reader.read, digest, 200_000, 10, gone)
+        until(lambda: stall.hits == 1)
+        gone.cancel()
+        with pytest.raises(CancelledError):
+            waiter.result(0.5)
+    until(lambda: read_now(reader, digest, 200_000, 10) == data[200_000:200_010])
+    assert ranges_asked(fault_proxy, digest).count(200_000 // SMALL_PARTS.part_bytes) == 1
+
+
+def test_descriptors_are_closed_when_the_last_reader_lets_go(rig: Rig) -> None:
+    reader = rig.reader(rig.cache())
+    reader._most_open = 3
+    blobs = [blob(50 + number) for number in range(10)]
+    for digest, data in blobs:
+        rig.put(digest, data)
+        assert read(reader, digest) == data
+    assert len(reader._open) == 3
+    assert sum(read_now(reader, digest, 0, 1) is not None for digest, _ in blobs) == 3
+    digest, data = blobs[0]
+    kept = reader.open(digest, Cancellation())
+    for other, _ in blobs[1:]:
+        read(reader, other)
+    assert hash_fd(kept.fd) == digest
+    fd = kept.fd
+    del kept
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)

@@ -1,0 +1,154 @@
+"""`python -m vfs SPEC`: mount, say so in one line on stdout, serve until unmounted."""
+
+import gc
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from agent_plugin.content import events
+from agent_plugin.content.blob_cache import BlobCache
+from agent_plugin.content.errors import LocalError, LocalReadError, PropmasterError
+from agent_plugin.content.manifest import decode
+from agent_plugin.content.mount_spec import MountSpec, read_spec
+from agent_plugin.content.open_store import build_store
+from agent_plugin.content.store import Store
+from vfs.control import ControlSocket
+from vfs.error_ledger import ErrorLedger
+from vfs.reader import BlobReader
+from vfs.service import NodeService, Ownership
+from vfs.statistics import Statistics
+from vfs.streaming import StreamPolicy
+from vfs.supervisor import Supervisor, tell_on_stdout
+from vfs.transports.kernel_transport import KernelTransport, Session
+from vfs.tree import Tree
+
+log = events.get_logger()
+
+
+def main(arguments: list[str]) -> int:
+    """Run the mount process; return its exit code."""
+    started = time.monotonic()
+    events.configure()
+    if len(arguments) != 1:
+        sys.stderr.write("usage: python -m vfs SPEC\n")
+        return 2
+    try:
+        spec = read_spec(Path(arguments[0]))
+        server = Server(spec)
+        supervisor = Supervisor(spec, server.serve, started=started)
+        return supervisor.run(tell_on_stdout, server.size)
+    except PropmasterError as error:
+        sys.stderr.write(f"error[{error.reference}]: {error.message}\n")
+        if error.hint:
+            sys.stderr.write(f"hint: {error.hint}\n")
+        return error.exit_code
+
+
+class Server:
+    """What is served of a spec; the tree is made before any server is forked, and shared."""
+
+    def __init__(self, spec: MountSpec) -> None:
+        self._spec = spec
+        self._tree = Tree()
+        self._opening = threading.Lock()
+        self._opened: Store | None = None
+        for path in spec.manifests:
+            self._tree.add(decode(_read(path), source=path))
+        # The tree stays as it is: nothing of it is ever garbage, and looking would unshare it.
+        gc.freeze()
+
+    def size(self) -> tuple[int, int]:
+        """Return how many files and bytes there are."""
+        return self._tree.files, self._tree.bytes
+
+    def serve(self, fd: int, session: Session, again: bool, tell: int) -> None:
+        """Serve until the mount is gone."""
+        spec = self._spec
+        statistics = Statistics()
+        reader = BlobReader(
+            self._cache(),
+            self._store,
+            Path(spec.work_dir, "spool"),
+            statistics,
+            policy=StreamPolicy(may_stream=spec.stream),
+        )
+        service = NodeService(
+            self._tree,
+            reader,
+            ErrorLedger(Path(spec.errors)),
+            statistics,
+            Ownership(spec.uid, spec.gid),
+        )
+        transport = KernelTransport(fd, service, xattrs=spec.xattrs)
+
+        def status(_question: Mapping[str, object]) -> dict[str, object]:
+            return {
+                "name": spec.name,
+                "mountpoint": spec.mountpoint,
+                "pid": os.getpid(),
+                "supervisor": os.getppid(),
+                "transport": "kernel",
+                "protocol": f"7.{session.minor}",
+                "writes": spec.writes,
+                "files": self._tree.files,
+                "bytes": self._tree.bytes,
+                "counts": statistics.snapshot(),
+            }
+
+        def files(question: Mapping[str, Any]) -> list[list[dict[str, object]]]:
+            return [
+                [msgspec.to_builtins(entry) for entry in self._tree.at_or_below(path)]
+                for path in question["paths"]
+            ]
+
+        ControlSocket(Path(spec.control), {"status": status, "files": files})
+        if again:
+            transport.ask_again()
+        os.write(tell, b"1")
+        os.close(tell)
+        try:
+            transport.serve()
+        finally:
+            reader.close()
+
+    def _cache(self) -> BlobCache | None:
+        spec = self._spec
+        if not spec.cache_dir:
+            return None
+        try:
+            return BlobCache.open(
+                Path(spec.cache_dir),
+                store_url=spec.store_url,
+                max_bytes=spec.cache_max_bytes,
+                min_free_bytes=spec.cache_min_free_bytes,
+                shared=spec.cache_shared,
+            )
+        except LocalError as error:
+            if error.code == "E_CACHE_UNSAFE":
+                raise
+            log.warning(events.CACHE_BYPASSED, extra={"reason": error.message})
+            return None
+
+    def _store(self) -> Store:
+        with self._opening:
+            if self._opened is None:
+                spec = self._spec
+                self._opened = build_store(spec.store_url, account_id=spec.account_id)
+            return self._opened
+
+
+def _read(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise LocalReadError(f"{path}: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,85 @@
+"""The errors that readers of a mount have seen: one JSON object a line, in a file closed to others.
+
+`finish-task` reads it: a render that was refused a byte has failed for the farm's reasons, whatever
+the renderer made of it. The form is in docs/PROTOCOL.md.
+"""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from agent_plugin.content import events
+from agent_plugin.content.digest import Digest
+from agent_plugin.content.errors import PropmasterError
+
+# A reader that is refused a file asks again for each of its pages.
+REPEAT_SECONDS: Final = 10.0
+# No more than this many lines; then only the counts go on.
+MOST_LINES: Final = 10_000
+
+log = events.get_logger()
+
+
+class ErrorLedger:
+    """Appends to a file; may be used from any thread.
+
+    Args:
+        path: The file; made with mode 0600 at the first error.
+        clock: Seconds since the epoch.
+    """
+
+    def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
+        self._path = path
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._last: dict[tuple[str, str], float] = {}
+        self._lines = 0
+
+    def record(self, path: str, digest: Digest, error: PropmasterError) -> None:
+        """Keep a failed read, unless the same one was kept a moment ago.
+
+        Args:
+            path: Of the file, below the root.
+            digest: Its content.
+            error: Why it could not be read.
+        """
+        now = self._clock()
+        with self._lock:
+            key = (path, error.code)
+            if now - self._last.get(key, float("-inf")) < REPEAT_SECONDS:
+                return
+            self._last[key] = now
+            self._lines += 1
+            if self._lines > MOST_LINES:
+                return
+            line = json.dumps(
+                {
+                    "time": round(now, 3),
+                    "path": path,
+                    "hash": digest.hex,
+                    "size": digest.size,
+                    "code": error.code,
+                    "reference": error.reference,
+                    "reason": error.message,
+                }
+            )
+            try:
+                self._append(line.encode("ascii") + b"\n")
+            except OSError as failure:
+                # The reader is refused its bytes all the same, by the error that it is.
+                log.error(  # noqa: TRY400 - an expected failure: its text says all
+                    events.MOUNT_READ_FAILED,
+                    extra={"path": path, "reason": f"{self._path}: {failure.strerror}"},
+                )
+
+    def _append(self, line: bytes) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(self._path, flags, 0o600)
+        try:
+            os.write(fd, line)
+        finally:
+            os.close(fd)

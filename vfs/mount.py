@@ -1,0 +1,115 @@
+"""mount(2) for the lower file system and the writable one above it, and their orderly end.
+
+Needs CAP_SYS_ADMIN. How a mount ends, each step with a limit in time: asked nicely; who holds it is
+named; taken out of the tree, while those who have something open keep it for a moment; then the
+server ends, and whoever still reads gets an error.
+"""
+
+import ctypes
+import errno
+import os
+import time
+from pathlib import Path
+from typing import Final
+
+from agent_plugin.content import events
+from agent_plugin.content.errors import LocalError, LocalWriteError
+from agent_plugin.content.mount_table import holders, is_mounted, unmount
+from vfs.transports.kernel_transport import MAX_READ_BYTES
+
+_MS_RDONLY: Final = 1
+_MS_NOSUID: Final = 2
+_MS_NODEV: Final = 4
+# How long whoever is just leaving the mount is waited for.
+BUSY_SECONDS: Final = 2.0
+_BUSY_POLL_SECONDS: Final = 0.05
+# The kernel's default of 128 KiB makes eight requests of one.
+READ_AHEAD_KIB: Final = MAX_READ_BYTES // 1024
+FUSE_KIND: Final = "propmaster"
+
+log = events.get_logger()
+
+
+def mount_fuse(at: Path, name: str) -> int:
+    """Mount a read-only FUSE file system; return /dev/fuse, on which INIT waits to be answered.
+
+    Args:
+        at: An existing directory.
+        name: What stands in the mount table as the source.
+
+    Raises:
+        LocalWriteError: The host can not, or this process may not.
+    """
+    try:
+        fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise _refused(f"/dev/fuse: {error.strerror}") from error
+    options = (
+        f"fd={fd},rootmode=40000,user_id={os.geteuid()},group_id={os.getegid()}"
+        f",allow_other,default_permissions,max_read={MAX_READ_BYTES}"
+    )
+    try:
+        # Read-only: otherwise each read would make the kernel ask for the time of access.
+        _mount(name, at, f"fuse.{FUSE_KIND}", _MS_RDONLY | _MS_NOSUID | _MS_NODEV, options)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def mount_overlay(lower: Path, upper: Path, work: Path, at: Path, name: str) -> None:
+    """Mount a writable view of `lower`; what is written goes to `upper`.
+
+    Renaming a directory of inputs and changing a mode or owner copy no content (redirect_dir,
+    metacopy). All but `at` are directories that this process has made, without `,` and `:`.
+
+    Raises:
+        LocalWriteError: The host can not, or this process may not.
+    """
+    for directory in (lower, upper, work):
+        if set(os.fspath(directory)) & set(",:\\"):
+            raise _refused(f"{directory} has a character that overlayfs takes for its own")
+    options = (
+        f"lowerdir={lower},upperdir={upper},workdir={work},metacopy=on,redirect_dir=on,index=off"
+    )
+    _mount(name, at, "overlay", _MS_NOSUID | _MS_NODEV, options)
+
+
+def raise_read_ahead(at: Path) -> None:
+    """Have the kernel ask for larger pieces; without the right to, nothing changes."""
+    device = os.stat(at).st_dev  # noqa: PTH116 - the mount is ours and is served
+    path = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+    try:
+        path.write_text(str(READ_AHEAD_KIB), encoding="ascii")
+    except OSError as error:
+        log.info(events.MOUNT_READ_AHEAD_KEPT, extra={"reason": error.strerror})
+
+
+def end_mount(at: Path, name: str) -> None:
+    """Take the mount of that name away; who keeps it from going at once is logged."""
+    until = time.monotonic() + BUSY_SECONDS
+    while is_mounted(at, name):
+        try:
+            unmount(at)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            if time.monotonic() < until:
+                time.sleep(_BUSY_POLL_SECONDS)
+                continue
+            log.warning(
+                events.MOUNT_BUSY, extra={"mountpoint": os.fspath(at), "holders": holders(at)}
+            )
+            unmount(at, lazily=True)
+
+
+def _mount(source: str, at: Path, kind: str, flags: int, options: str) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    arguments = (source.encode(), os.fsencode(at), kind.encode())
+    if libc.mount(*arguments, ctypes.c_ulong(flags), os.fsencode(options)):
+        reason = os.strerror(ctypes.get_errno())
+        raise _refused(f"{kind} can not be mounted at {at}: {reason}")
+
+
+def _refused(message: str) -> LocalError:
+    return LocalWriteError(message, hint="`propmaster doctor` says what this host can do")

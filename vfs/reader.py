@@ -1,0 +1,340 @@
+"""Where the bytes of a file come from: an open blob, the blob cache, or the store.
+
+What has been verified is read by position from a descriptor. What is not here is fetched once,
+however many readers and processes of the host want it, verified, and kept in the cache that all
+sessions share. A blob of more than STRICT_BYTES can be read while it comes (streaming.py).
+
+A blob that was in the cache already is hashed again before it is read for the first time, since a
+disk may have damaged it; one that is too large for that to go unnoticed is hashed beside the
+reading. Whatever is wrong goes to quarantine and is fetched anew.
+
+Concurrency: any thread may call anything. `read_now` never waits for a store or another process.
+"""
+
+import os
+import resource
+import tempfile
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Final
+
+from agent_plugin.content import events
+from agent_plugin.content.blob_cache import BlobCache, Claim
+from agent_plugin.content.digest import EMPTY_HASH, Digest, hash_fd
+from agent_plugin.content.errors import (
+    BlobCorruptError,
+    LocalError,
+    LocalReadError,
+    PropmasterError,
+    local_write_error,
+)
+from agent_plugin.content.parts import write_all
+from agent_plugin.content.store import WHOLE_BLOB_BYTES, Cancellation, Store
+from vfs.statistics import Statistics
+from vfs.streaming import Streamed, StreamPolicy
+
+# Above, a blob may be read before all of it is here and verified.
+STRICT_BYTES: Final = 64 * 1024 * 1024
+# As long as another process's fetch is waited for; it may have been stopped.
+SINGLE_FLIGHT_SECONDS: Final = 60.0
+# How often a reader that waits looks whether it is still wanted, in seconds.
+POLL_SECONDS: Final = 0.1
+# Threads that fetch: with 30 ms to the store, 32 bring 1,000 small files a second.
+FETCHES_AT_ONCE: Final = 32
+
+log = events.get_logger()
+
+
+class OpenBlob:
+    """A blob's descriptor, closed when the last reader has let go of it."""
+
+    __slots__ = ("fd", "is_verified")
+
+    def __init__(self, fd: int, *, is_verified: bool = True) -> None:
+        self.fd = fd
+        self.is_verified = is_verified
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+def _tell_nobody(_digest: Digest, _error: PropmasterError) -> None:
+    """Take no notice."""
+
+
+class BlobReader:
+    """The blobs of one store.
+
+    Attributes:
+        on_corrupt: Told of a blob that turned out wrong when some of it may have been read.
+
+    Args:
+        cache: The host's cache, or None to do without; what is fetched is then kept in unnamed
+            files as long as it is among the last that were read.
+        open_store: Opens the store; called when something has to be fetched, from any thread.
+        spool: A directory for those files.
+        statistics: What is counted.
+        policy: How large blobs are read.
+    """
+
+    def __init__(
+        self,
+        cache: BlobCache | None,
+        open_store: Callable[[], Store],
+        spool: Path,
+        statistics: Statistics,
+        *,
+        policy: StreamPolicy,
+    ) -> None:
+        self.on_corrupt: Callable[[Digest, PropmasterError], None] = _tell_nobody
+        self._cache = cache
+        self._open_store = open_store
+        self._spool = spool
+        self._statistics = statistics
+        self._policy = policy
+        self._lock = threading.Lock()
+        self._open: OrderedDict[str, OpenBlob] = OrderedDict()
+        # A quarter of what this process may have open; the kernel's limit, not the job's.
+        self._most_open = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+        self._streamed: dict[str, Streamed] = {}
+        self._under_way: dict[str, Future[OpenBlob]] = {}
+        self._threads = ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="fetch")
+        self._halt = Cancellation()
+
+    def close(self) -> None:
+        """Stop fetching; descriptors are closed as their readers let go of them."""
+        self._halt.cancel()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            for streamed in self._streamed.values():
+                streamed.close()
+            self._streamed.clear()
+
+    def read_now(self, digest: Digest, offset: int, buffer: memoryview) -> int:
+        """Read what is here already; return the number of bytes, or -1 when it has to be fetched.
+
+        Args:
+            digest: The blob, of more than 0 bytes.
+            offset: In bytes, below the blob's size.
+            buffer: As long as what is wanted, and not reaching past the blob's end.
+
+        Raises:
+            OSError: The cache's disk does not give it.
+        """
+        blob = self._open.get(digest.hex)
+        if blob is not None:
+            return os.preadv(blob.fd, [buffer], offset)
+        streamed = self._streamed.get(digest.hex)
+        if streamed is not None:
+            return streamed.read_now(offset, buffer)
+        return -1
+
+    def read(self, digest: Digest, offset: int, length: int, cancellation: Cancellation) -> bytes:
+        """Return exactly that part of a blob, after fetching what it takes.
+
+        Raises:
+            CancelledError: Cancellation was wished; the fetch goes on for whoever wants it next.
+            PropmasterError: Any of the store's or this host's.
+        """
+        if digest.hex == EMPTY_HASH:
+            return b""
+        if digest.size > STRICT_BYTES and self._policy.may_stream:
+            streamed = self._stream(digest)
+            if streamed is not None:
+                return streamed.read(offset, length, cancellation)
+        blob = self.open(digest, cancellation)
+        try:
+            data = os.pread(blob.fd, length, offset)
+        except OSError as error:
+            raise LocalReadError(f"{digest} can not be read: {error.strerror}") from error
+        if len(data) != length:
+            raise LocalReadError(f"{digest} ends at {offset + len(data)}")
+        return data
+
+    def open(self, digest: Digest, cancellation: Cancellation) -> OpenBlob:
+        """Return a whole, verified blob, after fetching it if need be.
+
+        Raises:
+            CancelledError, PropmasterError: As `read`.
+        """
+        with self._lock:
+            blob = self._open.get(digest.hex)
+            if blob is not None:
+                self._open.move_to_end(digest.hex)
+                return blob
+            future = self._under_way.get(digest.hex)
+            if future is None:
+                future = self._threads.submit(self._obtain, digest)
+                self._under_way[digest.hex] = future
+        while not future.done():
+            cancellation.check()
+            wait([future], timeout=POLL_SECONDS)
+        return future.result()
+
+    def is_local(self, digest: Digest) -> bool:
+        """Whether the blob is on this host, as far as can be told without reading it."""
+        if digest.hex == EMPTY_HASH or digest.hex in self._open:
+            return True
+        return self._cache is not None and self._cache.contains(digest)
+
+    # ------------------------------------------------------------------ on the fetching threads
+
+    def _obtain(self, digest: Digest) -> OpenBlob:
+        try:
+            blob = self._from_cache(digest) or self._fetched(digest)
+            self._keep(digest, blob)
+            return blob
+        finally:
+            with self._lock:
+                self._under_way.pop(digest.hex, None)
+
+    def _keep(self, digest: Digest, blob: OpenBlob) -> None:
+        with self._lock:
+            self._open[digest.hex] = blob
+            while len(self._open) > self._most_open:
+                self._open.popitem(last=False)
+        if not blob.is_verified:
+            # Not before it is kept, or a wrong one would be kept after it was thrown out.
+            self._threads.submit(self._verify_beside, digest, blob)
+
+    def _from_cache(self, digest: Digest) -> OpenBlob | None:
+        if self._cache is None:
+            return None
+        try:
+            fd = self._cache.open_blob(digest)
+        except LocalError as error:
+            log.warning(events.CACHE_BYPASSED, extra={"reason": error.message})
+            return None
+        if fd is None:
+            return None
+        blob = OpenBlob(fd, is_verified=digest.size <= STRICT_BYTES)
+        if blob.is_verified and not self._is_right(digest, blob):
+            return None
+        self._statistics.count(blobs_from_cache=1, bytes_from_cache=digest.size)
+        return blob
+
+    def _is_right(self, digest: Digest, blob: OpenBlob) -> bool:
+        try:
+            reason = "" if hash_fd(blob.fd) == digest else "its bytes are not what its name says"
+        except OSError as error:
+            reason = f"can not be read: {error.strerror}"
+        if reason and self._cache is not None:
+            self._statistics.count(blobs_quarantined=1)
+            try:
+                self._cache.quarantine(digest, reason)
+            except LocalError as error:
+                log.warning(events.CACHE_BYPASSED, extra={"reason": error.message})
+        return not reason
+
+    def _verify_beside(self, digest: Digest, blob: OpenBlob) -> None:
+        if self._is_right(digest, blob):
+            return
+        with self._lock:
+            if self._open.get(digest.hex) is blob:
+                del self._open[digest.hex]
+        self.on_corrupt(digest, BlobCorruptError(f"{digest} was damaged in the cache when read"))
+
+    def _fetched(self, digest: Digest) -> OpenBlob:
+        claim = self._claim(digest)
+        try:
+            if claim is None and (blob := self._from_cache(digest)) is not None:
+                return blob
+            blob = self._fetch_small(digest) if digest.size <= WHOLE_BLOB_BYTES else None
+            blob = blob or self._fetch_to_file(digest)
+        finally:
+            if claim is not None:
+                claim.release()
+        self._statistics.count(blobs_fetched=1, bytes_fetched=digest.size)
+        return blob
+
+    def _claim(self, digest: Digest) -> Claim | None:
+        """Return the right to fetch; None when the blob has come, or there is no cache."""
+        if self._cache is None:
+            return None
+        deadline = time.monotonic() + SINGLE_FLIGHT_SECONDS
+        claim = None
+        try:
+            while (claim := self._cache.claim(digest)) is None:
+                left = deadline - time.monotonic()
+                if left <= 0 or self._cache.wait_for(digest, left, self._halt):
+                    return None
+            if not self._cache.contains(digest):
+                return claim
+        except LocalError as error:
+            log.warning(events.CACHE_BYPASSED, extra={"reason": error.message})
+        if claim is not None:
+            claim.release()
+        return None
+
+    def _fetch_small(self, digest: Digest) -> OpenBlob | None:
+        data = self._open_store().get(digest)
+        if self._cache is not None:
+            try:
+                self._cache.add(digest, data)
+                fd = self._cache.open_blob(digest)
+                if fd is not None:
+                    return OpenBlob(fd)
+            except LocalError as error:
+                log.warning(events.CACHE_BYPASSED, extra={"reason": error.message})
+        return self._spooled(lambda fd: write_all(fd, data, 0))
+
+    def _fetch_to_file(self, digest: Digest) -> OpenBlob:
+        store = self._open_store()
+        if self._cache is not None:
+            try:
+                with self._cache.staging(digest.size) as staged:
+                    store.fetch(digest, staged.fd, cancellation=self._halt)
+                    blob = OpenBlob(os.dup(staged.fd))
+                    staged.publish(digest)
+            except (LocalError, OSError) as error:
+                log.warning(events.CACHE_BYPASSED, extra={"reason": str(error)})
+            else:
+                return blob
+        return self._spooled(lambda fd: store.fetch(digest, fd, cancellation=self._halt))
+
+    def _spooled(self, fill: Callable[[int], None]) -> OpenBlob:
+        try:
+            with tempfile.TemporaryFile(dir=self._spool) as file:
+                fill(file.fileno())
+                return OpenBlob(os.dup(file.fileno()))
+        except OSError as error:
+            raise local_write_error(error, os.fspath(self._spool)) from error
+
+    # ------------------------------------------------------------------ large blobs
+
+    def _stream(self, digest: Digest) -> Streamed | None:
+        """Return the large blob as it comes; None when it is here or can only be had whole."""
+        with self._lock:
+            if digest.hex in self._open or digest.hex in self._under_way:
+                return None
+            if digest.hex in self._streamed:
+                return self._streamed[digest.hex]
+        blob = self._from_cache(digest)
+        if blob is not None:
+            self._keep(digest, blob)
+            return None
+        with self._lock:
+            if digest.hex in self._open:
+                return None  # It was completed meanwhile.
+            if digest.hex not in self._streamed:
+                self._streamed[digest.hex] = Streamed(
+                    digest,
+                    self._open_store(),
+                    self._cache,
+                    self._spool,
+                    self._policy,
+                    threads=self._threads,
+                    statistics=self._statistics,
+                    on_complete=self._completed,
+                    on_corrupt=self.on_corrupt,
+                )
+            return self._streamed[digest.hex]
+
+    def _completed(self, digest: Digest, fd: int) -> None:
+        with self._lock:
+            self._open[digest.hex] = OpenBlob(fd)
+            self._streamed.pop(digest.hex, None)

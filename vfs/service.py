@@ -1,0 +1,152 @@
+"""What a transport asks of a mount: names, attributes and bytes, without any protocol's types.
+
+Everything but `read` answers at once, from memory or from an open file.
+
+Concurrency: any thread may call anything.
+"""
+
+import os
+import stat
+from dataclasses import dataclass
+from typing import Final
+
+from agent_plugin.content import events
+from agent_plugin.content.digest import Digest
+from agent_plugin.content.errors import CancelledError, LocalReadError, PropmasterError
+from agent_plugin.content.manifest import FileEntry
+from agent_plugin.content.store import Cancellation
+from vfs.error_ledger import ErrorLedger
+from vfs.reader import BlobReader
+from vfs.statistics import Statistics
+from vfs.tree import ROOT, Tree
+
+XATTR_HASH: Final = b"user.propmaster.hash"
+XATTR_STATE: Final = b"user.propmaster.state"
+BLOCK_BYTES: Final = 512
+
+log = events.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Ownership:
+    """To whom files seem to belong, and what may be done with them."""
+
+    uid: int
+    gid: int
+    file_mode: int = 0o644
+    directory_mode: int = 0o755
+
+
+class NodeService:
+    """A tree and its content.
+
+    Args:
+        tree: The names.
+        reader: The bytes.
+        errors: Where failed reads are kept.
+        statistics: What is counted.
+        owner: Whose the files are.
+    """
+
+    def __init__(
+        self,
+        tree: Tree,
+        reader: BlobReader,
+        errors: ErrorLedger,
+        statistics: Statistics,
+        owner: Ownership,
+    ) -> None:
+        self.tree = tree
+        self.owner = owner
+        self._reader = reader
+        self._errors = errors
+        self._statistics = statistics
+        self._file_mode = stat.S_IFREG | owner.file_mode
+        self._directory_mode = stat.S_IFDIR | owner.directory_mode
+        reader.on_corrupt = self._tell_corrupt
+
+    def mode(self, node: int) -> int:
+        """Return type and permissions as stat() gives them."""
+        return self._directory_mode if self.tree.is_directory(node) else self._file_mode
+
+    def path(self, node: int) -> str:
+        """Return the path of a node below the root, for messages."""
+        if not self.tree.is_directory(node):
+            return self.tree.entry(node).path
+        names: list[str] = []
+        while node != ROOT:
+            above = self.tree.parent(node)
+            names += [
+                os.fsdecode(name) for name, found in self.tree.names(above).items() if found == node
+            ]
+            node = above
+        return "/".join(reversed(names))
+
+    def read_now(self, node: int, offset: int, buffer: memoryview) -> int:
+        """Read into a buffer what can be read without waiting.
+
+        Returns:
+            The number of bytes, which is that of the buffer but at the file's end; -1 when
+            `read` has to be called, which may take long.
+        """
+        entry = self.tree.entry(node)
+        length = min(len(buffer), entry.size - offset)
+        if length <= 0:
+            return 0
+        try:
+            count = self._reader.read_now(entry.digest, offset, buffer[:length])
+        except OSError:
+            # `read` finds out what is wrong, and tells.
+            return -1
+        return count if count == length else -1
+
+    def read(self, node: int, offset: int, length: int, cancellation: Cancellation) -> bytes:
+        """Return part of a file, fetched if need be; shorter only at the file's end.
+
+        Raises:
+            CancelledError: The reader is gone.
+            PropmasterError: It can not be had; that is in the error ledger, with the path.
+        """
+        entry = self.tree.entry(node)
+        length = min(length, entry.size - offset)
+        if length <= 0:
+            return b""
+        self._statistics.count(reads_waited=1)
+        try:
+            data = self._reader.read(entry.digest, offset, length, cancellation)
+            if len(data) != length:
+                raise LocalReadError(f"{entry.digest}: {len(data)} bytes at {offset}")
+        except CancelledError:
+            self._statistics.count(reads_interrupted=1)
+            raise
+        except PropmasterError as error:
+            self._statistics.count(reads_failed=1)
+            self._tell(entry, error)
+            raise
+        return data
+
+    def _tell_corrupt(self, digest: Digest, error: PropmasterError) -> None:
+        """Keep that files were read, perhaps, before their blob turned out wrong."""
+        for entry in self.tree.walk():
+            if entry.hash == digest.hex:
+                self._tell(entry, error)
+
+    def _tell(self, entry: FileEntry, error: PropmasterError) -> None:
+        log.error(
+            events.MOUNT_READ_FAILED,
+            extra={"path": entry.path, "hash": entry.hash, "reason": error.message},
+        )
+        self._errors.record(entry.path, entry.digest, error)
+
+    def xattr(self, node: int, name: bytes) -> bytes | None:
+        """Return an extended attribute, None when there is none of that name.
+
+        `user.propmaster.hash` is a file's hash, `user.propmaster.state` is `local` or `remote`.
+        """
+        if self.tree.is_directory(node):
+            return None
+        if name == XATTR_HASH:
+            return self.tree.entry(node).hash.encode()
+        if name == XATTR_STATE:
+            return b"local" if self._reader.is_local(self.tree.digest(node)) else b"remote"
+        return None

@@ -1,0 +1,279 @@
+"""The process that holds a mount while servers come and go.
+
+It mounts, answers the kernel's first request, and forks the server, which inherits /dev/fuse. A
+server that dies, however it dies, is replaced: requests wait in the kernel meanwhile, and those
+that were read and not answered are sent again, so a reader sees nothing but a pause. The mount goes
+away with a signal, with the process it was made for, or when somebody else unmounts it.
+
+One thread, since it forks; it reads no file of the mount.
+"""
+
+import os
+import select
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from agent_plugin.content import events
+from agent_plugin.content.errors import LocalWriteError, PropmasterError, local_write_error
+from agent_plugin.content.mount_spec import MountSpec, Ready
+from agent_plugin.content.mount_table import is_mounted, read_mounts, unmount
+from vfs.mount import FUSE_KIND, end_mount, mount_fuse, mount_overlay, raise_read_ahead
+from vfs.transports.kernel_transport import Session, negotiate
+
+# A server that dies this often within a minute dies of something that a new one will not mend.
+RESTARTS_A_MINUTE: Final = 10
+# How long a server may go on for those who still read from a mount that is out of the tree.
+LAST_READERS_SECONDS: Final = 2.0
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+
+# Given /dev/fuse, what was agreed on, whether requests have to be sent again, and what to write
+# one byte to when it serves: serves until the mount is gone.
+Serve = Callable[[int, Session, bool, int], None]
+
+log = events.get_logger()
+
+
+class Supervisor:
+    """One mount.
+
+    Args:
+        spec: What is mounted, and where.
+        serve: The server; called in a process of its own.
+        started: When the process began, monotonic seconds.
+    """
+
+    def __init__(self, spec: MountSpec, serve: Serve, *, started: float) -> None:
+        self._spec = spec
+        self._serve = serve
+        self._started = started
+        self._deaths: deque[float] = deque(maxlen=RESTARTS_A_MINUTE)
+        self._fd = -1
+        self._session: Session | None = None
+        self._server = 0
+        self._mountpoint = Path(spec.mountpoint)
+
+    def run(self, tell: Callable[[Ready], None], size: Callable[[], tuple[int, int]]) -> int:
+        """Mount, serve, and return the exit code when the mount is gone.
+
+        Args:
+            tell: Called once, when the mount can be used.
+            size: Returns how many files and bytes there are.
+
+        Raises:
+            PropmasterError: It could not be mounted; nothing is left.
+        """
+        os.chdir("/")
+        wake = self._listen()
+        try:
+            self._make_directories()
+            self._fd = mount_fuse(self._spec.lower, self._spec.name)
+            self._session = negotiate(self._fd)
+            self._start(again=False)
+            raise_read_ahead(self._spec.lower)
+            if self._spec.writes == "overlayfs":
+                work = Path(self._spec.work_dir)
+                mount_overlay(
+                    self._spec.lower,
+                    self._spec.upper,
+                    work / "work",
+                    self._mountpoint,
+                    self._spec.name,
+                )
+        except BaseException:
+            self._end()
+            raise
+        files, total = size()
+        tell(
+            Ready(
+                pid=os.getpid(),
+                transport="kernel",
+                writes=self._spec.writes,
+                files=files,
+                bytes=total,
+                seconds=round(time.monotonic() - self._started, 3),
+            )
+        )
+        log.info(events.MOUNT_STARTED, extra={"mountpoint": self._spec.mountpoint, "files": files})
+        try:
+            return self._watch(wake)
+        finally:
+            self._end()
+            log.info(events.MOUNT_ENDED, extra={"mountpoint": self._spec.mountpoint})
+
+    def _listen(self) -> int:
+        """Have signals wake `poll`; return the descriptor that tells of them."""
+        reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for number in _SIGNALS:
+            signal.signal(number, lambda *_: None)
+        return reader
+
+    def _make_directories(self) -> None:
+        spec = self._spec
+        try:
+            for name in ("lower", "upper", "work", "spool"):
+                Path(spec.work_dir, name).mkdir(mode=0o700, parents=True, exist_ok=True)
+            if spec.writes == "overlayfs":
+                # What is written belongs to the job's user, its root included.
+                os.chown(spec.upper, spec.uid, spec.gid)
+                spec.upper.chmod(0o755)
+        except OSError as error:
+            raise local_write_error(error, spec.work_dir) from error
+
+    def _start(self, *, again: bool) -> None:
+        """Fork a server and wait until it serves.
+
+        Raises:
+            LocalWriteError: It ended before that.
+        """
+        assert self._session is not None  # noqa: S101 - INIT was answered before
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        server = os.fork()
+        if server == 0:
+            code = 1
+            try:
+                os.close(reader)
+                signal.set_wakeup_fd(-1)
+                for number in _SIGNALS:
+                    signal.signal(number, signal.SIG_IGN)
+                self._serve(self._fd, self._session, again, writer)
+                code = 0
+            except PropmasterError as error:
+                sys.stderr.write(f"error[{error.reference}]: {error.message}\n")
+                code = error.exit_code
+            except BaseException:
+                log.exception(events.MOUNT_REQUEST_CRASHED)
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        os.close(writer)
+        try:
+            serves = os.read(reader, 1)
+        finally:
+            os.close(reader)
+        if not serves:
+            _, status = os.waitpid(server, 0)
+            raise LocalWriteError(
+                f"the server of {self._mountpoint} ended before it served"
+                f" (exit code {os.waitstatus_to_exitcode(status)})",
+                hint="see what it wrote before this",
+            )
+        self._server = server
+
+    def _watch(self, wake: int) -> int:
+        """Return when the mount is to go away."""
+        owner = _pidfd(self._spec.owner_pid)
+        mounts = os.open("/proc/self/mounts", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            while self._is_in_place():
+                server = os.pidfd_open(self._server)
+                try:
+                    ready = _poll([wake, server, *([owner] if owner >= 0 else [])], mounts)
+                finally:
+                    os.close(server)
+                if wake in ready or (owner >= 0 and owner in ready):
+                    return 0
+                if server not in ready:
+                    continue
+                _, status = os.waitpid(self._server, 0)
+                self._server = 0
+                code = os.waitstatus_to_exitcode(status)
+                if code == 0:
+                    return 0
+                if not self._replace(code):
+                    return 1
+            return 0  # Somebody unmounted it; of two mounts, the upper one.
+        finally:
+            os.close(mounts)
+            if owner >= 0:
+                os.close(owner)
+
+    def _is_in_place(self) -> bool:
+        """Whether what the job sees is mounted; perhaps a directory above was renamed."""
+        kind = "overlay" if self._spec.writes == "overlayfs" else f"fuse.{FUSE_KIND}"
+        return any(
+            mount.source == self._spec.name and mount.kind == kind for mount in read_mounts()
+        )
+
+    def _replace(self, code: int) -> bool:
+        log.warning(
+            events.MOUNT_SERVER_DIED,
+            extra={"mountpoint": self._spec.mountpoint, "exit_code": code},
+        )
+        now = time.monotonic()
+        many = len(self._deaths) == RESTARTS_A_MINUTE and now - self._deaths[0] < 60  # noqa: PLR2004
+        self._deaths.append(now)
+        if many or self._session is None or not self._session.can_resend:
+            return False
+        try:
+            self._start(again=True)
+        except PropmasterError as error:
+            log.error(  # noqa: TRY400 - an expected failure: its text says all
+                events.MOUNT_SERVER_DIED,
+                extra={"mountpoint": self._spec.mountpoint, "reason": error.message},
+            )
+            return False
+        return True
+
+    def _end(self) -> None:
+        """Take both mounts away, give last readers a moment, and end the server."""
+        for at in dict.fromkeys((self._mountpoint, self._spec.lower)):
+            with suppress(OSError):
+                end_mount(at, self._spec.name)
+        if self._server:
+            until = time.monotonic() + LAST_READERS_SECONDS
+            while os.waitpid(self._server, os.WNOHANG) == (0, 0):
+                if time.monotonic() > until:
+                    os.kill(self._server, signal.SIGKILL)
+                    os.waitpid(self._server, 0)
+                    break
+                time.sleep(0.02)
+            self._server = 0
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        # Where the server was gone, the first try may have failed.
+        for at in dict.fromkeys((self._mountpoint, self._spec.lower)):
+            with suppress(OSError):
+                if is_mounted(at, self._spec.name):
+                    unmount(at, lazily=True)
+
+
+def _pidfd(pid: int) -> int:
+    if not pid:
+        return -1
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        # Gone already: a pipe without a writer is ready at once.
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        os.close(writer)
+        return reader
+
+
+def _poll(descriptors: list[int], mounts: int) -> set[int]:
+    """Return those that are ready; perhaps none, when the kernel's mounts have changed.
+
+    Source: proc_pid_mounts(5).
+    """
+    poll = select.poll()
+    poll.register(mounts, select.POLLPRI)
+    for fd in descriptors:
+        poll.register(fd, select.POLLIN)
+    return {fd for fd, _ in poll.poll()}
+
+
+def tell_on_stdout(ready: Ready) -> None:
+    """Print the line by which the mount is known to be ready, and let go of stdout."""
+    os.write(1, msgspec.json.encode(ready) + b"\n")
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.close(null)

@@ -1,0 +1,375 @@
+"""Our own server on /dev/fuse: the kernel asks little, and is told to remember everything.
+
+The tree never changes under the kernel's feet, so names, attributes, missing names and pages are
+valid for ever; OPEN and OPENDIR are answered with ENOSYS once, and then no open file costs a
+message (FUSE_NO_OPEN_SUPPORT). A server therefore has no state that its successor needs: when it
+is killed, the next one asks the kernel to send again what was not answered.
+
+One thread reads requests and answers all that can be answered at once. A read that has to wait for
+the store goes to a thread that answers later; if its reader is killed meanwhile the kernel sends
+INTERRUPT, and the read is answered with EINTR at once, which lets the process go.
+
+The errno boundary: what leaves here is a positive errno of the operating system, never an
+exception.
+"""
+
+import errno
+import os
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final
+
+from agent_plugin.content import events
+from agent_plugin.content.errors import CancelledError, PropmasterError
+from agent_plugin.content.store import Cancellation
+from vfs.service import BLOCK_BYTES, NodeService
+from vfs.transports import kernel_protocol as protocol
+from vfs.transports.kernel_protocol import FOREVER, Feature, Opcode
+
+MAX_READ_BYTES: Final = 1024 * 1024
+# Larger than any request of a mount that takes no writes.
+REQUEST_BYTES: Final = 128 * 1024
+PAGE_BYTES: Final = 4096
+NAME_BYTES: Final = 255
+# Reads that wait for the store at once; the kernel sends more than its default of 12 if told so.
+WAITING_READS: Final = 64
+MAX_BACKGROUND: Final = 64
+# Encoded listings that are kept; a large directory is asked for in many pieces.
+LISTINGS: Final = 64
+
+WANTED: Final = (
+    Feature.ASYNC_READ
+    | Feature.BIG_WRITES
+    | Feature.DO_READDIRPLUS
+    | Feature.NO_OPEN_SUPPORT
+    | Feature.PARALLEL_DIROPS
+    | Feature.MAX_PAGES
+    | Feature.CACHE_SYMLINKS
+    | Feature.NO_OPENDIR_SUPPORT
+    | Feature.EXPLICIT_INVAL_DATA
+    | Feature.INIT_EXT
+    | Feature.HAS_RESEND
+)
+
+log = events.get_logger()
+
+
+class ProtocolError(Exception):
+    """The kernel speaks a protocol that is too old, or something else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What was agreed on at INIT."""
+
+    minor: int
+    features: Feature
+
+    @property
+    def can_resend(self) -> bool:
+        """Whether the kernel sends again what a killed server had read and not answered."""
+        return Feature.HAS_RESEND in self.features
+
+
+def negotiate(fd: int) -> Session:
+    """Read the kernel's first request, INIT, and answer it.
+
+    Args:
+        fd: /dev/fuse, right after mount(2).
+
+    Raises:
+        ProtocolError: The kernel is older than protocol 7.31, or lacks what no server can do
+            without here.
+    """
+    request = os.read(fd, REQUEST_BYTES)
+    _, opcode, unique, *_ = protocol.IN_HEADER.unpack_from(request)
+    if opcode != Opcode.INIT:
+        raise ProtocolError(f"the first request is {opcode}, not INIT")
+    body = protocol.IN_HEADER.size
+    major, minor, readahead, flags = protocol.INIT_IN.unpack_from(request, body)
+    offered = Feature(flags)
+    if Feature.INIT_EXT in offered:
+        [high] = protocol.INIT_IN_FLAGS2.unpack_from(request, body + protocol.INIT_IN.size)
+        offered |= Feature(high << 32)
+    agreed = WANTED & offered
+    session = Session(min(minor, protocol.MINOR), agreed)
+    if major != protocol.MAJOR or minor < protocol.OLDEST_MINOR:
+        os.write(fd, protocol.OUT_HEADER.pack(protocol.OUT_HEADER.size, -errno.EPROTO, unique))
+        raise ProtocolError(f"the kernel speaks FUSE {major}.{minor}, which is too old")
+    answer = protocol.INIT_OUT.pack(
+        protocol.MAJOR,
+        session.minor,
+        max(readahead, 8 * MAX_READ_BYTES),
+        agreed & 0xFFFFFFFF,
+        MAX_BACKGROUND,
+        MAX_BACKGROUND * 3 // 4,
+        PAGE_BYTES,
+        1,
+        MAX_READ_BYTES // PAGE_BYTES,
+        0,
+        agreed >> 32,
+        0,
+    )
+    header = protocol.OUT_HEADER.pack(protocol.OUT_HEADER.size + len(answer), 0, unique)
+    os.write(fd, header + answer)
+    return session
+
+
+class KernelTransport:
+    """Serves one mount.
+
+    Args:
+        fd: /dev/fuse, after `negotiate`.
+        service: What is served.
+        xattrs: Tell hash and state of files as extended attributes. It costs a message for each
+            file that `ls -l` lists, since it asks for ACLs; without, the kernel is told once that
+            there are none.
+    """
+
+    def __init__(self, fd: int, service: NodeService, *, xattrs: bool = False) -> None:
+        self._fd = fd
+        self._service = service
+        self._tree = service.tree
+        self._listings: OrderedDict[int, tuple[bytes, list[int]]] = OrderedDict()
+        self._waiting: dict[int, Cancellation] = {}
+        self._lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(WAITING_READS, thread_name_prefix="wait")
+        self._buffer = memoryview(bytearray(MAX_READ_BYTES))
+        self._handlers: dict[int, Callable[[int, int, memoryview], None]] = {
+            Opcode.LOOKUP: self._lookup,
+            Opcode.GETATTR: self._getattr,
+            Opcode.READ: self._read,
+            Opcode.READDIR: self._readdir,
+            Opcode.READDIRPLUS: self._readdirplus,
+            Opcode.STATFS: self._statfs,
+            Opcode.INTERRUPT: self._interrupt,
+            Opcode.FORGET: self._forget,
+            Opcode.BATCH_FORGET: self._forget,
+            Opcode.DESTROY: self._destroy,
+        }
+        if xattrs:
+            self._handlers[Opcode.GETXATTR] = self._getxattr
+            self._handlers[Opcode.LISTXATTR] = self._listxattr
+
+    def ask_again(self) -> None:
+        """Have the kernel send again what a killed server had read and not answered.
+
+        Raises:
+            OSError: It can not, or the mount is gone.
+        """
+        size = protocol.OUT_HEADER.size
+        os.write(self._fd, protocol.OUT_HEADER.pack(size, protocol.NOTIFY_RESEND, 0))
+
+    def serve(self) -> None:
+        """Answer requests until the mount is gone."""
+        buffer = memoryview(bytearray(REQUEST_BYTES))
+        unpack = protocol.IN_HEADER.unpack_from
+        body = protocol.IN_HEADER.size
+        while True:
+            try:
+                length = os.readv(self._fd, [buffer])
+            except OSError as error:
+                if error.errno == errno.ENODEV:
+                    break
+                # ENOENT: the request was interrupted before anybody read it.
+                if error.errno in (errno.EINTR, errno.EAGAIN, errno.ENOENT):
+                    continue
+                raise
+            _, opcode, unique, node, *_ = unpack(buffer)
+            handler = self._handlers.get(opcode)
+            if handler is None:
+                self._refuse(unique, errno.ENOSYS)
+                continue
+            try:
+                handler(unique, node, buffer[body:length])
+            except Exception as error:  # noqa: BLE001 - the errno boundary: nothing may pass
+                self._refuse(unique, self._errno_of(error))
+        for cancellation in list(self._waiting.values()):
+            cancellation.cancel()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    # ------------------------------------------------------------------ requests
+
+    def _lookup(self, unique: int, node: int, body: memoryview) -> None:
+        if len(body) - 1 > NAME_BYTES:
+            self._refuse(unique, errno.ENAMETOOLONG)
+            return
+        found = self._tree.lookup(node, bytes(body[:-1]))
+        if found is None:
+            # Node 0: the kernel remembers that there is nothing of that name.
+            missing = protocol.ENTRY.pack(0, 0, FOREVER, 0, 0, 0)
+            self._answer(unique, missing + bytes(protocol.ATTR.size))
+        else:
+            self._answer(unique, self._entry(found))
+
+    def _getattr(self, unique: int, node: int, _body: memoryview) -> None:
+        self._answer(unique, protocol.ATTR_OUT.pack(FOREVER, 0, 0) + self._attr(node))
+
+    def _read(self, unique: int, node: int, body: memoryview) -> None:
+        _, offset, size, *_ = protocol.READ_IN.unpack_from(body)
+        count = self._service.read_now(node, offset, self._buffer[:size])
+        if count >= 0:
+            self._answer(unique, self._buffer[:count])
+            return
+        cancellation = Cancellation()
+        with self._lock:
+            self._waiting[unique] = cancellation
+        self._threads.submit(self._read_later, unique, node, offset, size, cancellation)
+
+    def _read_later(
+        self, unique: int, node: int, offset: int, size: int, cancellation: Cancellation
+    ) -> None:
+        try:
+            data: bytes | Exception = self._service.read(node, offset, size, cancellation)
+        except Exception as error:  # noqa: BLE001 - the errno boundary: nothing may pass
+            data = error
+        with self._lock:
+            if self._waiting.pop(unique, None) is None:
+                return  # It was answered with EINTR.
+        if isinstance(data, bytes):
+            self._answer(unique, data)
+        else:
+            self._refuse(unique, self._errno_of(data))
+
+    def _interrupt(self, _unique: int, _node: int, body: memoryview) -> None:
+        [interrupted] = protocol.INTERRUPT_IN.unpack_from(body)
+        with self._lock:
+            cancellation = self._waiting.pop(interrupted, None)
+        if cancellation is not None:
+            cancellation.cancel()
+            self._refuse(interrupted, errno.EINTR)
+
+    def _readdirplus(self, unique: int, node: int, body: memoryview) -> None:
+        _, offset, size, *_ = protocol.READ_IN.unpack_from(body)
+        encoded, ends = self._listing(node)
+        # Offsets are positions in the listing: the n-th entry ends where n is.
+        start = ends[offset - 1] if 0 < offset <= len(ends) else 0
+        last = bisect_right(ends, start + size)
+        end = ends[last - 1] if last > offset else start
+        self._answer(unique, memoryview(encoded)[start:end] if offset < len(ends) else b"")
+
+    def _readdir(self, unique: int, node: int, body: memoryview) -> None:
+        """For kernels that do not ask for attributes as well."""
+        _, offset, size, *_ = protocol.READ_IN.unpack_from(body)
+        answer = b""
+        for position, (name, found) in enumerate(self._names(node)[offset:], start=offset + 1):
+            entry = self._dirent(position, name, found)
+            if len(answer) + len(entry) > size:
+                break
+            answer += entry
+        self._answer(unique, answer)
+
+    def _statfs(self, unique: int, _node: int, _body: memoryview) -> None:
+        blocks = -(-self._tree.bytes // PAGE_BYTES)
+        self._answer(
+            unique,
+            protocol.STATFS_OUT.pack(
+                blocks, 0, 0, len(self._tree), 0, PAGE_BYTES, NAME_BYTES, PAGE_BYTES, 0
+            ),
+        )
+
+    def _getxattr(self, unique: int, node: int, body: memoryview) -> None:
+        [size, _] = protocol.GETXATTR.unpack_from(body)
+        value = self._service.xattr(node, bytes(body[protocol.GETXATTR.size : -1]))
+        if value is None:
+            self._refuse(unique, errno.ENODATA)
+        else:
+            self._answer_xattr(unique, value, size)
+
+    def _listxattr(self, unique: int, _node: int, body: memoryview) -> None:
+        # Ours are not listed, or every tool that copies attributes would copy them.
+        [size, _] = protocol.GETXATTR.unpack_from(body)
+        self._answer_xattr(unique, b"", size)
+
+    def _answer_xattr(self, unique: int, value: bytes, size: int) -> None:
+        if size == 0:
+            self._answer(unique, protocol.GETXATTR.pack(len(value), 0))
+        elif len(value) > size:
+            self._refuse(unique, errno.ERANGE)
+        else:
+            self._answer(unique, value)
+
+    def _forget(self, _unique: int, _node: int, _body: memoryview) -> None:
+        """Nodes stay; the kernel expects no answer."""
+
+    def _destroy(self, unique: int, _node: int, _body: memoryview) -> None:
+        self._refuse(unique, 0)
+
+    # ------------------------------------------------------------------ their parts
+
+    def _attr(self, node: int) -> bytes:
+        if not self._tree.exists(node):
+            raise FileNotFoundError(errno.ESTALE, "no such node")
+        size = self._tree.size(node)
+        seconds, nanoseconds = divmod(self._tree.mtime_ns(node), 1_000_000_000)
+        owner = self._service.owner
+        return protocol.ATTR.pack(
+            node, size, -(-size // BLOCK_BYTES),
+            seconds, seconds, seconds, nanoseconds, nanoseconds, nanoseconds,
+            self._service.mode(node), 2 if self._tree.is_directory(node) else 1,
+            owner.uid, owner.gid, 0, PAGE_BYTES, 0,
+        )  # fmt: skip
+
+    def _entry(self, node: int) -> bytes:
+        return protocol.ENTRY.pack(node, 0, FOREVER, FOREVER, 0, 0) + self._attr(node)
+
+    def _names(self, node: int) -> list[tuple[bytes, int]]:
+        return [
+            (b".", node),
+            (b"..", self._tree.parent(node)),
+            *self._tree.names(node).items(),
+        ]
+
+    def _dirent(self, position: int, name: bytes, node: int) -> bytes:
+        kind = protocol.DT_DIR if self._tree.is_directory(node) else protocol.DT_REG
+        entry = protocol.DIRENT.pack(node, position, len(name), kind) + name
+        return entry + bytes(-len(entry) % 8)
+
+    def _listing(self, node: int) -> tuple[bytes, list[int]]:
+        """Return a directory as READDIRPLUS gives it, and where each entry ends."""
+        listing = self._listings.get(node)
+        if listing is None:
+            # "." and "..": the kernel looks up nothing for a node 0.
+            nothing = bytes(protocol.ENTRY.size + protocol.ATTR.size)
+            pieces, ends, end = [], [], 0
+            for position, (name, found) in enumerate(self._names(node), start=1):
+                known = nothing if name in (b".", b"..") else self._entry(found)
+                piece = known + self._dirent(position, name, found)
+                pieces.append(piece)
+                end += len(piece)
+                ends.append(end)
+            listing = self._listings[node] = b"".join(pieces), ends
+            if len(self._listings) > LISTINGS:
+                self._listings.popitem(last=False)
+        return listing
+
+    def _answer(self, unique: int, data: bytes | memoryview) -> None:
+        header = protocol.OUT_HEADER.pack(protocol.OUT_HEADER.size + len(data), 0, unique)
+        self._send([header, data])
+
+    def _refuse(self, unique: int, error: int) -> None:
+        self._send([protocol.OUT_HEADER.pack(protocol.OUT_HEADER.size, -error, unique)])
+
+    def _send(self, pieces: list[bytes | memoryview]) -> None:
+        try:
+            os.writev(self._fd, pieces)
+        except OSError as error:
+            # ENOENT: the request was interrupted, nobody waits. ENODEV: the mount is gone.
+            if error.errno not in (errno.ENOENT, errno.ENODEV):
+                raise
+
+    @staticmethod
+    def _errno_of(error: Exception) -> int:
+        if isinstance(error, CancelledError):
+            return errno.EINTR
+        if isinstance(error, PropmasterError):
+            # A byte that can not be had is an error of input and output, whatever the reason.
+            return errno.EIO
+        if isinstance(error, OSError) and error.errno:
+            return error.errno
+        log.error(events.MOUNT_REQUEST_CRASHED, exc_info=error)
+        return errno.EIO
