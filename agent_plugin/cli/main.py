@@ -32,9 +32,11 @@ COMMANDS: Final = {
     "demo": ("agent_plugin.cli.demo", "Show the whole main job on this machine."),
     "doctor": ("agent_plugin.cli.doctor", "Say what this host can do, and what follows."),
     "manifest": ("agent_plugin.cli.manifest", "Show, check, compare and make manifests."),
+    "mount": ("agent_plugin.cli.mount", "Mount a manifest as a file system that fetches lazily."),
     "outputs": ("agent_plugin.cli.outputs", "List or download what a job's tasks left behind."),
     "session": ("agent_plugin.cli.session", "What the worker agent calls around tasks."),
     "submit": ("agent_plugin.cli.submit", "Upload a directory as a job's inputs."),
+    "unmount": ("agent_plugin.cli.unmount", "End a mount."),
 }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from agent_plugin.cli.mounting import open_mounts
 from agent_plugin.cli.options import common_options, print_json, say, session_dir_option
 from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.content.errors import JobInvalidError, LocalReadError
@@ -58,14 +59,16 @@ def start_command(
     """Bring the job's inputs to the session directory. Start it again to go on after a kill."""
     settings = load(config)
     job = _read_job(job_file)
-    if (file_system or job.attachments.file_system) == "VIRTUAL":
-        say("note: VIRTUAL is not in this version; the inputs are copied", err=True)
     with (
         cancel_on_signals() as cancellation,
         locked_state(state_directory(settings), session_dir) as state_file,
         open_services(settings, job.store_url, cancellation=cancellation) as context,
     ):
-        result = start(job, session_dir, context, state_file)
+        mounts = open_mounts(settings)
+        mounts.clear_stale()
+        result = start(
+            job, session_dir, context, state_file, mounts=mounts, file_system=file_system
+        )
     _print_started(result, as_json=as_json)
 
 
@@ -143,6 +146,7 @@ def finish_task_command(
             action,
             context,
             state_file,
+            mounts=open_mounts(settings),
             failed=failed,
             upload_failed=upload_failed or settings.outputs.upload_failed,
         )
@@ -171,7 +175,10 @@ def end_command(session_dir: Path, keep_files: bool, as_json: bool, config: Path
         cancel_on_signals(),
         locked_state(state_directory(settings), session_dir) as state_file,
     ):
-        result = end(session_dir, open_records(settings), state_file, keep_files=keep_files)
+        mounts = open_mounts(settings)
+        result = end(
+            session_dir, open_records(settings), state_file, mounts=mounts, keep_files=keep_files
+        )
     if as_json:
         print_json(result)
         return

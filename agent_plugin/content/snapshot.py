@@ -124,6 +124,29 @@ def walk(
             yield from _Walk(opened, cancellation or Cancellation()).files(start)
 
 
+def walk_links(
+    root: Path,
+    links: Sequence[str],
+    *,
+    follow_root: bool = True,
+    cancellation: Cancellation | None = None,
+) -> Iterator[FoundFile]:
+    """Yield what symbolic links count as: the file one leads to, or all below a directory.
+
+    Args:
+        root: The directory that paths are relative to and that links must not leave.
+        links: Relative to `root`, `/` separated. What is no link any more is passed over.
+        follow_root: Whether `root` may be a link itself.
+        cancellation: Checked at each directory, or None.
+
+    Raises:
+        CancelledError, LocalReadError: As `walk`.
+    """
+    with Root(root, follow=follow_root) as opened:
+        for link in links:
+            yield from _Walk(opened, cancellation or Cancellation()).behind(link)
+
+
 def hash_files(
     root: Root,
     files: Iterable[FoundFile],
@@ -263,6 +286,14 @@ class _Walk:
             self._visit(self._pending.pop(), only=name)
             if not self._pending:
                 return
+        while self._pending:
+            yield from self._visit(self._pending.pop())
+
+    def behind(self, link: str) -> Iterator[FoundFile]:
+        above, _, name = link.rpartition("/")
+        file = self._follow(_Directory(above, above), name)
+        if file is not None:
+            yield file
         while self._pending:
             yield from self._visit(self._pending.pop())
 

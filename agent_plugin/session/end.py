@@ -16,7 +16,9 @@ from agent_plugin.content import events
 from agent_plugin.content.errors import PropmasterError, SessionStateError, local_write_error
 from agent_plugin.content.leftovers import remove_tree
 from agent_plugin.session.inputs import hidden_root
-from agent_plugin.session.state import SessionState, StateFile, session_id
+from agent_plugin.session.mounts import Mounts
+from agent_plugin.session.state import VIRTUAL, SessionState, StateFile, session_id
+from agent_plugin.session.virtual import work_dir_name
 from agent_plugin.transfer.context import Records
 
 log = events.get_logger()
@@ -29,13 +31,19 @@ class EndResult(msgspec.Struct, rename="camel"):
 
 
 def end(
-    session_dir: Path, records: Records, state_file: StateFile, *, keep_files: bool = False
+    session_dir: Path,
+    records: Records,
+    state_file: StateFile,
+    *,
+    mounts: Mounts,
+    keep_files: bool = False,
 ) -> EndResult:
     """End a session; ending one that has ended, or never started, does nothing.
 
     Local roots inside the session directory are removed; a root that the queue's rules mapped
     elsewhere is the host's own directory and stays as it is. A link in a root's place is removed,
-    and what it leads to is not touched.
+    and what it leads to is not touched. Mounted roots are unmounted, whoever is still in them; with
+    `keep_files` what was written to them stays beside them.
 
     Raises:
         PropmasterError: A root could not be removed; the others are, and end can be tried again.
@@ -48,6 +56,10 @@ def end(
         _forget(key, "", records, state_file)
         raise
     removed = []
+    if state is not None:
+        for root in state.roots:
+            if root.file_system == VIRTUAL:
+                mounts.end(Path(root.local_root))
     if state is not None and not keep_files:
         removed = _remove_roots(session_dir, state)
     _forget(key, state.job.store_url if state else "", records, state_file)
@@ -65,7 +77,7 @@ def _remove_roots(session_dir: Path, state: SessionState) -> list[str]:
             continue
         stood = os.path.lexists(local) or os.path.lexists(hidden_root(local))
         try:
-            _remove(inside, local.name, hidden_root(local).name)
+            _remove(inside, local.name, hidden_root(local).name, work_dir_name(local))
             if stood:
                 removed.append(root.local_root)
         except OSError as error:

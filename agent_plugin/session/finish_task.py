@@ -19,13 +19,19 @@ from typing import Final
 
 from agent_plugin.content import events
 from agent_plugin.content.digest import Digest
-from agent_plugin.content.errors import FileChangedError, SessionStateError
+from agent_plugin.content.errors import (
+    FileChangedError,
+    MountReadFailedError,
+    SessionStateError,
+)
 from agent_plugin.content.manifest import FileEntry, Manifest, encode
 from agent_plugin.content.safe_path import Root
-from agent_plugin.content.snapshot import FoundFile, hash_files, walk
+from agent_plugin.content.snapshot import FoundFile, hash_files, walk, walk_links
 from agent_plugin.content.store import Store
+from agent_plugin.session.mounts import Mounts, files_of_mount
 from agent_plugin.session.roots import is_below, output_manifest_key, output_metadata
 from agent_plugin.session.state import (
+    VIRTUAL,
     AnsweredAction,
     BaselineFile,
     FinishResult,
@@ -34,6 +40,8 @@ from agent_plugin.session.state import (
     SessionState,
     StateFile,
 )
+from agent_plugin.session.virtual import refuse_failed_reads
+from agent_plugin.session.written import find_written
 from agent_plugin.transfer.context import TransferContext
 from agent_plugin.transfer.ledger import TransferSpec
 from agent_plugin.transfer.upload import upload
@@ -70,6 +78,9 @@ class _Changes:
 
     Attributes:
         follow: Whether the root may be a link.
+        gone: Inputs of a mounted root that are not at their path any more.
+        inputs: Of the changed content of a mounted root, what is that of inputs: it came from the
+            store, and to read it would fetch it.
     """
 
     root: RootState
@@ -77,10 +88,12 @@ class _Changes:
     changed: dict[str, FileEntry] = field(default_factory=dict)
     baseline: dict[str, BaselineFile] = field(default_factory=dict)
     deleted: list[str] = field(default_factory=list)
+    gone: list[str] = field(default_factory=list)
+    inputs: set[Digest] = field(default_factory=set)
 
     def differ(self) -> bool:
         """Whether anything is not as the state has it."""
-        return self.baseline != self.root.baseline
+        return self.baseline != self.root.baseline or self.gone != self.root.gone
 
 
 def finish_task(
@@ -88,6 +101,7 @@ def finish_task(
     context: TransferContext,
     state_file: StateFile,
     *,
+    mounts: Mounts,
     failed: bool = False,
     upload_failed: bool = False,
 ) -> FinishResult:
@@ -97,11 +111,13 @@ def finish_task(
         action: The task's session action.
         context: The services.
         state_file: Of a started session.
+        mounts: The host's.
         failed: The task failed; then nothing is stored,
         upload_failed: unless this asks for it.
 
     Raises:
         SessionStateError: The session has not started, or the sync of a step did not finish.
+        MountReadFailedError: The task was refused bytes of its inputs; nothing was stored.
         FileChangedError: A file kept changing while it was read.
         PropmasterError: Any other of the tree; no manifest names what is not stored.
     """
@@ -112,6 +128,11 @@ def finish_task(
             f"the sync of {', '.join(state.unfinished_steps)} did not finish",
             hint="run `propmaster session sync-step` for it again; it goes on where it stopped",
         )
+    try:
+        refuse_failed_reads(state.roots, mounts)
+    except MountReadFailedError:
+        state_file.write(state)
+        raise
     if failed and not upload_failed:
         result = _empty_result(state)
     else:
@@ -156,6 +177,7 @@ def _store_outputs(
     if result.files or any(changes.differ() for changes in found):
         for changes in found:
             changes.root.baseline = changes.baseline
+            changes.root.gone = changes.gone
         state.answered = AnsweredAction(
             action.step_id, action.task_id, action.session_action_id, result
         )
@@ -200,6 +222,8 @@ def _store_changes(
 def _find_changes(
     root: RootState, state: SessionState, action: TaskAction, context: TransferContext
 ) -> _Changes:
+    if root.file_system == VIRTUAL:
+        return _find_written(root, state, action, context)
     changes = _Changes(root, follow=not state.owns(root))
     suspects: list[FoundFile] = []
     local_root = Path(root.local_root)
@@ -211,23 +235,87 @@ def _find_changes(
         if known is None or not _untouched(known, found):
             suspects.append(found)
             continue
-        changes.baseline[found.path] = known
-        if known.owner == action.owner:
-            changes.changed[found.path] = FileEntry(known.hash, known.mtime, found.path, known.size)
+        _keep(changes, found.path, known, action.owner)
     if suspects:
         with Root(local_root, follow=changes.follow) as opened:
             for found, digest in hash_files(
                 opened, suspects, context.index, cancellation=cancellation
             ):
-                _compare(changes, found, digest, action.owner)
+                _compare(changes, found, digest, root.baseline.get(found.path), action.owner)
     # Also what was found and had vanished when it was to be read.
     changes.deleted = sorted(root.baseline.keys() - changes.baseline.keys())
     return changes
 
 
-def _compare(changes: _Changes, found: FoundFile, digest: Digest, owner: str) -> None:
+def _find_written(
+    root: RootState, state: SessionState, action: TaskAction, context: TransferContext
+) -> _Changes:
+    """Return what became of a mounted root, by what was written above the mount."""
+    changes = _Changes(root, follow=not state.owns(root))
+    local_root = Path(root.local_root)
+    upper = Path(root.written_to)
+    inputs = partial(files_of_mount, root.control)
+    written = find_written(upper, root.output_directories, inputs, context.cancellation)
+    found_files = list(written.files.values())
+    if written.links:
+        found_files += walk_links(
+            local_root,
+            written.links,
+            follow_root=changes.follow,
+            cancellation=context.cancellation,
+        )
+    suspects: list[FoundFile] = []
+    for found in found_files:
+        known = root.baseline.get(found.path)
+        if known is None or not _untouched(known, found):
+            suspects.append(found)
+        else:
+            _keep(changes, found.path, known, action.owner)
+    if suspects:
+        entries = {
+            entry.path: entry
+            for below in inputs([found.path for found in suspects])
+            for entry in below
+        }
+        with Root(local_root, follow=changes.follow) as opened:
+            for found, digest in hash_files(
+                opened, suspects, context.index, cancellation=context.cancellation
+            ):
+                known = root.baseline.get(found.path)
+                if known is None and found.path in entries:
+                    known = _as_input(entries[found.path])
+                _compare(changes, found, digest, known, action.owner)
+    for path, entry in written.moved.items():
+        moved = _as_input(entry, owner=action.owner)
+        known = root.baseline.get(path)
+        if known is not None and (known.hash, known.size) == (moved.hash, moved.size):
+            moved = known
+        else:
+            changes.changed[path] = FileEntry(entry.hash, entry.mtime, path, entry.size)
+            changes.inputs.add(entry.digest)
+        _keep(changes, path, moved, action.owner)
+    gone = written.gone.keys() - root.gone
+    changes.gone = sorted(written.gone)
+    changes.deleted = sorted(gone | (root.baseline.keys() - changes.baseline.keys() - gone))
+    return changes
+
+
+def _as_input(entry: FileEntry, *, owner: str = "") -> BaselineFile:
+    """Return an input as a file that only its content tells from what is there now."""
+    return BaselineFile(entry.hash, entry.size, entry.mtime, -1, -1, -1, owner)
+
+
+def _keep(changes: _Changes, path: str, known: BaselineFile, owner: str) -> None:
+    """Note that a file is as the state has it; what this very task left is an output again."""
+    changes.baseline[path] = known
+    if known.owner == owner:
+        changes.changed[path] = FileEntry(known.hash, known.mtime, path, known.size)
+
+
+def _compare(
+    changes: _Changes, found: FoundFile, digest: Digest, known: BaselineFile | None, owner: str
+) -> None:
     """Note what became of one file that is not as it was."""
-    known = changes.root.baseline.get(found.path)
     same = known is not None and (known.hash, known.size) == (digest.hex, digest.size)
     own = known is not None and known.owner == owner
     if not same or own:
@@ -265,6 +353,11 @@ def _upload(
     files: dict[Digest, list[str]] = {}
     for entry in changes.changed.values():
         files.setdefault(entry.digest, []).append(entry.path)
+    if changes.inputs:
+        there = changes.inputs - context.ask(lambda store: store.find_missing(changes.inputs))
+        for digest in there:
+            files.pop(digest, None)
+            result.bytes_reused += digest.size
     if not files:
         return []
     spec = TransferSpec(

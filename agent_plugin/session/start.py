@@ -6,13 +6,15 @@ all, and only then write. The state file says `ready` last; until then no other 
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
 from agent_plugin.content import events
 from agent_plugin.content.errors import (
+    MountFailedError,
     PropmasterError,
     SessionStateError,
     UnsafePathError,
@@ -23,6 +25,7 @@ from agent_plugin.content.snapshot import walk
 from agent_plugin.session.inputs import materialise
 from agent_plugin.session.job import JobDocument, PathMappingRule
 from agent_plugin.session.manifests import fetch_input_manifest, find_outputs, merge_by_root
+from agent_plugin.session.mounts import Mounts
 from agent_plugin.session.roots import (
     LocalRoot,
     choose_local_roots,
@@ -31,21 +34,31 @@ from agent_plugin.session.roots import (
     session_directory_name,
 )
 from agent_plugin.session.state import (
+    COPIED,
     VERSION,
+    VIRTUAL,
     BaselineFile,
     RootState,
     SessionState,
     StateFile,
     session_id,
 )
+from agent_plugin.session.virtual import Choice, choose, fall_back, mount
 from agent_plugin.transfer.context import TransferContext
 from agent_plugin.transfer.download import TransferResult
+
+# Of a mounted root: its bytes come when they are read.
+NOTHING_MOVED: Final = TransferResult(files=0, bytes=0, bytes_fetched=0, bytes_reused=0, seconds=0)
 
 log = events.get_logger()
 
 
 class RootResult(msgspec.Struct, rename="camel"):
-    """What start did for one local root; sizes in bytes."""
+    """What start did for one local root; sizes in bytes.
+
+    Attributes:
+        reason: Why the file system is not the one that was wished, or why AUTO chose it.
+    """
 
     root_path: str
     local_root: str
@@ -54,6 +67,7 @@ class RootResult(msgspec.Struct, rename="camel"):
     bytes: int
     bytes_fetched: int
     bytes_reused: int
+    reason: str = ""
 
 
 class StartResult(msgspec.Struct, rename="camel"):
@@ -65,12 +79,28 @@ class StartResult(msgspec.Struct, rename="camel"):
 
 
 def start(
-    job: JobDocument, session_dir: Path, context: TransferContext, state_file: StateFile
+    job: JobDocument,
+    session_dir: Path,
+    context: TransferContext,
+    state_file: StateFile,
+    *,
+    mounts: Mounts,
+    file_system: str | None = None,
+    environment: Mapping[str, str] = os.environ,
 ) -> StartResult:
     """Bring a job's inputs to their local roots, or go on where a killed start stopped.
 
     A session that has started before keeps what stands in its output directories, and what it knows
     of them: tasks may have worked there. Only what is missing comes back.
+
+    Args:
+        job: The job.
+        session_dir: The session's directory.
+        context: The services.
+        state_file: Of the session.
+        mounts: The host's.
+        file_system: `COPIED`, `VIRTUAL` or `AUTO`; None for what the job says.
+        environment: Of the mounts' processes.
 
     Raises:
         SessionStateError: Another job's session was started in this directory.
@@ -94,15 +124,24 @@ def start(
     state_file.write(state)
     try:
         manifests = wanted = [_manifest_of(root, job, context) for root in roots]
+        wish = file_system or job.attachments.file_system
+        reasons = [
+            _mount(root, manifest, wish, state, context, mounts, environment)
+            for root, manifest in zip(roots, manifests, strict=True)
+        ]
         if state.was_ready:
             manifests = [
                 _without_outputs(manifest, root)
                 for root, manifest in zip(roots, manifests, strict=True)
             ]
-        results = materialise(
-            list(zip(roots, manifests, strict=True)), state, context, kind="sync-in"
-        )
-        for root, manifest in zip(roots, manifests, strict=True):
+        copied = [
+            (root, manifest)
+            for root, manifest in zip(roots, manifests, strict=True)
+            if root.file_system == COPIED
+        ]
+        done = iter(materialise(copied, state, context, kind="sync-in"))
+        results = [next(done) if root.file_system == COPIED else NOTHING_MOVED for root in roots]
+        for root, manifest in copied:
             found = _baseline(root, manifest, state, context, only_known=state.was_ready)
             root.baseline = {**root.baseline, **found}
     except PropmasterError as error:
@@ -116,8 +155,8 @@ def start(
     state_file.write(state)
     result = StartResult(
         roots=[
-            _root_result(root, manifest, done)
-            for root, manifest, done in zip(roots, wanted, results, strict=True)
+            _root_result(root, manifest, moved, reason)
+            for root, manifest, moved, reason in zip(roots, wanted, results, reasons, strict=True)
         ],
         path_mapping_rules=path_mapping_rules(job, session_dir),
         seconds=round(time.monotonic() - begun, 3),
@@ -214,6 +253,35 @@ def _state_before(
     return before
 
 
+def _mount(
+    root: RootState,
+    manifest: Manifest | None,
+    wish: str,
+    state: SessionState,
+    context: TransferContext,
+    mounts: Mounts,
+    environment: Mapping[str, str],
+) -> str:
+    """Mount a root if it is to be; return why it is not, or why AUTO chose so."""
+    if root.file_system == VIRTUAL:
+        # Of a session that is started again: as it was.
+        choice = Choice(VIRTUAL)
+    elif state.was_ready:
+        return ""
+    else:
+        choice = choose(wish, root, manifest, state)
+    if choice.file_system == COPIED or manifest is None:
+        return choice.reason
+    try:
+        mount(root, manifest, state, context, mounts, environment)
+    except MountFailedError as error:
+        if state.was_ready:
+            raise
+        return fall_back(root, error)
+    root.file_system = VIRTUAL
+    return choice.reason
+
+
 def _carry_over(before: SessionState, state: SessionState) -> None:
     state.was_ready = before.ready or before.was_ready
     state.unfinished_steps = before.unfinished_steps
@@ -226,9 +294,12 @@ def _carry_over(before: SessionState, state: SessionState) -> None:
         if root.local_root not in local_roots
     ]
     if state.was_ready:
-        baselines = {root.local_root: root.baseline for root in before.roots}
+        known = {root.local_root: root for root in before.roots}
         for root in state.roots:
-            root.baseline = baselines.get(root.local_root, {})
+            if (same := known.get(root.local_root)) is not None:
+                root.baseline = same.baseline
+                root.file_system, root.written_to = same.file_system, same.written_to
+                root.control, root.gone = same.control, same.gone
 
 
 def _without_outputs(manifest: Manifest | None, root: RootState) -> Manifest | None:
@@ -267,7 +338,7 @@ def _root_states(job: JobDocument, local_roots: Sequence[LocalRoot]) -> list[Roo
             RootState(
                 local_root=os.fspath(root.path),
                 root_path=manifests[0].root_path,
-                file_system="COPIED",
+                file_system=COPIED,
                 manifests=list(root.manifests),
                 output_directories=list(directories),
             )
@@ -341,7 +412,7 @@ def _state_of_root(state: SessionState, location: str | None, root_path: str) ->
     added = RootState(
         local_root=os.fspath(local),
         root_path=root_path,
-        file_system="COPIED",
+        file_system=COPIED,
         manifests=[],
         output_directories=[],
     )
@@ -353,7 +424,9 @@ def _account_id(context: TransferContext) -> str | None:
     return getattr(context.open_store, "account_id", None)
 
 
-def _root_result(root: RootState, manifest: Manifest | None, done: TransferResult) -> RootResult:
+def _root_result(
+    root: RootState, manifest: Manifest | None, done: TransferResult, reason: str = ""
+) -> RootResult:
     """Return what is in place: all of the manifest, whether it was placed, or kept for a task."""
     return RootResult(
         root_path=root.root_path,
@@ -363,4 +436,5 @@ def _root_result(root: RootState, manifest: Manifest | None, done: TransferResul
         bytes=manifest.total_bytes if manifest is not None else 0,
         bytes_fetched=done.bytes_fetched,
         bytes_reused=done.bytes_reused,
+        reason=reason,
     )

@@ -21,6 +21,9 @@ from agent_plugin.session.job import JobDocument
 
 VERSION: Final = 1
 
+COPIED: Final = "COPIED"
+VIRTUAL: Final = "VIRTUAL"
+
 _LOCK_SUFFIX: Final = ".lock"
 
 
@@ -53,7 +56,12 @@ class RootState(msgspec.Struct, rename="camel"):
         local_root: The directory.
         manifests: Indices into the job's list of manifests; several may share a root.
         output_directories: Relative to the root, `/` separated; `.` is the root itself.
-        baseline: Files of the output directories by path.
+        baseline: Files of the output directories by path; of a mounted root those that tasks of
+            this session have left.
+        written_to: Of a mounted root, where what is written goes; else empty.
+        control: Of a mounted root, the socket that tells of its inputs; else empty.
+        gone: Of a mounted root, the inputs that are not at their path any more.
+        errors_told: Of a mounted root, how many failed reads finish-task has told of.
     """
 
     local_root: str
@@ -62,6 +70,10 @@ class RootState(msgspec.Struct, rename="camel"):
     manifests: list[int]
     output_directories: list[str]
     baseline: dict[str, BaselineFile] = {}
+    written_to: str = ""
+    control: str = ""
+    gone: list[str] = []
+    errors_told: int = 0
 
 
 class OutputManifestResult(msgspec.Struct, rename="camel", omit_defaults=True):

@@ -16,11 +16,13 @@ from typing import Any
 
 import msgspec
 
+from agent_plugin.cli.mounting import open_mounts
 from agent_plugin.content.store import Cancellation
 from agent_plugin.services import open_records, open_services, state_directory
 from agent_plugin.session.end import EndResult, end
 from agent_plugin.session.finish_task import TaskAction, finish_task
 from agent_plugin.session.job import JobDocument
+from agent_plugin.session.mounts import Mounts
 from agent_plugin.session.outputs import OutputsResult, get_outputs, list_outputs
 from agent_plugin.session.start import StartResult, start, sync_step
 from agent_plugin.session.state import FinishResult, SessionState, StateFile, locked_state
@@ -138,6 +140,10 @@ class Host:
     def settings(self) -> Settings:
         return load(self.config, environment={})
 
+    @property
+    def mounts(self) -> Mounts:
+        return open_mounts(self.settings)
+
     @contextmanager
     def services(
         self,
@@ -179,13 +185,20 @@ class Host:
             )
 
     def start(
-        self, job: JobDocument, session_dir: Path, *, cancellation: Cancellation | None = None
+        self,
+        job: JobDocument,
+        session_dir: Path,
+        *,
+        cancellation: Cancellation | None = None,
+        file_system: str | None = None,
     ) -> StartResult:
         with (
             self.state(session_dir) as state_file,
             self.services(cancellation=cancellation) as all_,
         ):
-            return start(job, session_dir, all_, state_file)
+            return start(
+                job, session_dir, all_, state_file, mounts=self.mounts, file_system=file_system
+            )
 
     def sync_step(
         self, session_dir: Path, step_id: str, depends_on: Sequence[str] | None = None
@@ -206,12 +219,19 @@ class Host:
             self.state(session_dir) as state_file,
             self.services(cancellation=cancellation) as all_,
         ):
-            return finish_task(run, all_, state_file, failed=failed, upload_failed=upload_failed)
+            return finish_task(
+                run,
+                all_,
+                state_file,
+                mounts=self.mounts,
+                failed=failed,
+                upload_failed=upload_failed,
+            )
 
     def end(self, session_dir: Path, *, keep_files: bool = False) -> EndResult:
         with self.state(session_dir) as state_file:
             records = open_records(self.settings)
-            return end(session_dir, records, state_file, keep_files=keep_files)
+            return end(session_dir, records, state_file, mounts=self.mounts, keep_files=keep_files)
 
     def outputs(self, **only: str) -> OutputsResult:
         with self.services() as context:

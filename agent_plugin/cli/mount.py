@@ -1,0 +1,113 @@
+"""`propmaster mount`: any manifest of any store as a directory, fetched as it is read."""
+
+import os
+import stat
+from pathlib import Path
+
+import click
+
+from agent_plugin.cli.mounting import open_mounts
+from agent_plugin.cli.options import common_options, print_json, say, store_option
+from agent_plugin.cli.signals import cancel_on_signals
+from agent_plugin.content.errors import LocalReadError, LocalWriteError, SessionStateError
+from agent_plugin.content.manifest import MAX_MANIFEST_BYTES, decode
+from agent_plugin.content.mount_table import is_mounted
+from agent_plugin.session.mounts import MountRequest
+from agent_plugin.settings import load
+from agent_plugin.transfer.progress import format_bytes
+
+
+@click.command(name="mount")
+@click.argument("manifest", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("mountpoint", type=click.Path(path_type=Path, file_okay=False))
+@store_option
+@click.option(
+    "--writes",
+    type=click.Choice(["auto", "overlayfs", "none"]),
+    default="auto",
+    show_default=True,
+    help="overlayfs keeps what is written in --work-dir; none refuses writing; auto is overlayfs"
+    " with --work-dir and none without.",
+)
+@click.option(
+    "--work-dir",
+    type=click.Path(path_type=Path, file_okay=False, resolve_path=True),
+    help="Where what is written is kept, `upper` in it; on a local disk.",
+)
+@click.option(
+    "--owner-pid",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Unmount when this process is gone.",
+)
+@common_options
+def command(
+    manifest: Path,
+    mountpoint: Path,
+    store_url: str,
+    writes: str,
+    work_dir: Path | None,
+    owner_pid: int,
+    as_json: bool,
+    config: Path | None,
+) -> None:
+    """Mount the files of MANIFEST at MOUNTPOINT, an empty directory."""
+    settings = load(config)
+    mounts = open_mounts(settings)
+    mounts.clear_stale()
+    if writes == "overlayfs" and work_dir is None:
+        raise click.UsageError("--writes overlayfs needs --work-dir")
+    if writes == "auto":
+        writes = "none" if work_dir is None else "overlayfs"
+    place = _mountpoint(mountpoint)
+    request = MountRequest(
+        manifest=decode(_read(manifest), source=os.fspath(manifest)),
+        mountpoint=place,
+        work_dir=work_dir or mounts.work_dir(place),
+        store_url=store_url,
+        account_id="",
+        writes=writes,
+        uid=os.geteuid(),
+        gid=os.getegid(),
+        owner_pid=owner_pid,
+    )
+    with cancel_on_signals() as cancellation:
+        ready = mounts.start(request, cancellation=cancellation)
+    if as_json:
+        print_json(ready)
+    else:
+        say(
+            f"mounted {place}: {ready.files} files, {format_bytes(ready.bytes)},"
+            f" {'writable' if ready.writes == 'overlayfs' else 'read-only'};"
+            f" {ready.seconds:.1f} s"
+        )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_MANIFEST_BYTES + 1)
+    except OSError as error:
+        raise LocalReadError(f"{path}: {error.strerror}") from error
+
+
+def _mountpoint(path: Path) -> Path:
+    """Return a directory's path without links; made when missing, and empty."""
+    place = Path(os.path.realpath(path.parent), path.name)
+    if is_mounted(place):
+        # Not looked at: its server may hang.
+        raise SessionStateError(
+            f"something is mounted at {place}", hint="`propmaster unmount` it, or use another"
+        )
+    try:
+        place.mkdir(exist_ok=True)
+        if not stat.S_ISDIR(place.lstat().st_mode):
+            raise LocalWriteError(f"{place} is a link", hint="name the directory itself")
+        empty = not any(place.iterdir())
+    except OSError as error:
+        raise LocalWriteError(f"{place}: {error.strerror}") from error
+    if not empty:
+        raise LocalWriteError(
+            f"{place} is not empty", hint="what is in it would be hidden; use an empty directory"
+        )
+    return place

@@ -1,0 +1,25 @@
+"""`propmaster unmount`: the end of a mount, orderly or not."""
+
+import os
+from pathlib import Path
+
+import click
+
+from agent_plugin.cli.mounting import open_mounts
+from agent_plugin.cli.options import common_options, print_json, say
+from agent_plugin.settings import load
+
+
+@click.command(name="unmount")
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+@common_options
+def command(mountpoint: Path, as_json: bool, config: Path | None) -> None:
+    """End the mount at MOUNTPOINT; nothing happens if there is none."""
+    settings = load(config)
+    # Without looking at the mount point itself, which may hang.
+    place = Path(os.path.realpath(mountpoint.parent), mountpoint.name)
+    ended = open_mounts(settings).end(place)
+    if as_json:
+        print_json({"ended": ended})
+    else:
+        say(f"unmounted {place}" if ended else f"nothing of ours is mounted at {place}")

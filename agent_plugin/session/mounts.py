@@ -1,0 +1,418 @@
+"""Mounts of this host: started as processes of their own, known by a directory each, and ended.
+
+What is known of a mount is in `<state>/mounts/<name>/`: its spec, its manifest, the error ledger,
+the control socket, what the process wrote, and (when it serves) who it is. So a later command ends
+a mount that an earlier one began, and one whose process was killed is found and cleared by the
+kernel's table, without touching what may hang.
+"""
+
+import fcntl
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from agent_plugin.content import events
+from agent_plugin.content.digest import hash_name
+from agent_plugin.content.errors import (
+    LocalWriteError,
+    MountFailedError,
+    SessionStateError,
+    local_write_error,
+)
+from agent_plugin.content.leftovers import remove_tree
+from agent_plugin.content.manifest import FileEntry, Manifest, encode
+from agent_plugin.content.mount_spec import VERSION, MountSpec, Ready, read_spec, write_spec
+from agent_plugin.content.mount_table import is_mounted, read_mounts, unmount_all
+from agent_plugin.content.store import Cancellation
+from agent_plugin.transfer.ledger import lease_owner
+
+# A mount of 1,000,000 files takes some 4 s here; hosts under load take longer.
+READY_SECONDS: Final = 60.0
+# The process itself gives leavers 2 s and last readers 5 s; then it is killed.
+END_SECONDS: Final = 15.0
+# It answers from memory, but may have to wait for a core.
+ANSWER_SECONDS: Final = 30.0
+_POLL_SECONDS: Final = 0.02
+_LOG_TAIL_BYTES: Final = 2000
+
+log = events.get_logger()
+
+
+class MountRecord(msgspec.Struct, frozen=True, rename="camel"):
+    """Who serves a mount: process id and start time, and what was chosen."""
+
+    process: str
+    ready: Ready
+
+
+class FailedRead(msgspec.Struct, frozen=True):
+    """A line of a mount's error ledger; see docs/PROTOCOL.md."""
+
+    time: float
+    path: str
+    hash: str
+    size: int
+    code: str
+    reference: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class MountRequest:
+    """What is to be mounted.
+
+    Attributes:
+        manifest: The tree.
+        mountpoint: An existing, empty directory.
+        work_dir: Where writes go: made here, on a disk that overlayfs can use.
+        writes: `overlayfs` or `none`.
+        uid, gid: Whose the files are.
+        owner_pid: The process without which the mount goes away; 0 for none.
+    """
+
+    manifest: Manifest
+    mountpoint: Path
+    work_dir: Path
+    store_url: str
+    account_id: str
+    writes: str
+    uid: int
+    gid: int
+    owner_pid: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CachePlace:
+    """The blob cache that mounts use, as BlobCache.open takes it; sizes in bytes."""
+
+    directory: Path
+    max_bytes: int
+    min_free_bytes: int
+    shared: bool
+
+
+class Mounts:
+    """The mounts that one state directory knows.
+
+    Args:
+        state_dir: Private to this user.
+        cache: The host's.
+    """
+
+    def __init__(self, state_dir: Path, cache: CachePlace) -> None:
+        self._directory = state_dir / "mounts"
+        self._cache = cache
+
+    def start(
+        self,
+        request: MountRequest,
+        *,
+        cancellation: Cancellation,
+        environment: Mapping[str, str] = os.environ,
+    ) -> Ready:
+        """Mount, and return when the mount can be used.
+
+        Raises:
+            MountFailedError: The host can not, or did not within READY_SECONDS; nothing is left.
+            SessionStateError: Something is mounted there already.
+            CancelledError: Cancellation was wished; nothing is left.
+            NoSpaceError, LocalWriteError: The state could not be written.
+        """
+        place = self._place(request.mountpoint)
+        if is_mounted(request.mountpoint):
+            raise SessionStateError(
+                f"something is mounted at {request.mountpoint}",
+                hint="`propmaster unmount` it, or use another directory",
+            )
+        try:
+            with self._locked():
+                if self._is_starting(place):
+                    raise SessionStateError(f"another command is mounting {request.mountpoint} now")
+                if place.exists():
+                    self._end(place)
+                place.mkdir(mode=0o700)
+                (place / "starter").write_text(lease_owner() or "", encoding="ascii")
+            manifest = place / "manifest"
+            manifest.touch(mode=0o600)
+            manifest.write_bytes(encode(request.manifest))
+        except OSError as error:
+            raise local_write_error(error, os.fspath(place)) from error
+        spec = self._spec(request, place)
+        write_spec(spec, place / "spec.json")
+        pid, stdout = _spawn(place, environment)
+        process = lease_owner(pid) or ""
+        try:
+            ready = _await_ready(stdout, place, request.mountpoint, cancellation)
+            record = MountRecord(process, ready)
+            (place / "record.json").write_bytes(msgspec.json.encode(record))
+        except BaseException:
+            _end_process(pid, process)
+            _clear(spec)
+            self._forget(place)
+            raise
+        finally:
+            os.close(stdout)
+        return ready
+
+    def work_dir(self, mountpoint: Path) -> Path:
+        """Return where a mount that nothing is written to keeps what its cache can not take."""
+        return self._place(mountpoint) / "work"
+
+    def end(self, mountpoint: Path) -> bool:
+        """Unmount; return whether there was anything.
+
+        Raises:
+            SessionStateError: Something else is mounted there.
+            LocalWriteError: The kernel does not let it go.
+        """
+        place = self._place(mountpoint)
+        if not place.exists():
+            if is_mounted(mountpoint):
+                raise SessionStateError(
+                    f"what is mounted at {mountpoint} is no mount of this state directory",
+                    hint="umount it with the program that mounted it",
+                )
+            return False
+        self._end(place)
+        return True
+
+    def clear_stale(self) -> list[Path]:
+        """End the mounts whose process is gone; return where they were."""
+        cleared = []
+        with self._locked():
+            for place in sorted(self._directory.iterdir()):
+                if not self._is_served(place) and not self._is_starting(place):
+                    with suppress(SessionStateError):
+                        cleared.append(Path(read_spec(place / "spec.json").mountpoint))
+                    self._end(place)
+        return cleared
+
+    def control_of(self, mountpoint: Path) -> str:
+        """Return the path of a mount's control socket."""
+        return os.fspath(self._place(mountpoint) / "control")
+
+    def errors(self, mountpoint: Path) -> list[FailedRead]:
+        """Return the failed reads of a mount, oldest first."""
+        try:
+            lines = (self._place(mountpoint) / "errors").read_bytes().splitlines()
+        except FileNotFoundError:
+            return []
+        return [msgspec.convert(json.loads(line), FailedRead) for line in lines]
+
+    def is_served(self, mountpoint: Path) -> bool:
+        """Whether a process of ours serves what is mounted there."""
+        return self._is_served(self._place(mountpoint)) and is_mounted(mountpoint)
+
+    def _place(self, mountpoint: Path) -> Path:
+        return self._directory / hash_name(os.fspath(mountpoint))[:16]
+
+    def _spec(self, request: MountRequest, place: Path) -> MountSpec:
+        return MountSpec(
+            version=VERSION,
+            name=f"propmaster:{place.name}",
+            mountpoint=os.fspath(request.mountpoint),
+            manifests=[os.fspath(place / "manifest")],
+            store_url=request.store_url,
+            account_id=request.account_id,
+            cache_dir=os.fspath(self._cache.directory),
+            cache_max_bytes=self._cache.max_bytes,
+            cache_min_free_bytes=self._cache.min_free_bytes,
+            cache_shared=self._cache.shared,
+            work_dir=os.fspath(request.work_dir),
+            writes=request.writes,
+            uid=request.uid,
+            gid=request.gid,
+            stream=True,
+            xattrs=False,
+            errors=os.fspath(place / "errors"),
+            control=os.fspath(place / "control"),
+            owner_pid=request.owner_pid,
+        )
+
+    def _is_served(self, place: Path) -> bool:
+        record = _read_record(place)
+        return record is not None and _lives(record.ready.pid, record.process)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keep other commands from judging a mount that is being noted down, for a moment."""
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+    def _is_starting(self, place: Path) -> bool:
+        """Whether a command that lives is about to mount; in this process, that is another one."""
+        try:
+            starter = (place / "starter").read_text(encoding="ascii")
+        except OSError:
+            return False
+        pid = starter.partition(":")[0]
+        return (
+            pid.isdecimal()
+            and int(pid) != os.getpid()
+            and lease_owner(int(pid)) == starter
+            and _read_record(place) is None
+        )
+
+    def _end(self, place: Path) -> None:
+        record = _read_record(place)
+        if record is not None:
+            _end_process(record.ready.pid, record.process)
+        with suppress(SessionStateError):
+            _clear(read_spec(place / "spec.json"))
+        self._forget(place)
+
+    def _forget(self, place: Path) -> None:
+        if place.exists():
+            fd = os.open(place.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                remove_tree(fd, place.name)
+            finally:
+                os.close(fd)
+
+
+def ask_mount(control: str, question: Mapping[str, object]) -> bytes:
+    """Return what a mount's server answers, one line of JSON.
+
+    Raises:
+        MountFailedError: There is none, or it does not answer.
+    """
+    place = Path(control)
+    try:
+        directory = os.open(place.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+                connection.settimeout(ANSWER_SECONDS)
+                # By its directory's descriptor: a socket's path has 107 bytes at most.
+                connection.connect(f"/proc/self/fd/{directory}/{place.name}")
+                connection.sendall(json.dumps(question).encode("ascii") + b"\n")
+                with connection.makefile("rb") as answer:
+                    line = answer.readline()
+        finally:
+            os.close(directory)
+    except OSError as error:
+        raise MountFailedError(f"the mount at {place} does not answer: {error}") from error
+    if not line.endswith(b"\n"):
+        raise MountFailedError(f"the mount at {place} broke off its answer")
+    return line
+
+
+def files_of_mount(control: str, paths: Sequence[str]) -> list[list[FileEntry]]:
+    """Return the inputs of a mount that are at each path or below it.
+
+    Raises:
+        MountFailedError: Its server does not answer.
+    """
+    answer = json.loads(ask_mount(control, {"ask": "files", "paths": list(paths)}))
+    return msgspec.convert(answer, list[list[FileEntry]])
+
+
+def _clear(spec: MountSpec) -> None:
+    """Take away what is mounted by this spec and no process serves any more."""
+    ours = {mount.mountpoint for mount in read_mounts() if mount.source == spec.name}
+    for at in (Path(spec.mountpoint), spec.lower):
+        if os.fspath(at) in ours:
+            try:
+                unmount_all(at)
+            except OSError as error:
+                raise LocalWriteError(f"{at} can not be unmounted: {error.strerror}") from error
+
+
+def _read_record(place: Path) -> MountRecord | None:
+    try:
+        return msgspec.json.decode((place / "record.json").read_bytes(), type=MountRecord)
+    except (FileNotFoundError, msgspec.DecodeError):
+        return None
+
+
+def _lives(pid: int, process: str) -> bool:
+    # If it is a child of this process it has to be reaped before it is gone.
+    with suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+    return lease_owner(pid) == process
+
+
+def _end_process(pid: int, process: str) -> None:
+    """Ask a process to unmount and end, and kill it if it does not."""
+    if not _lives(pid, process):
+        return
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+    until = time.monotonic() + END_SECONDS
+    while _lives(pid, process):
+        if time.monotonic() > until:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            return
+        time.sleep(_POLL_SECONDS)
+
+
+def _spawn(place: Path, environment: Mapping[str, str]) -> tuple[int, int]:
+    """Start the mount process; return its id and where its stdout can be read."""
+    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    os.set_blocking(writer, True)
+    null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    written = os.open(place / "log", flags, 0o600)
+    try:
+        # Not subprocess: the process is to outlive whoever starts it.
+        pid = os.posix_spawn(
+            sys.executable,
+            [sys.executable, "-m", "vfs", os.fspath(place / "spec.json")],
+            environment,
+            file_actions=[
+                (os.POSIX_SPAWN_DUP2, null, 0),
+                (os.POSIX_SPAWN_DUP2, writer, 1),
+                (os.POSIX_SPAWN_DUP2, written, 2),
+            ],
+            # The agent may end the group of a hook that has finished.
+            setsid=True,
+        )
+    except BaseException:
+        os.close(reader)
+        raise
+    finally:
+        for fd in (writer, null, written):
+            os.close(fd)
+    return pid, reader
+
+
+def _await_ready(stdout: int, place: Path, mountpoint: Path, cancellation: Cancellation) -> Ready:
+    until = time.monotonic() + READY_SECONDS
+    line = b""
+    while not line.endswith(b"\n"):
+        cancellation.check()
+        if time.monotonic() > until:
+            raise MountFailedError(f"{mountpoint} was not mounted within {READY_SECONDS:.0f} s")
+        if not select.select([stdout], [], [], _POLL_SECONDS)[0]:
+            continue
+        piece = os.read(stdout, 4096)
+        if not piece:
+            raise MountFailedError(
+                f"{mountpoint} could not be mounted: {_tail(place)}",
+                hint="`propmaster doctor` says what this host can do",
+            )
+        line += piece
+    return msgspec.json.decode(line, type=Ready)
+
+
+def _tail(place: Path) -> str:
+    """Return the last error that the process told."""
+    lines = (place / "log").read_text(encoding="utf-8", errors="replace").splitlines()
+    told = [line for line in lines if line.startswith("error[")]
+    return (told or lines or ["it said nothing"])[-1][-_LOG_TAIL_BYTES:]

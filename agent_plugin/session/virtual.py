@@ -1,0 +1,170 @@
+"""Which roots of a session are mounted instead of copied, why, and how they are.
+
+A root can be mounted when the host can (CAP_SYS_ADMIN, /dev/fuse, overlayfs), when it has inputs,
+and when it is a directory of the session that no other root is in. Everything else is copied, and
+the result says why.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from agent_plugin.content import events
+from agent_plugin.content.errors import MountFailedError, MountReadFailedError, local_write_error
+from agent_plugin.content.leftovers import partial_name
+from agent_plugin.content.manifest import Manifest
+from agent_plugin.content.mount_table import is_mounted
+from agent_plugin.session.mounts import MountRequest, Mounts
+from agent_plugin.session.state import COPIED, VIRTUAL, RootState, SessionState
+from agent_plugin.transfer.context import TransferContext
+
+AUTO: Final = "AUTO"
+# What is copied in about as long as a mount takes, and is faster afterwards.
+AUTO_COPIED_BYTES: Final = 64 * 1024 * 1024
+AUTO_COPIED_FILES: Final = 500
+
+_CAP_SYS_ADMIN: Final = 21
+
+log = events.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How a root is brought in, and why not as it was wished, or as AUTO found best."""
+
+    file_system: str
+    reason: str = ""
+
+
+def mount_obstacle() -> str:
+    """Return why this host can not mount, or that it may not; empty if nothing is known to stop it.
+
+    Source: capabilities(7); proc_pid_status(5), CapEff; proc_filesystems(5).
+    """
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    effective = next(line for line in status.splitlines() if line.startswith("CapEff:"))
+    if not int(effective.split()[1], 16) >> _CAP_SYS_ADMIN & 1:
+        return "mounting needs CAP_SYS_ADMIN, which this process has not"
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        return "there is no /dev/fuse that can be used"
+    kinds = Path("/proc/filesystems").read_text(encoding="ascii").split()
+    if "overlay" not in kinds:
+        return "the kernel has no overlayfs loaded (modprobe overlay)"
+    return ""
+
+
+def choose(wished: str, root: RootState, manifest: Manifest | None, state: SessionState) -> Choice:
+    """Decide for one root.
+
+    Args:
+        wished: `COPIED`, `VIRTUAL` or `AUTO`.
+        root: The root.
+        manifest: Its inputs, None if it has none.
+        state: The session.
+    """
+    if wished == COPIED:
+        return Choice(COPIED)
+    obstacle = _obstacle(root, manifest, state)
+    if obstacle or manifest is None:
+        return Choice(COPIED, obstacle)
+    if wished == VIRTUAL:
+        return Choice(VIRTUAL)
+    filesystem = os.statvfs(state.session_dir)
+    free = filesystem.f_bavail * filesystem.f_frsize
+    if manifest.total_bytes > free:
+        return Choice(VIRTUAL, f"{manifest.total_bytes} bytes do not fit where {free} are free")
+    if manifest.total_bytes <= AUTO_COPIED_BYTES and len(manifest) <= AUTO_COPIED_FILES:
+        return Choice(COPIED, f"{len(manifest)} files of {manifest.total_bytes} bytes are few")
+    return Choice(VIRTUAL, f"{len(manifest)} files of {manifest.total_bytes} bytes are many")
+
+
+def _obstacle(root: RootState, manifest: Manifest | None, state: SessionState) -> str:
+    if manifest is None:
+        return "the root has no inputs"
+    if not state.owns(root):
+        return "the root is a directory of the host's own"
+    place = Path(root.local_root)
+    for other in state.roots:
+        if other is not root and (
+            Path(other.local_root).is_relative_to(place) or place.is_relative_to(other.local_root)
+        ):
+            return f"{other.local_root} is nested with it"
+    return mount_obstacle()
+
+
+def mount(
+    root: RootState,
+    manifest: Manifest,
+    state: SessionState,
+    context: TransferContext,
+    mounts: Mounts,
+    environment: Mapping[str, str],
+) -> None:
+    """Mount a root, or leave it mounted if it is; what was written to it before is still there.
+
+    Raises:
+        MountFailedError: That could not be done; nothing is mounted.
+        PropmasterError: Any other of the tree.
+    """
+    place = Path(root.local_root)
+    root.written_to = os.fspath(_work_dir(place) / "upper")
+    root.control = mounts.control_of(place)
+    if mounts.is_served(place):
+        return
+    if is_mounted(place):
+        mounts.end(place)
+    owner = os.stat(state.session_dir)  # noqa: PTH116 - of a path as text
+    try:
+        place.mkdir(exist_ok=True)
+    except OSError as error:
+        raise local_write_error(error, os.fspath(place)) from error
+    request = MountRequest(
+        manifest=manifest,
+        mountpoint=place,
+        work_dir=_work_dir(place),
+        store_url=context.store_url,
+        account_id=getattr(context.open_store, "account_id", None) or "",
+        writes="overlayfs",
+        uid=owner.st_uid,
+        gid=owner.st_gid,
+    )
+    mounts.start(request, cancellation=context.cancellation, environment=environment)
+
+
+def work_dir_name(local_root: Path) -> str:
+    """Return the name, beside a root, of what its mount needs and of what is written to it."""
+    return partial_name(f"{local_root.name}-mount")
+
+
+def _work_dir(local_root: Path) -> Path:
+    return local_root.with_name(work_dir_name(local_root))
+
+
+def fall_back(root: RootState, error: MountFailedError) -> str:
+    """Note that a root is copied after all; return why."""
+    root.file_system, root.written_to, root.control = COPIED, "", ""
+    log.warning(events.MOUNT_FELL_BACK, extra={"root": root.local_root, "reason": error.message})
+    return error.message
+
+
+def refuse_failed_reads(roots: Sequence[RootState], mounts: Mounts) -> None:
+    """See that no task was refused bytes of its inputs since this was asked before.
+
+    Raises:
+        MountReadFailedError: One was; names the first file. It is told once.
+    """
+    failed = []
+    for root in roots:
+        if root.file_system == VIRTUAL:
+            errors = mounts.errors(Path(root.local_root))
+            failed += errors[root.errors_told :]
+            root.errors_told = len(errors)
+    if failed:
+        first = failed[0]
+        more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
+        raise MountReadFailedError(
+            f"{first.path}{more} could not be read by the task: {first.reason}",
+            hint="mend what the reason names, then run the task again",
+        )

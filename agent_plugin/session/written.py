@@ -1,0 +1,206 @@
+"""What was written above a mount: read from overlayfs's upper directory, whatever lies below.
+
+The cost is that of what changed, not of the inputs. Where something is not in the upper directory
+as it stands (a renamed directory of inputs, a file whose mode alone was changed) its content is
+that of an input, and the mount says which. The marks are those of overlayfs:
+https://docs.kernel.org/filesystems/overlayfs.html (whiteouts and opaque directories, redirect_dir,
+metadata only copy up).
+"""
+
+import os
+import stat
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from agent_plugin.content import events
+from agent_plugin.content.errors import LocalReadError
+from agent_plugin.content.manifest import FileEntry
+from agent_plugin.content.snapshot import FoundFile
+from agent_plugin.content.store import Cancellation
+from agent_plugin.session.roots import is_below
+
+_OPAQUE: Final = "trusted.overlay.opaque"
+_REDIRECT: Final = "trusted.overlay.redirect"
+_METACOPY: Final = "trusted.overlay.metacopy"
+
+# Given paths below the root, returns for each the inputs that are at it or below it.
+Inputs = Callable[[Sequence[str]], Sequence[Sequence[FileEntry]]]
+
+log = events.get_logger()
+
+
+@dataclass(slots=True)
+class Written:
+    """What is not as the inputs have it, in the output directories.
+
+    Attributes:
+        files: Regular files with content of their own, by path.
+        moved: Inputs that stand under another path, by that path.
+        links: Symbolic links.
+        gone: Inputs that are not at their path any more.
+    """
+
+    files: dict[str, FoundFile] = field(default_factory=dict)
+    moved: dict[str, FileEntry] = field(default_factory=dict)
+    links: list[str] = field(default_factory=list)
+    gone: dict[str, FileEntry] = field(default_factory=dict)
+
+
+def find_written(
+    upper: Path, directories: Sequence[str], inputs: Inputs, cancellation: Cancellation
+) -> Written:
+    """Return what was written in the output directories.
+
+    Args:
+        upper: The upper directory.
+        directories: Relative to the root, `/` separated; `.` is all.
+        inputs: Asks the mount.
+        cancellation: Checked at each directory.
+
+    Raises:
+        CancelledError: Cancellation was wished.
+        LocalReadError: A directory or its marks can not be read.
+    """
+    walk = _Walk(inputs, directories, cancellation)
+    try:
+        fd = os.open(upper, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise LocalReadError(f"{upper}: {error.strerror}") from error
+    walk.enter(fd, "", "")
+    return walk.finished()
+
+
+class _Walk:
+    def __init__(
+        self, inputs: Inputs, directories: Sequence[str], cancellation: Cancellation
+    ) -> None:
+        self._inputs = inputs
+        self._directories = directories
+        self._cancellation = cancellation
+        self._written = Written()
+        # Paths of which all inputs are hidden, and (from, to) of what shows through elsewhere.
+        self._hidden: list[str] = []
+        # Inputs that are what they were but for their attributes, and stand in the upper layer.
+        self._touched: set[str] = set()
+        self._shown: list[tuple[str, str]] = []
+
+    def enter(self, fd: int, path: str, below: str | None) -> None:
+        """Look through a directory, whose descriptor is closed.
+
+        Args:
+            fd: The directory in the upper layer.
+            path: Where it is seen.
+            below: Where the directory of inputs is that shows through; None if none does.
+        """
+        self._cancellation.check()
+        try:
+            with os.scandir(fd) as entries:
+                for entry in entries:
+                    self._visit(fd, path, below, entry)
+        except OSError as error:
+            raise LocalReadError(f"{path or '.'}: {error.strerror}") from error
+        finally:
+            os.close(fd)
+
+    def _visit(self, fd: int, above: str, below: str | None, entry: os.DirEntry[str]) -> None:
+        path = f"{above}/{entry.name}" if above else entry.name
+        lower = None if below is None else f"{below}/{entry.name}" if below else entry.name
+        status = entry.stat(follow_symlinks=False)
+        if stat.S_ISCHR(status.st_mode) and status.st_rdev == 0:
+            if lower is not None:
+                self._hidden.append(path)
+        elif stat.S_ISDIR(status.st_mode):
+            self._visit_directory(fd, entry.name, path, lower)
+        elif stat.S_ISREG(status.st_mode):
+            self._visit_file(fd, entry.name, path, lower, status)
+        elif stat.S_ISLNK(status.st_mode):
+            if lower is not None:
+                self._hidden.append(path)
+            if self._is_output(path):
+                self._written.links.append(path)
+        else:
+            extra = {"path": path, "reason": "not a regular file"}
+            log.warning(events.FILE_SKIPPED, extra=extra)
+
+    def _visit_directory(self, fd: int, name: str, path: str, lower: str | None) -> None:
+        opened = os.open(
+            name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd
+        )
+        redirect = _mark(opened, _REDIRECT)
+        if redirect is not None:
+            above = (lower or path).rpartition("/")[0]
+            origin = os.fsdecode(redirect)
+            origin = (
+                origin.lstrip("/") if origin.startswith("/") else f"{above}/{origin}".lstrip("/")
+            )
+            if origin != path:
+                self._hidden.append(path)
+                self._shown.append((origin, path))
+            lower = origin
+        elif _mark(opened, _OPAQUE) == b"y":
+            self._hidden.append(path)
+            lower = None
+        self.enter(opened, path, lower)
+
+    def _visit_file(
+        self, fd: int, name: str, path: str, lower: str | None, status: os.stat_result
+    ) -> None:
+        opened = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+        # A directory of inputs may have been in its place.
+        self._hidden.append(path)
+        try:
+            if _mark(opened, _METACOPY) is None:
+                if self._is_output(path):
+                    self._written.files[path] = FoundFile.of(path, status)
+                return
+            redirect = _mark(opened, _REDIRECT)
+        finally:
+            os.close(opened)
+        origin = lower or path
+        self._touched.add(path)
+        if redirect is not None:
+            text = os.fsdecode(redirect)
+            above = origin.rpartition("/")[0]
+            origin = text.lstrip("/") if text.startswith("/") else f"{above}/{text}".lstrip("/")
+        if origin != path:
+            self._shown.append((origin, path))
+
+    def _is_output(self, path: str) -> bool:
+        return is_below(path, self._directories)
+
+    def finished(self) -> Written:
+        """Ask the mount, once for all, what was hidden and what shows through elsewhere."""
+        written = self._written
+        asked = [*self._hidden, *(origin for origin, _ in self._shown)]
+        answers = self._inputs(asked) if asked else []
+        for (origin, path), entries in zip(self._shown, answers[len(self._hidden) :], strict=True):
+            for entry in entries:
+                seen = path + entry.path[len(origin) :]
+                if self._is_output(seen) and not self._is_covered(path, seen):
+                    written.moved[seen] = entry
+        for entries in answers[: len(self._hidden)]:
+            for entry in entries:
+                if self._is_output(entry.path) and not (
+                    entry.path in written.files
+                    or entry.path in written.moved
+                    or entry.path in self._touched
+                ):
+                    written.gone[entry.path] = entry
+        return written
+
+    def _is_covered(self, directory: str, seen: str) -> bool:
+        """Whether an input that a moved directory holds was replaced or removed since."""
+        return seen in self._written.files or any(
+            seen == hidden or seen.startswith(f"{hidden}/")
+            for hidden in self._hidden
+            if hidden.startswith(f"{directory}/")
+        )
+
+
+def _mark(fd: int, name: str) -> bytes | None:
+    try:
+        return os.getxattr(fd, name)
+    except OSError:
+        return None
