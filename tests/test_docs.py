@@ -93,7 +93,7 @@ def test_every_event_is_documented_and_no_other() -> None:
 
 def _logged() -> Iterator[tuple[str, str, set[str]]]:
     """Yield (event, level, fields) of each place where one is logged."""
-    for path in (ROOT / "agent_plugin").rglob("*.py"):
+    for path in (*(ROOT / "agent_plugin").rglob("*.py"), *(ROOT / "vfs").rglob("*.py")):
         tree = ast.parse(path.read_bytes())
         for function in ast.walk(tree):
             if not isinstance(function, ast.FunctionDef):
