@@ -130,11 +130,7 @@ class _Walk:
         )
         redirect = _mark(opened, _REDIRECT)
         if redirect is not None:
-            above = (lower or path).rpartition("/")[0]
-            origin = os.fsdecode(redirect)
-            origin = (
-                origin.lstrip("/") if origin.startswith("/") else f"{above}/{origin}".lstrip("/")
-            )
+            origin = _redirected(redirect, lower or path)
             if origin != path:
                 self._hidden.append(path)
                 self._shown.append((origin, path))
@@ -161,9 +157,7 @@ class _Walk:
         origin = lower or path
         self._touched.add(path)
         if redirect is not None:
-            text = os.fsdecode(redirect)
-            above = origin.rpartition("/")[0]
-            origin = text.lstrip("/") if text.startswith("/") else f"{above}/{text}".lstrip("/")
+            origin = _redirected(redirect, origin)
         if origin != path:
             self._shown.append((origin, path))
 
@@ -197,6 +191,13 @@ class _Walk:
             for hidden in self._hidden
             if hidden.startswith(f"{directory}/")
         )
+
+
+def _redirected(redirect: bytes, path: str) -> str:
+    """Return which input a redirect names: from the root, or one beside the input at `path`."""
+    target = os.fsdecode(redirect)
+    above = "" if target.startswith("/") else path.rpartition("/")[0]
+    return f"{above}/{target}".lstrip("/")
 
 
 def _mark(fd: int, name: str) -> bytes | None:
