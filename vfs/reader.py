@@ -15,7 +15,6 @@ import os
 import resource
 import tempfile
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -255,20 +254,11 @@ class BlobReader:
         """Return the right to fetch; None when the blob has come, or there is no cache."""
         if self._cache is None:
             return None
-        deadline = time.monotonic() + SINGLE_FLIGHT_SECONDS
-        claim = None
         try:
-            while (claim := self._cache.claim(digest)) is None:
-                left = deadline - time.monotonic()
-                if left <= 0 or self._cache.wait_for(digest, left, self._halt):
-                    return None
-            if not self._cache.contains(digest):
-                return claim
+            return self._cache.claim_or_wait(digest, SINGLE_FLIGHT_SECONDS, self._halt)
         except LocalError as error:
             log.warning(events.CACHE_BYPASSED, extra={"reason": error.message})
-        if claim is not None:
-            claim.release()
-        return None
+            return None
 
     def _fetch_small(self, digest: Digest) -> OpenBlob | None:
         data = self._open_store().get(digest)

@@ -294,6 +294,32 @@ class BlobCache:
             cancellation.sleep(_POLL_SECONDS)
         return self._files.contains(digest)
 
+    def claim_or_wait(
+        self, digest: Digest, timeout: float, cancellation: Cancellation
+    ) -> Claim | None:
+        """Return the right to fetch a blob that is not here, waiting for whoever fetches it now.
+
+        None when the blob has come meanwhile, or nothing came in `timeout` seconds: look with
+        `open_blob`, and fetch it without a claim if it is not there.
+
+        Raises:
+            CancelledError: Cancellation was wished.
+            CacheUnsafeError, LocalWriteError: As for `contains`, `claim` and `wait_for`.
+        """
+        deadline = time.monotonic() + timeout
+        while (claim := self.claim(digest)) is None:
+            left = deadline - time.monotonic()
+            if left <= 0 or self.wait_for(digest, left, cancellation):
+                return None
+        try:
+            if not self.contains(digest):
+                return claim
+        except BaseException:
+            claim.release()
+            raise
+        claim.release()
+        return None
+
     def lease(
         self, name: str, digests: Iterable[Digest], *, keep_seconds: float | None = None
     ) -> Lease:

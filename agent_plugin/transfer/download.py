@@ -297,18 +297,8 @@ class _Download:
         cache = self._filling
         if cache is None:
             return None
-        deadline = time.monotonic() + SINGLE_FLIGHT_SECONDS
         try:
-            while True:
-                claim = cache.claim(digest)
-                if claim is not None:
-                    if cache.contains(digest):
-                        claim.release()
-                        return None
-                    return claim
-                left = deadline - time.monotonic()
-                if left <= 0 or cache.wait_for(digest, left, self._halt):
-                    return None
+            return cache.claim_or_wait(digest, SINGLE_FLIGHT_SECONDS, self._halt)
         except LocalError as error:
             self._bypass(error)
             return None
