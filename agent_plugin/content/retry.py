@@ -28,6 +28,10 @@ DAMAGED: Final = (BlobCorruptError, StoreProtocolError)
 Retried = Callable[[PropmasterError, float], None]
 _RETRIED: Final[ContextVar[Retried | None]] = ContextVar("retried", default=None)
 
+# Its own: who seeds the process's generator would make all its workers wait alike, and a request
+# that was left behind would draw from it beside whoever counts on its order.
+_GENERATOR: Final = random.Random()  # noqa: S311 - a wait is no secret
+
 log = events.get_logger()
 
 
@@ -66,7 +70,7 @@ class RetryPolicy:
     connect_timeout: float = 5.0
     read_timeout: float = 15.0
     least_bytes_per_second: float = 16 * 1024
-    random: Callable[[], float] = random.random
+    random: Callable[[], float] = _GENERATOR.random
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
 

@@ -231,7 +231,8 @@ class _Upload:
             known,
             min(GRANTED_SECONDS, self._context.existence_max_age),
         )
-        return recent - set(random.sample(sorted(recent), min(len(recent), SAMPLED)))
+        chance = random.Random()  # noqa: S311 - a sample is no secret
+        return recent - set(chance.sample(sorted(recent), min(len(recent), SAMPLED)))
 
     def _missing(self, digests: Iterable[Digest]) -> set[Digest]:
         missing: set[Digest] = set()

@@ -1,6 +1,7 @@
 """When a request is tried again, and when it is given up. Time is the test's own."""
 
 import logging
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -40,9 +41,9 @@ def time() -> Time:
     return Time()
 
 
-def policy(time: Time, *, random: float = 0.0, **limits: float) -> RetryPolicy:
+def policy(time: Time, *, chance: float = 0.0, **limits: float) -> RetryPolicy:
     return RetryPolicy(
-        random=lambda: random,
+        random=lambda: chance,
         clock=time.clock,
         sleep=time.sleep,
         **limits,  # type: ignore[arg-type]  # the attempts are an int
@@ -74,12 +75,20 @@ def test_a_passing_failure_is_outlived(time: Time) -> None:
 
 
 def test_waits_double_up_to_the_cap_and_are_half_chance(time: Time) -> None:
-    longest = [policy(time, random=1.0).wait_after(attempt) for attempt in range(1, 9)]
-    shortest = [policy(time, random=0.0).wait_after(attempt) for attempt in range(1, 9)]
+    longest = [policy(time, chance=1.0).wait_after(attempt) for attempt in range(1, 9)]
+    shortest = [policy(time, chance=0.0).wait_after(attempt) for attempt in range(1, 9)]
 
     assert longest == pytest.approx([0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10, 10])
     assert shortest == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5, 5])
-    assert policy(time, random=1.0).wait_after(10_000) == 10
+    assert policy(time, chance=1.0).wait_after(10_000) == 10
+
+
+def test_the_chance_is_not_that_of_the_process() -> None:
+    before = random.getstate()
+
+    RetryPolicy().wait_after(1)
+
+    assert random.getstate() == before
 
 
 def test_an_outage_of_thirty_seconds_is_outlived_even_with_the_shortest_waits(time: Time) -> None:
@@ -153,7 +162,7 @@ def test_a_store_that_hangs_is_given_up_at_the_deadline(time: Time) -> None:
     attempt = lasting(time, 15, StoreUnavailableError("timed out"))
 
     with pytest.raises(StoreUnavailableError, match="given up after 8 attempts"):
-        policy(time, random=1.0).call(attempt, what="ask")
+        policy(time, chance=1.0).call(attempt, what="ask")
     assert 120 < time.now - begun < 15 + 120 + 15
 
 
