@@ -7,7 +7,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 # What Debian splits off Python, and all that the demonstration needs of the system.
 VENV_PACKAGES := python3-venv
 # For the tests: a real renderer, and the file systems that some of them make and mount.
-TEST_PACKAGES := povray povray-examples xfsprogs btrfs-progs e2fsprogs exfatprogs exfat-fuse
+TEST_PACKAGES := povray povray-examples xfsprogs btrfs-progs e2fsprogs exfatprogs exfat-fuse libfuse2
 
 # $(call install_packages,PACKAGES): those that are missing, or else the exact command to run.
 define install_packages

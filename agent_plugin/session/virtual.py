@@ -15,6 +15,7 @@ from agent_plugin.content import events
 from agent_plugin.content.errors import MountFailedError, MountReadFailedError, local_write_error
 from agent_plugin.content.leftovers import partial_name
 from agent_plugin.content.manifest import Manifest
+from agent_plugin.content.mount_probe import kernel_obstacle
 from agent_plugin.content.mount_table import is_mounted
 from agent_plugin.session.mounts import MountRequest, Mounts
 from agent_plugin.session.state import COPIED, VIRTUAL, RootState, SessionState
@@ -24,8 +25,6 @@ AUTO: Final = "AUTO"
 # What is copied in about as long as a mount takes, and is faster afterwards.
 AUTO_COPIED_BYTES: Final = 64 * 1024 * 1024
 AUTO_COPIED_FILES: Final = 500
-
-_CAP_SYS_ADMIN: Final = 21
 
 log = events.get_logger()
 
@@ -41,14 +40,11 @@ class Choice:
 def mount_obstacle() -> str:
     """Return why this host can not mount, or that it may not; empty if nothing is known to stop it.
 
-    Source: capabilities(7); proc_pid_status(5), CapEff; proc_filesystems(5).
+    Source: proc_filesystems(5).
     """
-    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    effective = next(line for line in status.splitlines() if line.startswith("CapEff:"))
-    if not int(effective.split()[1], 16) >> _CAP_SYS_ADMIN & 1:
-        return "mounting needs CAP_SYS_ADMIN, which this process has not"
-    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        return "there is no /dev/fuse that can be used"
+    obstacle = kernel_obstacle()
+    if obstacle:
+        return obstacle
     kinds = Path("/proc/filesystems").read_text(encoding="ascii").split()
     if "overlay" not in kinds:
         return "the kernel has no overlayfs loaded (modprobe overlay)"
