@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Final, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 import msgspec
 from msgspec import Meta
@@ -168,6 +168,17 @@ class OutputSettings(_Section, frozen=True, forbid_unknown_fields=True):
     upload_failed: bool = False
 
 
+class MountSettings(_Section, frozen=True, forbid_unknown_fields=True):
+    """How mounted inputs are read.
+
+    Attributes:
+        verify: `stream`: a blob of more than 64 MiB is read while it comes, and verified when it is
+            complete. `strict`: no byte of any blob is read before all of it is verified.
+    """
+
+    verify: Literal["stream", "strict"] = "stream"
+
+
 class Settings(_Section, frozen=True, forbid_unknown_fields=True):
     """All settings of the host; `load` makes them."""
 
@@ -175,6 +186,7 @@ class Settings(_Section, frozen=True, forbid_unknown_fields=True):
     cache: CacheSettings = CacheSettings()
     store: StoreSettings = StoreSettings()
     outputs: OutputSettings = OutputSettings()
+    mounts: MountSettings = MountSettings()
 
 
 def load(

@@ -141,7 +141,7 @@ class BlobReader:
         """
         if digest.hex == EMPTY_HASH:
             return b""
-        if digest.size > STRICT_BYTES and self._policy.may_stream:
+        if self._may_stream(digest):
             streamed = self._stream(digest)
             if streamed is not None:
                 return streamed.read(offset, length, cancellation)
@@ -173,6 +173,10 @@ class BlobReader:
             cancellation.check()
             wait([future], timeout=POLL_SECONDS)
         return future.result()
+
+    def _may_stream(self, digest: Digest) -> bool:
+        """Whether some of a blob may be read before all of it is verified."""
+        return digest.size > STRICT_BYTES and self._policy.may_stream
 
     def is_local(self, digest: Digest) -> bool:
         """Whether the blob is on this host, as far as can be told without reading it."""
@@ -210,7 +214,7 @@ class BlobReader:
             return None
         if fd is None:
             return None
-        blob = OpenBlob(fd, is_verified=digest.size <= STRICT_BYTES)
+        blob = OpenBlob(fd, is_verified=not self._may_stream(digest))
         if blob.is_verified and not self._is_right(digest, blob):
             return None
         self._statistics.count(blobs_from_cache=1, bytes_from_cache=digest.size)

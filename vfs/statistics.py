@@ -14,7 +14,8 @@ class Counts:
         blobs_quarantined: Found damaged there.
         reads_failed: Reads that a job saw fail.
         reads_waited: Reads that had to wait for a fetch.
-        reads_interrupted: Of those, the ones whose reader was killed or signalled.
+        reads_interrupted: Of those, the ones that the kernel gave up with their reader. It gives up
+            those past the page cache only: one that fills the page cache is nobody's, and goes on.
     """
 
     blobs_fetched: int = 0

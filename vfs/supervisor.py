@@ -23,7 +23,7 @@ import msgspec
 
 from agent_plugin.content import events
 from agent_plugin.content.errors import LocalWriteError, PropmasterError, local_write_error
-from agent_plugin.content.mount_spec import MountSpec, Ready
+from agent_plugin.content.mount_spec import MountSpec, Ready, leave_only_upper
 from agent_plugin.content.mount_table import is_mounted, read_mounts, unmount
 from vfs.mount import FUSE_KIND, end_mount, mount_fuse, mount_overlay, raise_read_ahead
 from vfs.transports.kernel_transport import Session, negotiate
@@ -245,6 +245,7 @@ class Supervisor:
             with suppress(OSError):
                 if is_mounted(at, self._spec.name):
                     unmount(at, lazily=True)
+        leave_only_upper(self._spec)
 
 
 def _pidfd(pid: int) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from agent_plugin.cli.mounting import open_mounts
+from agent_plugin.cli.mounting import open_mounts, path_of_mount
 from agent_plugin.cli.options import common_options, print_json, say, store_option
 from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.content.errors import LocalReadError, LocalWriteError, SessionStateError
@@ -35,6 +35,12 @@ from agent_plugin.transfer.progress import format_bytes
     help="Where what is written is kept, `upper` in it; on a local disk.",
 )
 @click.option(
+    "--verify",
+    type=click.Choice(["stream", "strict"]),
+    help="strict verifies a blob before any of it is read, whatever its size; stream lets a blob of"
+    " more than 64 MiB be read while it comes.  [default: what the settings say]",
+)
+@click.option(
     "--owner-pid",
     type=click.IntRange(min=0),
     default=0,
@@ -47,13 +53,14 @@ def command(
     store_url: str,
     writes: str,
     work_dir: Path | None,
+    verify: str | None,
     owner_pid: int,
     as_json: bool,
     config: Path | None,
 ) -> None:
     """Mount the files of MANIFEST at MOUNTPOINT, an empty directory."""
     settings = load(config)
-    mounts = open_mounts(settings)
+    mounts = open_mounts(settings, verify=verify)
     mounts.clear_stale()
     if writes == "overlayfs" and work_dir is None:
         raise click.UsageError("--writes overlayfs needs --work-dir")
@@ -93,7 +100,7 @@ def _read(path: Path) -> bytes:
 
 def _mountpoint(path: Path) -> Path:
     """Return a directory's path without links; made when missing, and empty."""
-    place = Path(os.path.realpath(path.parent), path.name)
+    place = path_of_mount(path)
     if is_mounted(place):
         # Not looked at: its server may hang.
         raise SessionStateError(

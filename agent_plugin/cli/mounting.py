@@ -1,12 +1,19 @@
 """The mounts of this host, for the commands that make and end some."""
 
+import os
+from pathlib import Path
+
 from agent_plugin.services import state_directory
 from agent_plugin.session.mounts import CachePlace, Mounts
 from agent_plugin.settings import Settings
 
 
-def open_mounts(settings: Settings) -> Mounts:
+def open_mounts(settings: Settings, *, verify: str | None = None) -> Mounts:
     """Return the mounts of this host.
+
+    Args:
+        settings: The host's.
+        verify: `stream` or `strict`; None for what the settings say.
 
     Raises:
         LocalWriteError: The state directory can not be made, or others could write to it.
@@ -18,4 +25,15 @@ def open_mounts(settings: Settings) -> Mounts:
         min_free_bytes=settings.cache.min_free_bytes_on(directory),
         shared=settings.cache.shared_between_stores,
     )
-    return Mounts(state_directory(settings), cache)
+    strict = (verify or settings.mounts.verify) == "strict"
+    return Mounts(state_directory(settings), cache, strict=strict)
+
+
+def path_of_mount(named: Path) -> Path:
+    """Return the path by which the kernel's table knows a mount point.
+
+    Its last component is not looked at, since its server may hang; links above it are followed.
+    """
+    if named.name in ("", ".."):
+        return Path(os.path.realpath(named))
+    return Path(os.path.realpath(named.parent), named.name)

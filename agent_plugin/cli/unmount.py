@@ -1,11 +1,10 @@
 """`propmaster unmount`: the end of a mount, orderly or not."""
 
-import os
 from pathlib import Path
 
 import click
 
-from agent_plugin.cli.mounting import open_mounts
+from agent_plugin.cli.mounting import open_mounts, path_of_mount
 from agent_plugin.cli.options import common_options, print_json, say
 from agent_plugin.settings import load
 
@@ -16,8 +15,7 @@ from agent_plugin.settings import load
 def command(mountpoint: Path, as_json: bool, config: Path | None) -> None:
     """End the mount at MOUNTPOINT; nothing happens if there is none."""
     settings = load(config)
-    # Without looking at the mount point itself, which may hang.
-    place = Path(os.path.realpath(mountpoint.parent), mountpoint.name)
+    place = path_of_mount(mountpoint)
     ended = open_mounts(settings).end(place)
     if as_json:
         print_json({"ended": ended})

@@ -6,6 +6,7 @@ be used (`Ready`), and serves until it is unmounted.
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -102,6 +103,16 @@ def write_spec(spec: MountSpec, path: Path) -> None:
             file.write(json.dumps(msgspec.to_builtins(spec)).encode("ascii"))
     except OSError as error:
         raise local_write_error(error, os.fspath(path)) from error
+
+
+def leave_only_upper(spec: MountSpec) -> None:
+    """Remove from the work directory what was ours, when nothing is mounted any more.
+
+    One by one and only what is empty, since the directory is one that a user may have named.
+    """
+    for name in ("lower", "spool", "work/work", "work"):
+        with suppress(OSError):
+            Path(spec.work_dir, name).rmdir()
 
 
 def read_spec(path: Path) -> MountSpec:

@@ -32,7 +32,14 @@ from agent_plugin.content.errors import (
 )
 from agent_plugin.content.leftovers import remove_tree
 from agent_plugin.content.manifest import FileEntry, Manifest, encode
-from agent_plugin.content.mount_spec import VERSION, MountSpec, Ready, read_spec, write_spec
+from agent_plugin.content.mount_spec import (
+    VERSION,
+    MountSpec,
+    Ready,
+    leave_only_upper,
+    read_spec,
+    write_spec,
+)
 from agent_plugin.content.mount_table import is_mounted, read_mounts, unmount_all
 from agent_plugin.content.store import Cancellation
 from agent_plugin.transfer.ledger import lease_owner
@@ -108,11 +115,13 @@ class Mounts:
     Args:
         state_dir: Private to this user.
         cache: The host's.
+        strict: Of what is mounted from now on, verify all of a blob before any of it is read.
     """
 
-    def __init__(self, state_dir: Path, cache: CachePlace) -> None:
+    def __init__(self, state_dir: Path, cache: CachePlace, *, strict: bool = False) -> None:
         self._directory = state_dir / "mounts"
         self._cache = cache
+        self._strict = strict
 
     def start(
         self,
@@ -233,7 +242,7 @@ class Mounts:
             writes=request.writes,
             uid=request.uid,
             gid=request.gid,
-            stream=True,
+            stream=not self._strict,
             xattrs=False,
             errors=os.fspath(place / "errors"),
             control=os.fspath(place / "control"),
@@ -331,6 +340,7 @@ def _clear(spec: MountSpec) -> None:
                 unmount_all(at)
             except OSError as error:
                 raise LocalWriteError(f"{at} can not be unmounted: {error.strerror}") from error
+    leave_only_upper(spec)
 
 
 def _read_record(place: Path) -> MountRecord | None:

@@ -37,11 +37,16 @@ class Mounter:
     """
 
     def __init__(
-        self, home: Path, store_url: str, *, environment: dict[str, str] | None = None
+        self,
+        home: Path,
+        store_url: str,
+        *,
+        environment: dict[str, str] | None = None,
+        settings: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         # The kernel's table has no links in it.
         self.home = home.resolve()
-        self.host = Host(self.home / "host", store_url, environment=environment)
+        self.host = Host(self.home / "host", store_url, environment=environment, settings=settings)
         self.ready: dict[Path, Ready] = {}
 
     def stored(

@@ -766,14 +766,16 @@ def test_a_writable_mount_by_command_keeps_what_is_written(
     mounter: Mounter, inputs: Manifest
 ) -> None:
     host, at, work = mounter.host, mounter.home / "mnt", mounter.home / "work"
+    (work / "host").mkdir(parents=True)
     done = host.run(
         "mount", mounter.manifest_file(inputs), at, "--store", host.store_url, "--work-dir", work
     )
     assert done.returncode == 0, done.stderr
     assert "writable" in done.stdout
     (at / "new").write_bytes(b"written")
-    assert host.run("unmount", at).returncode == 0
+    assert host.run("unmount", f"{mounter.home}/host/../mnt/").returncode == 0
     assert (work / "upper/new").read_bytes() == b"written"
+    assert sorted(path.name for path in work.iterdir()) == ["host", "upper"]
     mounter.assert_nothing_is_left()
 
 

@@ -40,6 +40,7 @@ def test_without_a_file_everything_has_its_default(tmp_path: Path) -> None:
     assert settings.store.least_bytes_per_second == 16 * 1024
     assert settings.cache.shared_between_stores is False
     assert settings.outputs.upload_failed is False
+    assert settings.mounts.verify == "stream"
 
 
 def test_root_has_the_systems_directories(tmp_path: Path) -> None:
@@ -100,6 +101,9 @@ def test_every_setting_can_be_set(tmp_path: Path) -> None:
         existence_max_age = 0
         [outputs]
         upload_failed = true
+
+        [mounts]
+        verify = "strict"
         """,
         tmp_path,
     )
@@ -111,6 +115,7 @@ def test_every_setting_can_be_set(tmp_path: Path) -> None:
     assert settings.store.least_bytes_per_second == 1
     assert settings.store.existence_max_age == 0
     assert settings.outputs.upload_failed is True
+    assert settings.mounts.verify == "strict"
 
 
 def test_the_file_is_the_named_one_else_the_variables_else_the_systems(tmp_path: Path) -> None:
