@@ -1,13 +1,16 @@
-"""What a transport asks of a mount: names, attributes and bytes, without any protocol's types.
+"""The nodes of a mount that takes no writes: the tree's names, and content as the reader has it.
 
 Everything but `read` answers at once, from memory or from an open file.
 
 Concurrency: any thread may call anything.
 """
 
+import errno
 import os
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Final
 
 from agent_plugin.content import events
@@ -16,6 +19,7 @@ from agent_plugin.content.errors import CancelledError, LocalReadError, Propmast
 from agent_plugin.content.manifest import FileEntry
 from agent_plugin.content.store import Cancellation
 from vfs.error_ledger import ErrorLedger
+from vfs.nodes import Attributes, Listed, Space, WritableNodes
 from vfs.reader import BlobReader
 from vfs.statistics import Statistics
 from vfs.tree import ROOT, Tree
@@ -23,6 +27,7 @@ from vfs.tree import ROOT, Tree
 XATTR_HASH: Final = b"user.propmaster.hash"
 XATTR_STATE: Final = b"user.propmaster.state"
 BLOCK_BYTES: Final = 512
+PAGE_BYTES: Final = 4096
 
 log = events.get_logger()
 
@@ -61,13 +66,70 @@ class NodeService:
         self._reader = reader
         self._errors = errors
         self._statistics = statistics
+        self._uid, self._gid = owner.uid, owner.gid
         self._file_mode = stat.S_IFREG | owner.file_mode
         self._directory_mode = stat.S_IFDIR | owner.directory_mode
         reader.on_corrupt = self._tell_corrupt
 
-    def mode(self, node: int) -> int:
-        """Return type and permissions as stat() gives them."""
-        return self._directory_mode if self.tree.is_directory(node) else self._file_mode
+    @property
+    def writable(self) -> WritableNodes | None:
+        """None: nothing may be changed."""
+        return None
+
+    def lookup(self, directory: int, name: bytes) -> int | None:
+        """Return the node of a name in a directory, None if there is none."""
+        return self.tree.lookup(directory, name)
+
+    def parent(self, directory: int) -> int:
+        """Return the directory above; that of the root is the root."""
+        return self.tree.parent(directory)
+
+    def attributes(self, node: int) -> Attributes:
+        """Return what is known of a node.
+
+        Raises:
+            OSError: ESTALE: there is no such node.
+        """
+        tree = self.tree
+        if not tree.exists(node):
+            raise OSError(errno.ESTALE, "no such node")
+        size, mtime_ns = tree.size(node), tree.mtime_ns(node)
+        mode, nlink = (self._directory_mode, 2) if tree.is_directory(node) else (self._file_mode, 1)
+        blocks = -(-size // BLOCK_BYTES)
+        uid, gid = self._uid, self._gid
+        return Attributes(
+            node, mode, nlink, uid, gid, 0, size, blocks, mtime_ns, mtime_ns, mtime_ns
+        )
+
+    def listing(self, directory: int) -> Sequence[Listed]:
+        """Return a directory's names, in the order they were added.
+
+        Raises:
+            OSError: ENOTDIR: it is none.
+        """
+        if not self.tree.is_directory(directory):
+            raise NotADirectoryError(errno.ENOTDIR, "not a directory")
+        names = self.tree.names(directory)
+        return list(zip(count(1), names.keys(), names.values(), strict=False))
+
+    def readlink(self, node: int) -> bytes:
+        """Refuse: a manifest has no links.
+
+        Raises:
+            OSError: EINVAL.
+        """
+        raise OSError(errno.EINVAL, f"node {node} is no symbolic link")
+
+    def statvfs(self) -> Space:
+        """Return the size of all files, none of it free."""
+        blocks = -(-self.tree.bytes // PAGE_BYTES)
+        return Space(PAGE_BYTES, blocks, 0, 0, len(self.tree), 0)
+
+    def hold(self, node: int, count: int = 1) -> None:
+        """Nodes stay."""
+
+    def forget(self, node: int, count: int = 1) -> None:
+        """Nodes stay."""
 
     def path(self, node: int) -> str:
         """Return the path of a node below the root, for messages."""
@@ -138,7 +200,7 @@ class NodeService:
         )
         self._errors.record(entry.path, entry.digest, error)
 
-    def xattr(self, node: int, name: bytes) -> bytes | None:
+    def getxattr(self, node: int, name: bytes) -> bytes | None:
         """Return an extended attribute, None when there is none of that name.
 
         `user.propmaster.hash` is a file's hash, `user.propmaster.state` is `local` or `remote`.
@@ -150,3 +212,7 @@ class NodeService:
         if name == XATTR_STATE:
             return b"local" if self._reader.is_local(self.tree.digest(node)) else b"remote"
         return None
+
+    def listxattr(self, node: int) -> list[bytes]:  # noqa: ARG002 - it is so for all
+        """Return no name: every tool that copies attributes would copy ours."""
+        return []

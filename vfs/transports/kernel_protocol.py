@@ -66,6 +66,8 @@ ATTR: Final = struct.Struct("<QQQqqqIIIIIIIIII")
 # struct fuse_entry_out before its attr: nodeid, generation, entry_valid, attr_valid, and their
 # nanoseconds.
 ENTRY: Final = struct.Struct("<QQQQII")
+# struct fuse_entry_out.
+ENTRY_ATTR: Final = struct.Struct(ENTRY.format + ATTR.format[1:])
 # struct fuse_attr_out before its attr: attr_valid, its nanoseconds, dummy.
 ATTR_OUT: Final = struct.Struct("<QII")
 # struct fuse_read_in: fh, offset, size, read_flags, lock_owner, flags, padding.
@@ -85,6 +87,3 @@ NOTIFY_RESEND: Final = 7
 
 # A validity that outlasts every mount, in seconds.
 FOREVER: Final = 1 << 31
-
-DT_DIR: Final = 4
-DT_REG: Final = 8

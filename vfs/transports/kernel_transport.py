@@ -26,7 +26,7 @@ from typing import Final
 from agent_plugin.content import events
 from agent_plugin.content.errors import CancelledError, PropmasterError
 from agent_plugin.content.store import Cancellation
-from vfs.service import BLOCK_BYTES, NodeService
+from vfs.nodes import Attributes, Nodes
 from vfs.transports import kernel_protocol as protocol
 from vfs.transports.kernel_protocol import FOREVER, Feature, Opcode
 
@@ -40,6 +40,7 @@ WAITING_READS: Final = 64
 MAX_BACKGROUND: Final = 64
 # Encoded listings that are kept; a large directory is asked for in many pieces.
 LISTINGS: Final = 64
+_NS: Final = 1_000_000_000
 
 WANTED: Final = (
     Feature.ASYNC_READ
@@ -124,16 +125,15 @@ class KernelTransport:
 
     Args:
         fd: /dev/fuse, after `negotiate`.
-        service: What is served.
+        nodes: What is served.
         xattrs: Tell hash and state of files as extended attributes. It costs a message for each
             file that `ls -l` lists, since it asks for ACLs; without, the kernel is told once that
             there are none.
     """
 
-    def __init__(self, fd: int, service: NodeService, *, xattrs: bool = False) -> None:
+    def __init__(self, fd: int, nodes: Nodes, *, xattrs: bool = False) -> None:
         self._fd = fd
-        self._service = service
-        self._tree = service.tree
+        self._nodes = nodes
         self._listings: OrderedDict[int, tuple[bytes, list[int]]] = OrderedDict()
         self._waiting: dict[int, Cancellation] = {}
         self._lock = threading.Lock()
@@ -198,20 +198,20 @@ class KernelTransport:
         if len(body) - 1 > NAME_BYTES:
             self._refuse(unique, errno.ENAMETOOLONG)
             return
-        found = self._tree.lookup(node, bytes(body[:-1]))
+        found = self._nodes.lookup(node, bytes(body[:-1]))
         if found is None:
             # Node 0: the kernel remembers that there is nothing of that name.
             missing = protocol.ENTRY.pack(0, 0, FOREVER, 0, 0, 0)
             self._answer(unique, missing + bytes(protocol.ATTR.size))
         else:
-            self._answer(unique, self._entry(found))
+            self._answer(unique, entry_out(self._nodes.attributes(found)))
 
     def _getattr(self, unique: int, node: int, _body: memoryview) -> None:
-        self._answer(unique, protocol.ATTR_OUT.pack(FOREVER, 0, 0) + self._attr(node))
+        self._answer(unique, attr_out(self._nodes.attributes(node)))
 
     def _read(self, unique: int, node: int, body: memoryview) -> None:
         _, offset, size, *_ = protocol.READ_IN.unpack_from(body)
-        count = self._service.read_now(node, offset, self._buffer[:size])
+        count = self._nodes.read_now(node, offset, self._buffer[:size])
         if count >= 0:
             self._answer(unique, self._buffer[:count])
             return
@@ -224,7 +224,7 @@ class KernelTransport:
         self, unique: int, node: int, offset: int, size: int, cancellation: Cancellation
     ) -> None:
         try:
-            data: bytes | Exception = self._service.read(node, offset, size, cancellation)
+            data: bytes | Exception = self._nodes.read(node, offset, size, cancellation)
         except Exception as error:  # noqa: BLE001 - the errno boundary: nothing may pass
             data = error
         with self._lock:
@@ -257,33 +257,34 @@ class KernelTransport:
         _, offset, size, *_ = protocol.READ_IN.unpack_from(body)
         answer = b""
         for position, (name, found) in enumerate(self._names(node)[offset:], start=offset + 1):
-            entry = self._dirent(position, name, found)
+            mode = self._nodes.attributes(found).mode
+            entry = self._dirent(position, name, found, mode)
             if len(answer) + len(entry) > size:
                 break
             answer += entry
         self._answer(unique, answer)
 
     def _statfs(self, unique: int, _node: int, _body: memoryview) -> None:
-        blocks = -(-self._tree.bytes // PAGE_BYTES)
+        block, blocks, free, available, files, files_free = self._nodes.statvfs()
         self._answer(
             unique,
             protocol.STATFS_OUT.pack(
-                blocks, 0, 0, len(self._tree), 0, PAGE_BYTES, NAME_BYTES, PAGE_BYTES, 0
+                blocks, free, available, files, files_free, block, NAME_BYTES, block, 0
             ),
         )
 
     def _getxattr(self, unique: int, node: int, body: memoryview) -> None:
         [size, _] = protocol.GETXATTR.unpack_from(body)
-        value = self._service.xattr(node, bytes(body[protocol.GETXATTR.size : -1]))
+        value = self._nodes.getxattr(node, bytes(body[protocol.GETXATTR.size : -1]))
         if value is None:
             self._refuse(unique, errno.ENODATA)
         else:
             self._answer_xattr(unique, value, size)
 
-    def _listxattr(self, unique: int, _node: int, body: memoryview) -> None:
-        # Ours are not listed, or every tool that copies attributes would copy them.
+    def _listxattr(self, unique: int, node: int, body: memoryview) -> None:
         [size, _] = protocol.GETXATTR.unpack_from(body)
-        self._answer_xattr(unique, b"", size)
+        names = b"".join(name + b"\0" for name in self._nodes.listxattr(node))
+        self._answer_xattr(unique, names, size)
 
     def _answer_xattr(self, unique: int, value: bytes, size: int) -> None:
         if size == 0:
@@ -301,31 +302,17 @@ class KernelTransport:
 
     # ------------------------------------------------------------------ their parts
 
-    def _attr(self, node: int) -> bytes:
-        if not self._tree.exists(node):
-            raise FileNotFoundError(errno.ESTALE, "no such node")
-        size = self._tree.size(node)
-        seconds, nanoseconds = divmod(self._tree.mtime_ns(node), 1_000_000_000)
-        owner = self._service.owner
-        return protocol.ATTR.pack(
-            node, size, -(-size // BLOCK_BYTES),
-            seconds, seconds, seconds, nanoseconds, nanoseconds, nanoseconds,
-            self._service.mode(node), 2 if self._tree.is_directory(node) else 1,
-            owner.uid, owner.gid, 0, PAGE_BYTES, 0,
-        )  # fmt: skip
-
-    def _entry(self, node: int) -> bytes:
-        return protocol.ENTRY.pack(node, 0, FOREVER, FOREVER, 0, 0) + self._attr(node)
-
     def _names(self, node: int) -> list[tuple[bytes, int]]:
         return [
             (b".", node),
-            (b"..", self._tree.parent(node)),
-            *self._tree.names(node).items(),
+            (b"..", self._nodes.parent(node)),
+            *((name, found) for _, name, found in self._nodes.listing(node)),
         ]
 
-    def _dirent(self, position: int, name: bytes, node: int) -> bytes:
-        kind = protocol.DT_DIR if self._tree.is_directory(node) else protocol.DT_REG
+    @staticmethod
+    def _dirent(position: int, name: bytes, node: int, mode: int) -> bytes:
+        # The type as DT_DIR and the others have it.
+        kind = mode >> 12
         entry = protocol.DIRENT.pack(node, position, len(name), kind) + name
         return entry + bytes(-len(entry) % 8)
 
@@ -337,8 +324,9 @@ class KernelTransport:
             nothing = bytes(protocol.ENTRY.size + protocol.ATTR.size)
             pieces, ends, end = [], [], 0
             for position, (name, found) in enumerate(self._names(node), start=1):
-                known = nothing if name in (b".", b"..") else self._entry(found)
-                piece = known + self._dirent(position, name, found)
+                attributes = self._nodes.attributes(found)
+                known = nothing if name in (b".", b"..") else entry_out(attributes)
+                piece = known + self._dirent(position, name, found, attributes.mode)
                 pieces.append(piece)
                 end += len(piece)
                 ends.append(end)
@@ -373,3 +361,22 @@ class KernelTransport:
             return error.errno
         log.error(events.MOUNT_REQUEST_CRASHED, exc_info=error)
         return errno.EIO
+
+
+def attr_out(attributes: Attributes) -> bytes:
+    """Return attributes as GETATTR and SETATTR are answered."""
+    return protocol.ATTR_OUT.pack(FOREVER, 0, 0) + entry_out(attributes)[protocol.ENTRY.size :]
+
+
+def entry_out(attributes: Attributes) -> bytes:
+    """Return a node as LOOKUP is answered."""
+    node, mode, nlink, uid, gid, rdev, size, blocks, atime, mtime, ctime = attributes
+    modified, modified_ns = divmod(mtime, _NS)
+    accessed, accessed_ns = (modified, modified_ns) if atime == mtime else divmod(atime, _NS)
+    changed, changed_ns = (modified, modified_ns) if ctime == mtime else divmod(ctime, _NS)
+    return protocol.ENTRY_ATTR.pack(
+        node, 0, FOREVER, FOREVER, 0, 0,
+        node, size, blocks,
+        accessed, modified, changed, accessed_ns, modified_ns, changed_ns,
+        mode, nlink, uid, gid, rdev, PAGE_BYTES, 0,
+    )  # fmt: skip
