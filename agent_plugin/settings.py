@@ -174,9 +174,12 @@ class MountSettings(_Section, frozen=True, forbid_unknown_fields=True):
     Attributes:
         verify: `stream`: a blob of more than 64 MiB is read while it comes, and verified when it is
             complete. `strict`: no byte of any blob is read before all of it is verified.
+        xattrs: Whether extended attributes tell a file's hash and state also where overlayfs is
+            above the mount, which then asks once for each file that is looked up.
     """
 
     verify: Literal["stream", "strict"] = "stream"
+    xattrs: bool = False
 
 
 class Settings(_Section, frozen=True, forbid_unknown_fields=True):

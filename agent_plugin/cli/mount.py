@@ -41,6 +41,12 @@ from agent_plugin.transfer.progress import format_bytes
     " more than 64 MiB be read while it comes.  [default: what the settings say]",
 )
 @click.option(
+    "--xattrs",
+    is_flag=True,
+    help="Tell hash and state of files as extended attributes with --writes overlayfs, too; looking"
+    " a file up then takes longer.",
+)
+@click.option(
     "--owner-pid",
     type=click.IntRange(min=0),
     default=0,
@@ -54,13 +60,14 @@ def command(
     writes: str,
     work_dir: Path | None,
     verify: str | None,
+    xattrs: bool,
     owner_pid: int,
     as_json: bool,
     config: Path | None,
 ) -> None:
     """Mount the files of MANIFEST at MOUNTPOINT, an empty directory."""
     settings = load(config)
-    mounts = open_mounts(settings, verify=verify)
+    mounts = open_mounts(settings, verify=verify, xattrs=xattrs)
     mounts.clear_stale()
     if writes == "overlayfs" and work_dir is None:
         raise click.UsageError("--writes overlayfs needs --work-dir")

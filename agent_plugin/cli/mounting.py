@@ -8,12 +8,13 @@ from agent_plugin.session.mounts import CachePlace, Mounts
 from agent_plugin.settings import Settings
 
 
-def open_mounts(settings: Settings, *, verify: str | None = None) -> Mounts:
+def open_mounts(settings: Settings, *, verify: str | None = None, xattrs: bool = False) -> Mounts:
     """Return the mounts of this host.
 
     Args:
         settings: The host's.
         verify: `stream` or `strict`; None for what the settings say.
+        xattrs: Have extended attributes below overlayfs, whatever the settings say.
 
     Raises:
         LocalWriteError: The state directory can not be made, or others could write to it.
@@ -26,7 +27,9 @@ def open_mounts(settings: Settings, *, verify: str | None = None) -> Mounts:
         shared=settings.cache.shared_between_stores,
     )
     strict = (verify or settings.mounts.verify) == "strict"
-    return Mounts(state_directory(settings), cache, strict=strict)
+    return Mounts(
+        state_directory(settings), cache, strict=strict, xattrs=xattrs or settings.mounts.xattrs
+    )
 
 
 def path_of_mount(named: Path) -> Path:

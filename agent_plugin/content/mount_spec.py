@@ -35,7 +35,8 @@ class MountSpec(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fiel
         writes: `overlayfs` or `none`.
         uid, gid: To whom files and directories seem to belong.
         stream: Whether large blobs may be read before all of them is here and verified.
-        xattrs: Whether to tell a file's hash and state as extended attributes.
+        xattrs: Whether to tell a file's hash and state as extended attributes; overlayfs then asks
+            for one of its own for each file that is looked up.
         errors: The error ledger's file.
         control: The control socket's path.
         owner_pid: The process without which the mount goes away; 0 for none.

@@ -116,12 +116,16 @@ class Mounts:
         state_dir: Private to this user.
         cache: The host's.
         strict: Of what is mounted from now on, verify all of a blob before any of it is read.
+        xattrs: Have extended attributes below overlayfs too; elsewhere they cost nothing.
     """
 
-    def __init__(self, state_dir: Path, cache: CachePlace, *, strict: bool = False) -> None:
+    def __init__(
+        self, state_dir: Path, cache: CachePlace, *, strict: bool = False, xattrs: bool = False
+    ) -> None:
         self._directory = state_dir / "mounts"
         self._cache = cache
         self._strict = strict
+        self._xattrs = xattrs
 
     def start(
         self,
@@ -243,7 +247,7 @@ class Mounts:
             uid=request.uid,
             gid=request.gid,
             stream=not self._strict,
-            xattrs=False,
+            xattrs=self._xattrs or request.writes != "overlayfs",
             errors=os.fspath(place / "errors"),
             control=os.fspath(place / "control"),
             owner_pid=request.owner_pid,

@@ -56,6 +56,9 @@ WANTED: Final = (
     | Feature.HAS_RESEND
 )
 
+_XATTR_NAME: Final = protocol.GETXATTR.size
+_XATTR_OURS: Final = b"user."
+
 log = events.get_logger()
 
 
@@ -127,8 +130,8 @@ class KernelTransport:
         fd: /dev/fuse, after `negotiate`.
         nodes: What is served.
         xattrs: Tell hash and state of files as extended attributes. It costs a message for each
-            file that `ls -l` lists, since it asks for ACLs; without, the kernel is told once that
-            there are none.
+            file that is looked up through overlayfs, which asks for an attribute of its own;
+            without, the kernel is told once that there are none.
     """
 
     def __init__(self, fd: int, nodes: Nodes, *, xattrs: bool = False) -> None:
@@ -153,6 +156,7 @@ class KernelTransport:
         }
         if xattrs:
             self._handlers[Opcode.GETXATTR] = self._getxattr
+        if nodes.writable is not None:
             self._handlers[Opcode.LISTXATTR] = self._listxattr
 
     def ask_again(self) -> None:
@@ -274,8 +278,13 @@ class KernelTransport:
         )
 
     def _getxattr(self, unique: int, node: int, body: memoryview) -> None:
+        name = bytes(body[_XATTR_NAME:-1])
+        if self._nodes.writable is None and not name.startswith(_XATTR_OURS):
+            # Not ENODATA: who lists files then asks for labels and ACLs once for the file system.
+            self._refuse(unique, errno.EOPNOTSUPP)
+            return
         [size, _] = protocol.GETXATTR.unpack_from(body)
-        value = self._nodes.getxattr(node, bytes(body[protocol.GETXATTR.size : -1]))
+        value = self._nodes.getxattr(node, name)
         if value is None:
             self._refuse(unique, errno.ENODATA)
         else:
