@@ -205,7 +205,8 @@ class Mounts:
         cleared = []
         with self._locked():
             for place in sorted(self._directory.iterdir()):
-                if not self._is_served(place) and not self._is_starting(place):
+                # In this order: whoever is starting may have noted the mount down meanwhile.
+                if not self._is_starting(place) and not self._is_served(place):
                     with suppress(SessionStateError):
                         cleared.append(Path(read_spec(place / "spec.json").mountpoint))
                     self._end(place)

@@ -30,6 +30,8 @@ from agent_plugin.content.manifest import FileEntry, Manifest
 from agent_plugin.content.mount_spec import VERSION
 from agent_plugin.content.mount_table import is_mounted, unmount
 from agent_plugin.content.store import Cancellation
+from agent_plugin.session.mounts import Mounts
+from agent_plugin.transfer.ledger import lease_owner
 from tests.mount.conftest import END_SECONDS, Mounter, gone, wait_for
 from tests.servers.disks import tmpfs_mounted
 from tests.servers.fault_proxy import FaultProxy
@@ -468,7 +470,9 @@ def test_a_reader_that_waits_for_a_store_that_hangs_can_be_killed(
 ) -> None:
     at = slow.mount(slow.stored(source, past_the_proxy=s3), writes=writes)
     stall = fault_proxy.inject(Fault.STALL)
-    reader = subprocess.Popen(["cat", at / "tex/wood.tx"], stdout=subprocess.DEVNULL)
+    # Whoever runs the tests in the background has SIGINT ignored, and so have its children.
+    command = ["env", "--default-signal=INT", "cat", at / "tex/wood.tx"]
+    reader = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         until(lambda: stall.hits == 1)
         reader.send_signal(by)
@@ -810,6 +814,35 @@ def test_mounts_that_are_made_at_one_time_leave_each_other_alone(
         assert (at / "scene.usd").read_bytes() == b"#usda 1.0\n"
         assert host.mounts.end(at)
     mounter.assert_nothing_is_left()
+
+
+def test_a_mount_that_is_noted_down_while_others_look_is_not_stale(
+    mounter: Mounter, inputs: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mounts = mounter.host.mounts
+    place = mounts._place(mounter.mount(inputs))
+    record, later = place / "record.json", place / "later"
+    record.rename(later)
+    starter = subprocess.Popen(["sleep", "60"])
+    (place / "starter").write_text(lease_owner(starter.pid) or "")
+    is_served = Mounts._is_served
+
+    def note() -> None:
+        if later.exists():
+            later.rename(record)
+        starter.kill()
+        starter.wait()
+
+    def served_and_noted_right_after(self: Mounts, place: Path) -> bool:
+        answer = is_served(self, place)
+        note()
+        return answer
+
+    monkeypatch.setattr(Mounts, "_is_served", served_and_noted_right_after)
+    try:
+        assert mounts.clear_stale() == []
+    finally:
+        note()
 
 
 def test_only_its_owner_may_ask_a_mount(mounter: Mounter, inputs: Manifest) -> None:
