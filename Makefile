@@ -4,6 +4,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
+# Most tests wait for servers and processes: three at once keep two cores busy. The tests of one file
+# share what they start, so they stay together.
+PARALLEL := -n 3 --dist loadfile
 # What Debian splits off Python, and all that the demonstration needs of the system.
 VENV_PACKAGES := python3-venv
 # For the tests: a real renderer, and the file systems that some of them make and mount.
@@ -37,7 +40,7 @@ demo: $(VENV)/.installed
 	$(BIN)/propmaster demo
 
 test: system $(VENV)/.installed peers check
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-slow: system $(VENV)/.installed peers
 	$(BIN)/python -m pytest -m slow
