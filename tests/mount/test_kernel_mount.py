@@ -471,7 +471,7 @@ def test_a_reader_that_waits_for_a_store_that_hangs_can_be_killed(
     at = slow.mount(slow.stored(source, past_the_proxy=s3), writes=writes)
     stall = fault_proxy.inject(Fault.STALL)
     # Whoever runs the tests in the background has SIGINT ignored, and so have its children.
-    command = ["env", "--default-signal=INT", "cat", at / "tex/wood.tx"]
+    command = ["env", "--default-signal=INT", "cat", f"{at}/tex/wood.tx"]
     reader = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         until(lambda: stall.hits == 1)
