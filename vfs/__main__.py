@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from agent_plugin.content import events
 from agent_plugin.content.blob_cache import BlobCache
 from agent_plugin.content.errors import LocalError, LocalReadError, PropmasterError
 from agent_plugin.content.manifest import decode
-from agent_plugin.content.mount_spec import MountSpec, read_spec
+from agent_plugin.content.mount_spec import Layer, MountSpec, read_spec
 from agent_plugin.content.open_store import build_store
 from agent_plugin.content.store import Store
 from vfs.control import ControlSocket
@@ -39,8 +39,9 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write("usage: python -m vfs SPEC\n")
         return 2
     try:
-        spec = read_spec(Path(arguments[0]))
-        server = Server(spec)
+        path = Path(arguments[0])
+        spec = read_spec(path)
+        server = Server(spec, path)
         supervisor = Supervisor(spec, server.serve, started=started)
         return supervisor.run(tell_on_stdout, server.size)
     except PropmasterError as error:
@@ -51,15 +52,26 @@ def main(arguments: list[str]) -> int:
 
 
 class Server:
-    """What is served of a spec; the tree is made before any server is forked, and shared."""
+    """What is served of a spec; the tree is made before any server is forked, and shared.
 
-    def __init__(self, spec: MountSpec) -> None:
+    What is added while it is served goes to the spec first, so that a server which replaces a
+    killed one adds it as well, in the same order, and gives it the same nodes.
+
+    Args:
+        spec: The spec.
+        path: Its file, which is read again for what was added.
+    """
+
+    def __init__(self, spec: MountSpec, path: Path) -> None:
         self._spec = spec
+        self._path = path
+        self._layers = 0
         self._tree = Tree()
         self._opening = threading.Lock()
         self._opened: Store | None = None
-        for path in spec.manifests:
-            self._tree.add(decode(_read(path), source=path))
+        for manifest in spec.manifests:
+            self._tree.add(decode(_read(manifest), source=manifest))
+        self._add(spec.layers)
         # The tree stays as it is: nothing of it is ever garbage, and looking would unshare it.
         gc.freeze()
 
@@ -70,6 +82,7 @@ class Server:
     def serve(self, fd: int, session: Session, again: bool, tell: int) -> None:
         """Serve until the mount is gone."""
         spec = self._spec
+        missed = self._add(read_spec(self._path).layers)
         statistics = Statistics()
         reader = BlobReader(
             self._cache(),
@@ -86,6 +99,9 @@ class Server:
             Ownership(spec.uid, spec.gid),
         )
         transport = KernelTransport(fd, service, xattrs=spec.xattrs)
+        service.notifier = transport
+        # Whoever was killed may have told the kernel or not.
+        transport.forget_names(missed)
 
         def status(_question: Mapping[str, object]) -> dict[str, object]:
             return {
@@ -107,7 +123,14 @@ class Server:
                 for path in question["paths"]
             ]
 
-        ControlSocket(Path(spec.control), {"status": status, "files": files})
+        def add(_question: Mapping[str, object]) -> dict[str, object]:
+            try:
+                transport.forget_names(self._add(read_spec(self._path).layers))
+            except PropmasterError as error:
+                return {"error": error.message}
+            return {"layers": self._layers}
+
+        ControlSocket(Path(spec.control), {"status": status, "files": files, "add": add})
         if again:
             transport.ask_again()
         os.write(tell, b"1")
@@ -116,6 +139,16 @@ class Server:
             transport.serve()
         finally:
             reader.close()
+
+    def _add(self, layers: Sequence[Layer]) -> list[tuple[int, bytes]]:
+        """Add the layers that are not there yet; return the names that mean something else now."""
+        changed = []
+        for layer in layers[self._layers :]:
+            changed += self._tree.add(
+                decode(_read(layer.manifest), source=layer.manifest), layer.at
+            )
+            self._layers += 1
+        return changed
 
     def _cache(self) -> BlobCache | None:
         spec = self._spec

@@ -12,7 +12,7 @@ Source of names and semantics: the POSIX functions of the same names, and inode(
 Concurrency: any thread may call anything. Only what takes a `Cancellation` waits for the store.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple, Protocol
 
 from agent_plugin.content.store import Cancellation
@@ -124,6 +124,16 @@ class Nodes(Protocol):
 
     def forget(self, node: int, count: int = 1) -> None:
         """Give back what was held; a node without names goes with the last."""
+
+
+class Notifier(Protocol):
+    """How a transport has the kernel forget what it was told; never waits."""
+
+    def forget_names(self, names: Sequence[tuple[int, bytes]]) -> None:
+        """Have names, each with its directory's node, looked up again."""
+
+    def forget_content(self, nodes: Iterable[int]) -> None:
+        """Have all that was read of files read again."""
 
 
 class Caller(NamedTuple):

@@ -8,7 +8,7 @@ Concurrency: any thread may call anything.
 import errno
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Final
@@ -17,9 +17,10 @@ from agent_plugin.content import events
 from agent_plugin.content.digest import Digest
 from agent_plugin.content.errors import CancelledError, LocalReadError, PropmasterError
 from agent_plugin.content.manifest import FileEntry
+from agent_plugin.content.mount_spec import path_below_layer
 from agent_plugin.content.store import Cancellation
 from vfs.error_ledger import ErrorLedger
-from vfs.nodes import Attributes, Listed, Space, WritableNodes
+from vfs.nodes import Attributes, Listed, Notifier, Space, WritableNodes
 from vfs.reader import BlobReader
 from vfs.statistics import Statistics
 from vfs.tree import ROOT, Tree
@@ -42,8 +43,21 @@ class Ownership:
     directory_mode: int = 0o755
 
 
+class NobodyToNotify:
+    """For who serves no kernel, or none that can be told anything."""
+
+    def forget_names(self, names: Sequence[tuple[int, bytes]]) -> None:
+        """Do nothing."""
+
+    def forget_content(self, nodes: Iterable[int]) -> None:
+        """Do nothing."""
+
+
 class NodeService:
     """A tree and its content.
+
+    Attributes:
+        notifier: Set by a transport that can tell the kernel something.
 
     Args:
         tree: The names.
@@ -68,6 +82,7 @@ class NodeService:
         self._statistics = statistics
         self._uid, self._gid = owner.uid, owner.gid
         self._file_mode = stat.S_IFREG | owner.file_mode
+        self.notifier: Notifier = NobodyToNotify()
         self._directory_mode = stat.S_IFDIR | owner.directory_mode
         reader.on_corrupt = self._tell_corrupt
 
@@ -189,16 +204,19 @@ class NodeService:
 
     def _tell_corrupt(self, digest: Digest, error: PropmasterError) -> None:
         """Keep that files were read, perhaps, before their blob turned out wrong."""
-        for entry in self.tree.walk():
-            if entry.hash == digest.hex:
-                self._tell(entry, error)
+        nodes = self.tree.nodes_of(digest.hex)
+        for node in nodes:
+            self._tell(self.tree.entry(node), error)
+        # Nor may anybody go on reading what the kernel keeps of it.
+        self.notifier.forget_content(nodes)
 
     def _tell(self, entry: FileEntry, error: PropmasterError) -> None:
+        path = path_below_layer(entry.path)
         log.error(
             events.MOUNT_READ_FAILED,
-            extra={"path": entry.path, "hash": entry.hash, "reason": error.message},
+            extra={"path": path, "hash": entry.hash, "reason": error.message},
         )
-        self._errors.record(entry.path, entry.digest, error)
+        self._errors.record(path, entry.digest, error)
 
     def getxattr(self, node: int, name: bytes) -> bytes | None:
         """Return an extended attribute, None when there is none of that name.

@@ -10,7 +10,7 @@ reader that runs beside it sees each directory as it was before or as it is afte
 """
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from agent_plugin.content.digest import Digest
@@ -22,6 +22,9 @@ ROOT: Final = 1
 
 class Tree:
     """Directories and files of one or more manifests.
+
+    Attributes:
+        files, bytes: That no later layer hides.
 
     Args:
         mtime_ns: Of the directories, since manifests have none, in nanoseconds since the epoch.
@@ -41,8 +44,12 @@ class Tree:
         """How many nodes there are, those that later layers hide among them."""
         return len(self._children) - 1
 
-    def add(self, manifest: Manifest) -> list[tuple[int, bytes]]:
+    def add(self, manifest: Manifest, at: str = "") -> list[tuple[int, bytes]]:
         """Put a manifest on top.
+
+        Args:
+            manifest: The layer.
+            at: A directory that it is put in, made if need be; the root if empty.
 
         Returns:
             The names that mean something else than before, each with its directory's node: what
@@ -52,18 +59,25 @@ class Tree:
             PathClashError: A file is to be where a directory is, or the other way round. Nothing
                 was added.
         """
-        self._refuse_clashes(manifest)
+        layer = _moved(manifest.entries, at)
+        self._refuse_clashes(layer)
         changed: list[tuple[int, bytes]] = []
         known = len(self._children)
+        # Of directories that there were: their names are replaced at once when all is known.
+        renewed: dict[int, dict[bytes, int]] = {}
         directories, children = self._directories, self._children
         entries, parents = self._entries, self._parents
-        for entry in manifest.entries:
+        directory, last = ROOT, ""
+        names = self._names_to_change(ROOT, known, renewed)
+        for entry in layer:
             above, _, name = entry.path.rpartition("/")
-            directory = directories.get(above)
-            if directory is None:
-                directory = self._make_directory(above, known, changed)
-            names = children[directory]
-            assert names is not None  # noqa: S101 - it was looked up among the directories
+            # Most files stand beside the one before.
+            if above != last:
+                found = directories.get(above)
+                if found is None:
+                    found = self._make_directory(above, known, changed, renewed)
+                directory, last = found, above
+                names = self._names_to_change(directory, known, renewed)
             encoded = name.encode("utf-8", "surrogateescape")
             before = names.get(encoded)
             if before is not None:
@@ -79,6 +93,8 @@ class Tree:
             names[encoded] = node
             self.files += 1
             self.bytes += entry.size
+        for directory, names in renewed.items():
+            children[directory] = names
         return changed
 
     def exists(self, node: int) -> bool:
@@ -168,19 +184,43 @@ class Tree:
                 else:
                     yield entry
 
+    def nodes_of(self, hash_: str) -> list[int]:
+        """Return the nodes of all files with a content, those that later layers hide as well."""
+        return [
+            node
+            for node, entry in enumerate(self._entries)
+            if entry is not None and entry.hash == hash_
+        ]
+
     def _discount(self, node: int) -> None:
         self.files -= 1
         self.bytes -= self.size(node)
 
-    def _make_directory(self, path: str, known: int, changed: list[tuple[int, bytes]]) -> int:
+    def _names_to_change(
+        self, directory: int, known: int, renewed: dict[int, dict[bytes, int]]
+    ) -> dict[bytes, int]:
+        if directory in renewed:
+            return renewed[directory]
+        names = self._children[directory]
+        assert names is not None  # noqa: S101 - it was looked up among the directories
+        if directory < known:
+            names = renewed[directory] = dict(names)
+        return names
+
+    def _make_directory(
+        self,
+        path: str,
+        known: int,
+        changed: list[tuple[int, bytes]],
+        renewed: dict[int, dict[bytes, int]],
+    ) -> int:
         missing = []
         while (directory := self._directories.get(path)) is None:
             missing.append(path)
             path = path.rpartition("/")[0]
         for path in reversed(missing):
             name = path.rpartition("/")[2].encode("utf-8", "surrogateescape")
-            names = self._children[directory]
-            assert names is not None  # noqa: S101 - it was looked up among the directories
+            names = self._names_to_change(directory, known, renewed)
             if directory < known:
                 changed.append((directory, name))
             node = len(self._children)
@@ -192,12 +232,12 @@ class Tree:
             directory = node
         return directory
 
-    def _refuse_clashes(self, manifest: Manifest) -> None:
+    def _refuse_clashes(self, layer: Sequence[FileEntry]) -> None:
         """A manifest has none in itself, so the first one has none at all."""
         if not self.files:
             return
         checked = set()
-        for entry in manifest.entries:
+        for entry in layer:
             if entry.path in self._directories:
                 raise PathClashError(f"{entry.path} is a file here and a directory elsewhere")
             above = entry.path.rpartition("/")[0]
@@ -207,3 +247,11 @@ class Tree:
                 if node is not None and not self.is_directory(node):
                     raise PathClashError(f"{above} is a directory here and a file elsewhere")
                 above = above.rpartition("/")[0]
+
+
+def _moved(entries: Sequence[FileEntry], at: str) -> Sequence[FileEntry]:
+    if not at:
+        return entries
+    return [
+        FileEntry(entry.hash, entry.mtime, f"{at}/{entry.path}", entry.size) for entry in entries
+    ]

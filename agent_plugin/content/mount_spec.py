@@ -13,8 +13,21 @@ from typing import Final
 import msgspec
 
 from agent_plugin.content.errors import SessionStateError, local_write_error
+from agent_plugin.content.leftovers import is_partial
 
 VERSION: Final = 1
+
+
+class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What was added to a mount after it began.
+
+    Attributes:
+        manifest: The file that holds the manifest; never changes.
+        at: The directory at the top in which its files are; empty: over those that were there.
+    """
+
+    manifest: str
+    at: str
 
 
 class MountSpec(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
@@ -40,6 +53,7 @@ class MountSpec(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fiel
         errors: The error ledger's file.
         control: The control socket's path.
         owner_pid: The process without which the mount goes away; 0 for none.
+        layers: What was added, in that order.
     """
 
     version: int
@@ -61,6 +75,7 @@ class MountSpec(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fiel
     errors: str
     control: str
     owner_pid: int = 0
+    layers: list[Layer] = []
 
     @property
     def lower(self) -> Path:
@@ -91,17 +106,25 @@ class Ready(msgspec.Struct, frozen=True, rename="camel"):
     seconds: float
 
 
+def path_below_layer(path: str) -> str:
+    """Return a path without the directory at the top that a layer is in, if it is in one."""
+    above, _, below = path.partition("/")
+    return below if below and is_partial(above) else path
+
+
 def write_spec(spec: MountSpec, path: Path) -> None:
-    """Write a spec, closed to others.
+    """Write a spec, closed to others, in place of what it was.
 
     Raises:
         NoSpaceError, LocalWriteError: It can not be written.
     """
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        new = path.with_suffix(".new")
+        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
         with os.fdopen(fd, "wb") as file:
             # Not by msgspec: paths from the operating system may hold lone surrogates.
             file.write(json.dumps(msgspec.to_builtins(spec)).encode("ascii"))
+        new.replace(path)
     except OSError as error:
         raise local_write_error(error, os.fspath(path)) from error
 

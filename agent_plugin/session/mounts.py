@@ -34,6 +34,7 @@ from agent_plugin.content.leftovers import remove_tree
 from agent_plugin.content.manifest import FileEntry, Manifest, encode
 from agent_plugin.content.mount_spec import (
     VERSION,
+    Layer,
     MountSpec,
     Ready,
     leave_only_upper,
@@ -86,6 +87,7 @@ class MountRequest:
         writes: `overlayfs` or `none`.
         uid, gid: Whose the files are.
         owner_pid: The process without which the mount goes away; 0 for none.
+        layers: What was added to the last mount with this work directory.
     """
 
     manifest: Manifest
@@ -97,6 +99,7 @@ class MountRequest:
     uid: int
     gid: int
     owner_pid: int = 0
+    layers: Sequence[Layer] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +181,29 @@ class Mounts:
             os.close(stdout)
         return ready
 
+    def add(self, mountpoint: Path, layer: Layer) -> None:
+        """Add a manifest's files to what is mounted, without anybody who uses it noticing more.
+
+        Raises:
+            MountFailedError: Nothing is mounted there, its server does not answer, or the files can
+                not be where others are; then none is there.
+            SessionStateError, NoSpaceError, LocalWriteError: What is known of the mount could not
+                be read or written.
+        """
+        path = self._place(mountpoint) / "spec.json"
+        if not self.is_served(mountpoint):
+            raise MountFailedError(
+                f"{mountpoint} is not mounted any more",
+                hint="start the session again: it keeps what was written",
+            )
+        before = read_spec(path)
+        write_spec(msgspec.structs.replace(before, layers=[*before.layers, layer]), path)
+        # A server that is killed now is replaced by one that reads the spec.
+        answer = json.loads(_ask_whoever_serves(before.control, {"ask": "add"}))
+        if "error" in answer:
+            write_spec(before, path)
+            raise MountFailedError(f"nothing can be added to {mountpoint}: {answer['error']}")
+
     def work_dir(self, mountpoint: Path) -> Path:
         """Return where a mount that nothing is written to keeps what its cache can not take."""
         return self._place(mountpoint) / "work"
@@ -252,6 +278,7 @@ class Mounts:
             errors=os.fspath(place / "errors"),
             control=os.fspath(place / "control"),
             owner_pid=request.owner_pid,
+            layers=[*request.layers],
         )
 
     def _is_served(self, place: Path) -> bool:
@@ -324,6 +351,18 @@ def ask_mount(control: str, question: Mapping[str, object]) -> bytes:
     if not line.endswith(b"\n"):
         raise MountFailedError(f"the mount at {place} broke off its answer")
     return line
+
+
+def _ask_whoever_serves(control: str, question: Mapping[str, object]) -> bytes:
+    """Ask, and ask again if the server was replaced meanwhile: only for what can be asked twice."""
+    until = time.monotonic() + ANSWER_SECONDS
+    while True:
+        try:
+            return ask_mount(control, question)
+        except MountFailedError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(_POLL_SECONDS)
 
 
 def files_of_mount(control: str, paths: Sequence[str]) -> list[list[FileEntry]]:

@@ -8,6 +8,7 @@ import pytest
 from agent_plugin.content.layout import blob_key
 from agent_plugin.content.manifest import Manifest
 from tests.mount.conftest import Mounter
+from tests.servers.proxied_object import until
 from vfs.reader import STRICT_BYTES
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
@@ -79,3 +80,53 @@ def test_a_strict_mount_gives_no_byte_of_a_large_file_that_is_damaged_in_the_cac
         assert strict.errors(at) == [("big.abc", "E_NOT_FOUND")]
     finally:
         strict.close()
+
+
+def test_what_was_read_of_a_large_file_before_it_turned_out_wrong_is_not_read_again(
+    mounter: Mounter, large: Manifest, writes: str
+) -> None:
+    """Seen to fail without the notification: the kernel gives what it keeps for ever."""
+    flip_last_bit(in_the_store(mounter, large))
+    at = mounter.mount(large, writes=writes)
+    fd = os.open(at / "big.abc", os.O_RDONLY)
+    try:
+        assert os.pread(fd, 10, 0) == bytes(10), "that much is known later"
+        with pytest.raises(OSError, match="Input/output error"):
+            _read_all(fd)
+        until(lambda: _is_refused(fd))
+    finally:
+        os.close(fd)
+    assert mounter.errors(at) == [("big.abc", "E_CHECKSUM")]
+
+
+def test_what_was_read_of_a_large_file_that_is_damaged_in_the_cache_is_mended(
+    mounter: Mounter, large: Manifest
+) -> None:
+    with mounter.host.services() as context:
+        assert context.cache is not None
+        [entry] = large.entries
+        context.cache.add(entry.digest, in_the_store(mounter, large).read_bytes())
+    [cached] = mounter.host.cache_dir.rglob(entry.hash)
+    flip_last_bit(cached)
+    at = mounter.mount(large)
+    fd = os.open(at / "big.abc", os.O_RDONLY)
+    try:
+        os.pread(fd, 4, SIZE - 4)
+        until(lambda: os.pread(fd, 4, SIZE - 4) == b"tail")
+    finally:
+        os.close(fd)
+    assert mounter.status(at)["counts"]["blobs_quarantined"] == 1
+    assert mounter.errors(at) == [("big.abc", "E_CHECKSUM")]
+
+
+def _read_all(fd: int) -> None:
+    for offset in range(0, SIZE, 1 << 20):
+        os.pread(fd, 1 << 20, offset)
+
+
+def _is_refused(fd: int) -> bool:
+    try:
+        os.pread(fd, 10, 0)
+    except OSError:
+        return True
+    return False

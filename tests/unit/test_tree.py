@@ -175,3 +175,33 @@ def test_a_hundred_thousand_files_take_a_fraction_of_a_second() -> None:
         assert tree.entry(node) is not None
     assert len(tree.names(found(tree, "dir-042/sub"))) == 1000
     assert sum(1 for _ in tree.walk()) == 100_000
+
+
+def test_a_layer_may_be_put_in_a_directory_of_its_own() -> None:
+    tree = tree_of({"a/b": b"one"})
+    assert tree.add(layer({"a/b": b"two", "c": b"three"}), "layer") == [(ROOT, b"layer")]
+
+    assert tree.digest(found(tree, "a/b")) == Digest.of(b"one")
+    assert tree.digest(found(tree, "layer/a/b")) == Digest.of(b"two")
+    assert [entry.path for entry in tree.at_or_below("layer/c")] == ["layer/c"]
+    assert tree.files == 3
+
+
+def test_who_goes_through_names_while_a_layer_comes_sees_them_as_they_were() -> None:
+    """Seen to fail where names are added in place: a dictionary changes while it is read."""
+    tree = tree_of({"a/b": b"one", "a/c": b"two"})
+    names = iter(tree.names(found(tree, "a")))
+    entries = tree.walk()
+    seen, walked = [next(names)], [next(entries).path]
+    tree.add(layer({"a/d": b"three", "e": b"four"}))
+
+    assert [*seen, *names] == [b"b", b"c"]
+    assert [*walked, *(entry.path for entry in entries)] == ["a/b", "a/c"]
+    assert list(tree.names(found(tree, "a"))) == [b"b", b"c", b"d"]
+
+
+def test_the_nodes_of_a_content_are_all_that_were_ever_told() -> None:
+    tree = tree_of({"a": b"same", "b": b"same", "c": b"other"})
+    nodes = [found(tree, "a"), found(tree, "b")]
+    tree.add(layer({"a": b"another"}))
+    assert tree.nodes_of(Digest.of(b"same").hex) == nodes

@@ -82,7 +82,15 @@ INTERRUPT_IN: Final = struct.Struct("<Q")
 # 24 reserved bytes.
 STATFS_OUT: Final = struct.Struct("<QQQQQIIII24x")
 
-# enum fuse_notify_code: resend what was read and not answered, since 7.40.
+# struct fuse_notify_inval_inode_out: ino, off, len; a len of 0 is all from off on.
+INVAL_INODE: Final = struct.Struct("<Qqq")
+# struct fuse_notify_inval_entry_out: parent, namelen, flags; then the name and a zero.
+INVAL_ENTRY: Final = struct.Struct("<QII")
+
+# enum fuse_notify_code: forget pages and attributes of a node; forget a name.
+NOTIFY_INVAL_INODE: Final = 2
+NOTIFY_INVAL_ENTRY: Final = 3
+# Resend what was read and not answered, since 7.40.
 NOTIFY_RESEND: Final = 7
 
 # A validity that outlasts every mount, in seconds.

@@ -1,9 +1,10 @@
 """Our own server on /dev/fuse: the kernel asks little, and is told to remember everything.
 
-The tree never changes under the kernel's feet, so names, attributes, missing names and pages are
-valid for ever; OPEN and OPENDIR are answered with ENOSYS once, and then no open file costs a
-message (FUSE_NO_OPEN_SUPPORT). A server therefore has no state that its successor needs: when it
-is killed, the next one asks the kernel to send again what was not answered.
+Nodes never change, so names, attributes, missing names and pages are valid for ever, or until the
+kernel is told to forget some (kernel_notify.py). OPEN and OPENDIR are answered with ENOSYS once,
+and then no open file costs a message (FUSE_NO_OPEN_SUPPORT). A server therefore has no state that
+its successor needs: when it is killed, the next one asks the kernel to send again what was not
+answered.
 
 One thread reads requests and answers all that can be answered at once. A read that has to wait for
 the store goes to a thread that answers later; if its reader is killed meanwhile the kernel sends
@@ -18,7 +19,7 @@ import os
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
@@ -28,6 +29,7 @@ from agent_plugin.content.errors import CancelledError, PropmasterError
 from agent_plugin.content.store import Cancellation
 from vfs.nodes import Attributes, Nodes
 from vfs.transports import kernel_protocol as protocol
+from vfs.transports.kernel_notify import Notifier
 from vfs.transports.kernel_protocol import FOREVER, Feature, Opcode
 
 MAX_READ_BYTES: Final = 1024 * 1024
@@ -137,7 +139,9 @@ class KernelTransport:
     def __init__(self, fd: int, nodes: Nodes, *, xattrs: bool = False) -> None:
         self._fd = fd
         self._nodes = nodes
-        self._listings: OrderedDict[int, tuple[bytes, list[int]]] = OrderedDict()
+        self._notifier = Notifier(fd)
+        self._listings: OrderedDict[int, tuple[bytes, list[int], int]] = OrderedDict()
+        self._changes = 0
         self._waiting: dict[int, Cancellation] = {}
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(WAITING_READS, thread_name_prefix="wait")
@@ -167,6 +171,16 @@ class KernelTransport:
         """
         size = protocol.OUT_HEADER.size
         os.write(self._fd, protocol.OUT_HEADER.pack(size, protocol.NOTIFY_RESEND, 0))
+
+    def forget_names(self, names: Sequence[tuple[int, bytes]]) -> None:
+        """Have names, each with its directory's node, looked up again; never waits."""
+        # Whatever is encoded at this moment, of the names as they were, counts for no longer.
+        self._changes += 1
+        self._notifier.forget_names(names)
+
+    def forget_content(self, nodes: Iterable[int]) -> None:
+        """Have all that was read of files read again; never waits."""
+        self._notifier.forget_content(nodes)
 
     def serve(self) -> None:
         """Answer requests until the mount is gone."""
@@ -327,8 +341,9 @@ class KernelTransport:
 
     def _listing(self, node: int) -> tuple[bytes, list[int]]:
         """Return a directory as READDIRPLUS gives it, and where each entry ends."""
+        changes = self._changes
         listing = self._listings.get(node)
-        if listing is None:
+        if listing is None or listing[2] != changes:
             # "." and "..": the kernel looks up nothing for a node 0.
             nothing = bytes(protocol.ENTRY.size + protocol.ATTR.size)
             pieces, ends, end = [], [], 0
@@ -339,10 +354,10 @@ class KernelTransport:
                 pieces.append(piece)
                 end += len(piece)
                 ends.append(end)
-            listing = self._listings[node] = b"".join(pieces), ends
+            listing = self._listings[node] = b"".join(pieces), ends, changes
             if len(self._listings) > LISTINGS:
                 self._listings.popitem(last=False)
-        return listing
+        return listing[0], listing[1]
 
     def _answer(self, unique: int, data: bytes | memoryview) -> None:
         header = protocol.OUT_HEADER.pack(protocol.OUT_HEADER.size + len(data), 0, unique)
