@@ -20,7 +20,7 @@ from agent_plugin.content.open_store import build_store
 from agent_plugin.content.store import Store
 from vfs.control import ControlSocket
 from vfs.error_ledger import ErrorLedger
-from vfs.reader import BlobReader
+from vfs.reader import FETCHES_AT_ONCE, BlobReader
 from vfs.service import NodeService, Ownership
 from vfs.statistics import Statistics
 from vfs.streaming import StreamPolicy
@@ -172,7 +172,13 @@ class Server:
         with self._opening:
             if self._opened is None:
                 spec = self._spec
-                self._opened = build_store(spec.store_url, account_id=spec.account_id)
+                limits = spec.store_limits
+                self._opened = build_store(
+                    spec.store_url,
+                    account_id=spec.account_id,
+                    policy=limits.retry_policy() if limits else None,
+                    concurrency=limits.concurrency if limits else FETCHES_AT_ONCE,
+                )
             return self._opened
 
 

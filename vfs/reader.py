@@ -15,9 +15,11 @@ import os
 import resource
 import tempfile
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -45,6 +47,10 @@ POLL_SECONDS: Final = 0.1
 # Threads that fetch: with 30 ms to the store, 32 bring 1,000 small files a second.
 FETCHES_AT_ONCE: Final = 32
 
+# Who has read some of a blob that turned out wrong, and goes on, gets an error and not the rest of
+# a better copy. Renderers go on within less.
+WRONG_SECONDS: Final = 5.0
+
 log = events.get_logger()
 
 
@@ -59,6 +65,21 @@ class OpenBlob:
 
     def __del__(self) -> None:
         os.close(self.fd)
+
+
+@dataclass(frozen=True, slots=True)
+class WrongBlob:
+    """What came wrong once: refused for a time, then read again, but only verified as a whole.
+
+    Attributes:
+        streamed: Who had some of it.
+        error: What readers are told.
+        until: Monotonic seconds.
+    """
+
+    streamed: Streamed
+    error: PropmasterError
+    until: float
 
 
 def _tell_nobody(_digest: Digest, _error: PropmasterError) -> None:
@@ -100,6 +121,7 @@ class BlobReader:
         # A quarter of what this process may have open; the kernel's limit, not the job's.
         self._most_open = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
         self._streamed: dict[str, Streamed] = {}
+        self._wrong: dict[str, WrongBlob] = {}
         self._under_way: dict[str, Future[OpenBlob]] = {}
         self._threads = ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="fetch")
         self._halt = Cancellation()
@@ -109,7 +131,10 @@ class BlobReader:
         self._halt.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
         with self._lock:
-            for streamed in self._streamed.values():
+            for streamed in (
+                *self._streamed.values(),
+                *(wrong.streamed for wrong in self._wrong.values()),
+            ):
                 streamed.close()
             self._streamed.clear()
 
@@ -141,6 +166,9 @@ class BlobReader:
         """
         if digest.hex == EMPTY_HASH:
             return b""
+        wrong = self._wrong.get(digest.hex)
+        if wrong is not None and time.monotonic() < wrong.until:
+            raise wrong.error
         if self._may_stream(digest):
             streamed = self._stream(digest)
             if streamed is not None:
@@ -303,7 +331,11 @@ class BlobReader:
     def _stream(self, digest: Digest) -> Streamed | None:
         """Return the large blob as it comes; None when it is here or can only be had whole."""
         with self._lock:
-            if digest.hex in self._open or digest.hex in self._under_way:
+            if (
+                digest.hex in self._open
+                or digest.hex in self._under_way
+                or digest.hex in self._wrong
+            ):
                 return None
             if digest.hex in self._streamed:
                 return self._streamed[digest.hex]
@@ -324,9 +356,18 @@ class BlobReader:
                     threads=self._threads,
                     statistics=self._statistics,
                     on_complete=self._completed,
-                    on_corrupt=self.on_corrupt,
+                    on_corrupt=self._came_wrong,
                 )
             return self._streamed[digest.hex]
+
+    def _came_wrong(self, digest: Digest, error: PropmasterError) -> None:
+        with self._lock:
+            until = time.monotonic() + WRONG_SECONDS
+            # Open until the end: who has found it complete may be reading from it just now.
+            if digest.hex in self._streamed:
+                streamed = self._streamed.pop(digest.hex)
+                self._wrong[digest.hex] = WrongBlob(streamed, error, until)
+        self.on_corrupt(digest, error)
 
     def _completed(self, digest: Digest, fd: int) -> None:
         with self._lock:

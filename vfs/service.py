@@ -8,6 +8,8 @@ Concurrency: any thread may call anything.
 import errno
 import os
 import stat
+import threading
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -29,6 +31,9 @@ XATTR_HASH: Final = b"user.propmaster.hash"
 XATTR_STATE: Final = b"user.propmaster.state"
 BLOCK_BYTES: Final = 512
 PAGE_BYTES: Final = 4096
+# A reader's read-ahead that failed is asked for once more, page by page, before the reader is told;
+# that comes at once. Trying anew would make readers wait twice as long as the store is given.
+SECOND_ASK_SECONDS: Final = 0.2
 
 log = events.get_logger()
 
@@ -84,6 +89,8 @@ class NodeService:
         self._file_mode = stat.S_IFREG | owner.file_mode
         self.notifier: Notifier = NobodyToNotify()
         self._directory_mode = stat.S_IFDIR | owner.directory_mode
+        self._refusals_lock = threading.Lock()
+        self._refusals: dict[int, list[tuple[float, PropmasterError]]] = {}
         reader.on_corrupt = self._tell_corrupt
 
     @property
@@ -189,7 +196,10 @@ class NodeService:
         if length <= 0:
             return b""
         self._statistics.count(reads_waited=1)
+        refused = self._refused_just_now(node)
         try:
+            if refused is not None:
+                raise refused
             data = self._reader.read(entry.digest, offset, length, cancellation)
             if len(data) != length:
                 raise LocalReadError(f"{entry.digest}: {len(data)} bytes at {offset}")
@@ -199,8 +209,27 @@ class NodeService:
         except PropmasterError as error:
             self._statistics.count(reads_failed=1)
             self._tell(entry, error)
+            if refused is None:
+                self._expect_second_ask(node, error)
             raise
         return data
+
+    def _expect_second_ask(self, node: int, error: PropmasterError) -> None:
+        with self._refusals_lock:
+            until = time.monotonic() + SECOND_ASK_SECONDS
+            self._refusals.setdefault(node, []).append((until, error))
+
+    def _refused_just_now(self, node: int) -> PropmasterError | None:
+        """Return what a read of the file was refused with a moment ago; each counts once."""
+        with self._refusals_lock:
+            refusals = self._refusals.get(node)
+            if refusals is None:
+                return None
+            until, error = refusals.pop()
+            is_over = until < time.monotonic()
+            if is_over or not refusals:
+                del self._refusals[node]
+            return None if is_over else error
 
     def _tell_corrupt(self, digest: Digest, error: PropmasterError) -> None:
         """Keep that files were read, perhaps, before their blob turned out wrong."""

@@ -178,21 +178,23 @@ class Streamed:
             self._want(part)
 
     def _fetch(self, part: int) -> None:
+        is_here = False
         try:
             length = self._bring(part)
-        except BaseException:
+            self._statistics.count(bytes_fetched=length)
             with self._lock:
+                self._left -= 1
+                complete = not self._left
+            if complete:
+                # The last part is not given out before all is verified, so nobody gets the whole of
+                # a wrong blob without an error.
+                self._complete()
+            is_here = True
+        finally:
+            with self._lock:
+                # Both at once: whoever saw neither would fetch it a second time.
                 del self._under_way[part]
-            raise
-        self._statistics.count(bytes_fetched=length)
-        with self._lock:
-            # Both at once: whoever saw neither would fetch it a second time.
-            del self._under_way[part]
-            self._here[part] = 1
-            self._left -= 1
-            complete = not self._left
-        if complete:
-            self._complete()
+                self._here[part] = is_here
 
     def _bring(self, part: int) -> int:
         offset = part * self._policy.part_bytes

@@ -14,6 +14,7 @@ import msgspec
 
 from agent_plugin.content.errors import SessionStateError, local_write_error
 from agent_plugin.content.leftovers import is_partial
+from agent_plugin.content.retry import RetryPolicy
 
 VERSION: Final = 1
 
@@ -28,6 +29,27 @@ class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     manifest: str
     at: str
+
+
+class StoreLimits(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
+    """How the store is talked to, as the settings' table `[store]` has it."""
+
+    concurrency: int
+    attempts: int
+    deadline_seconds: float
+    connect_timeout: float
+    read_timeout: float
+    least_bytes_per_second: float
+
+    def retry_policy(self) -> RetryPolicy:
+        """Return when requests are sent again."""
+        return RetryPolicy(
+            attempts=self.attempts,
+            deadline_seconds=self.deadline_seconds,
+            connect_timeout=self.connect_timeout,
+            read_timeout=self.read_timeout,
+            least_bytes_per_second=self.least_bytes_per_second,
+        )
 
 
 class MountSpec(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
@@ -54,6 +76,7 @@ class MountSpec(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fiel
         control: The control socket's path.
         owner_pid: The process without which the mount goes away; 0 for none.
         layers: What was added, in that order.
+        store_limits: None for what they are by default.
     """
 
     version: int
@@ -76,6 +99,7 @@ class MountSpec(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fiel
     control: str
     owner_pid: int = 0
     layers: list[Layer] = []
+    store_limits: StoreLimits | None = None
 
     @property
     def lower(self) -> Path:

@@ -37,6 +37,7 @@ from agent_plugin.content.mount_spec import (
     Layer,
     MountSpec,
     Ready,
+    StoreLimits,
     leave_only_upper,
     read_spec,
     write_spec,
@@ -120,15 +121,23 @@ class Mounts:
         cache: The host's.
         strict: Of what is mounted from now on, verify all of a blob before any of it is read.
         xattrs: Have extended attributes below overlayfs too; elsewhere they cost nothing.
+        store_limits: How mounts talk to their store; None for what is so by default.
     """
 
     def __init__(
-        self, state_dir: Path, cache: CachePlace, *, strict: bool = False, xattrs: bool = False
+        self,
+        state_dir: Path,
+        cache: CachePlace,
+        *,
+        strict: bool = False,
+        xattrs: bool = False,
+        store_limits: StoreLimits | None = None,
     ) -> None:
         self._directory = state_dir / "mounts"
         self._cache = cache
         self._strict = strict
         self._xattrs = xattrs
+        self._store_limits = store_limits
 
     def start(
         self,
@@ -279,6 +288,7 @@ class Mounts:
             control=os.fspath(place / "control"),
             owner_pid=request.owner_pid,
             layers=[*request.layers],
+            store_limits=self._store_limits,
         )
 
     def _is_served(self, place: Path) -> bool:

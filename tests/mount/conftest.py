@@ -42,11 +42,14 @@ class Mounter:
         store_url: str,
         *,
         environment: dict[str, str] | None = None,
+        store: dict[str, float] | None = None,
         settings: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         # The kernel's table has no links in it.
         self.home = home.resolve()
-        self.host = Host(self.home / "host", store_url, environment=environment, settings=settings)
+        self.host = Host(
+            self.home / "host", store_url, environment=environment, store=store, settings=settings
+        )
         self.ready: dict[Path, Ready] = {}
 
     def stored(
@@ -191,3 +194,12 @@ def writes(request: pytest.FixtureRequest) -> str:
 def gone(at: Path) -> bool:
     """Whether nothing is mounted at a path."""
     return not is_mounted(at)
+
+
+def open_files() -> int:
+    """Return how many descriptors this process has, but for sockets, which are the proxy's."""
+    found = 0
+    for fd in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            found += not os.fspath(fd.readlink()).startswith("socket:")
+    return found

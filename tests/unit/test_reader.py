@@ -8,14 +8,17 @@ import os
 import random
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import vfs.reader
+import vfs.service
 from agent_plugin.content import events
 from agent_plugin.content.blob_cache import BlobCache
 from agent_plugin.content.digest import Digest, hash_fd
@@ -38,7 +41,7 @@ from tests.servers.faults import Fault
 from tests.servers.proxied_object import until
 from tests.servers.s3_server import S3Server
 from vfs.error_ledger import MOST_LINES, REPEAT_SECONDS, ErrorLedger
-from vfs.reader import BlobReader
+from vfs.reader import WRONG_SECONDS, BlobReader
 from vfs.service import NodeService, Ownership
 from vfs.statistics import Statistics
 from vfs.streaming import StreamPolicy
@@ -488,6 +491,26 @@ def test_the_ledger_keeps_an_error_of_a_file_once_in_ten_seconds(tmp_path: Path)
     ]  # fmt: skip
 
 
+def test_a_read_that_is_refused_is_asked_for_again_at_once_and_not_tried_again(
+    rig: Rig, served: Serve, monkeypatch: pytest.MonkeyPatch, expected_events: set[str]
+) -> None:
+    """The kernel asks a second time for what it could not read ahead; the reader asks once."""
+    expected_events.add(events.MOUNT_READ_FAILED)
+    monkeypatch.setattr(vfs.service, "SECOND_ASK_SECONDS", 60.0)
+    digest, data = blob(27)
+    rig.put(*blob(28))
+    service, _ = served({"late.tx": digest})
+    node = service.tree.find("late.tx")
+    assert node is not None
+
+    with pytest.raises(BlobNotFoundError):
+        service.read(node, 0, 100, Cancellation())
+    rig.put(digest, data)
+    with pytest.raises(BlobNotFoundError):
+        service.read(node, 0, 10, Cancellation())
+    assert service.read(node, 0, 100, Cancellation()) == data[:100]
+
+
 def test_the_ledger_does_not_grow_for_ever(tmp_path: Path) -> None:
     ledger = ErrorLedger(tmp_path / "errors")
     digest, _ = blob(25)
@@ -654,6 +677,34 @@ def test_a_corrupt_large_blob_fails_once_it_is_complete_and_is_not_published(
     assert not cache.contains(digest)
     assert rig.count("blobs_fetched") == 0
     assert {line["code"] for line in lines_of(errors)} == {"E_CHECKSUM"}
+
+
+@pytest.mark.usefixtures("large")
+def test_what_came_wrong_is_verified_whole_before_it_is_read_again(
+    rig: Rig, served: Serve, monkeypatch: pytest.MonkeyPatch, expected_events: set[str]
+) -> None:
+    expected_events.add(events.MOUNT_READ_FAILED)
+    digest, data = blob(39, LARGE)
+    rig.put(digest, data)
+    stored = rig.home / "store" / blob_key(digest)
+    flip_a_bit(stored, 0)
+    service, _ = served({"big.abc": digest}, rig.reader(rig.cache()))
+    node = service.tree.find("big.abc")
+    assert node is not None
+    with pytest.raises(BlobCorruptError):
+        service.read(node, 0, LARGE, Cancellation())
+    flip_a_bit(stored, 0)
+    for _ in range(3):
+        with pytest.raises(BlobCorruptError):
+            service.read(node, LARGE - 10, 10, Cancellation())
+    monkeypatch.setattr(time, "monotonic", lambda now=time.monotonic: now() + WRONG_SECONDS)
+    flip_a_bit(stored, 0)
+    with pytest.raises(BlobCorruptError):
+        service.read(node, 0, 10, Cancellation())
+    flip_a_bit(stored, 0)
+    with suppress(BlobCorruptError):  # The kernel's second ask.
+        service.read(node, 0, 10, Cancellation())
+    assert service.read(node, 0, LARGE, Cancellation()) == data
 
 
 @pytest.mark.usefixtures("large")
