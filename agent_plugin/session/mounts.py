@@ -437,7 +437,8 @@ def _spawn(place: Path, environment: Mapping[str, str]) -> tuple[int, int]:
         # Not subprocess: the process is to outlive whoever starts it.
         pid = os.posix_spawn(
             sys.executable,
-            [sys.executable, "-m", "vfs", os.fspath(place / "spec.json")],
+            # -P: a job may have put a `vfs` or a `json` where this process happens to be.
+            [sys.executable, "-P", "-m", "vfs", os.fspath(place / "spec.json")],
             environment,
             file_actions=[
                 (os.POSIX_SPAWN_DUP2, null, 0),

@@ -621,6 +621,20 @@ def test_twenty_mounts_leave_nothing_behind(mounter: Mounter, inputs: Manifest) 
 # ------------------------------------------------------------------ how it begins
 
 
+def test_nothing_of_the_working_directory_is_run(
+    mounter: Mounter, inputs: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_a_job = tmp_path / "session"
+    of_a_job.mkdir()
+    for name in ("vfs.py", "json.py"):
+        (of_a_job / name).write_bytes(b"raise SystemExit(3)\n")
+    monkeypatch.chdir(of_a_job)
+
+    at = mounter.mount(inputs)
+
+    assert (at / "scene.usd").read_bytes() == FILES["scene.usd"]
+
+
 def test_a_second_mount_at_one_place_is_refused(
     mounter: Mounter, inputs: Manifest, mnt: Path
 ) -> None:
