@@ -1,6 +1,7 @@
 """mount(2) for the lower file system and the writable one above it, and their orderly end.
 
-Needs CAP_SYS_ADMIN. How a mount ends, each step with a limit in time: asked nicely; who holds it is
+Needs CAP_SYS_ADMIN, but for the lower one, which fusermount can make and take away for who has it
+not. How a mount ends, each step with a limit in time: asked nicely; who holds it is
 named; taken out of the tree, while those who have something open keep it for a moment; then the
 server ends, and whoever still reads gets an error.
 """
@@ -12,8 +13,10 @@ import time
 from pathlib import Path
 from typing import Final
 
-from agent_plugin.content import events
+from agent_plugin.content import events, fusermount
 from agent_plugin.content.errors import LocalError, LocalWriteError
+from agent_plugin.content.fusermount import may_administer
+from agent_plugin.content.mount_probe import may_allow_other
 from agent_plugin.content.mount_table import holders, is_mounted, unmount
 from vfs.transports.kernel_transport import MAX_READ_BYTES
 
@@ -40,6 +43,8 @@ def mount_fuse(at: Path, name: str) -> int:
     Raises:
         LocalWriteError: The host can not, or this process may not.
     """
+    if not may_administer():
+        return _mount_by_fusermount(at, name)
     try:
         fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
@@ -55,6 +60,17 @@ def mount_fuse(at: Path, name: str) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def _mount_by_fusermount(at: Path, name: str) -> int:
+    options = ["ro", "nosuid", "nodev", "default_permissions", f"max_read={MAX_READ_BYTES}"]
+    options += [f"fsname={name}", f"subtype={FUSE_KIND}"]
+    if may_allow_other():
+        options.append("allow_other")
+    try:
+        return fusermount.mount(at, options)
+    except OSError as error:
+        raise _refused(f"fuse.{FUSE_KIND} can not be mounted at {at}: {error.strerror}") from error
 
 
 def mount_overlay(lower: Path, upper: Path, work: Path, at: Path, name: str) -> None:

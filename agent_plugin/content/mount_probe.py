@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from agent_plugin.content import fusermount
 from agent_plugin.content.errors import MountFailedError
+from agent_plugin.content.fusermount import may_administer
 
 AUTO: Final = "auto"
 KERNEL: Final = "kernel"
@@ -20,8 +22,6 @@ FUSEPY: Final = "fusepy"
 TRANSPORTS: Final = (AUTO, FUSEPY, KERNEL)
 
 LIBFUSE2: Final = "libfuse.so.2"
-
-_CAP_SYS_ADMIN: Final = 21
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +65,11 @@ def kernel_obstacle() -> str:
 
     That the kernel's protocol is new enough turns out when it is mounted.
     """
-    if not _may_administer():
-        return "mounting needs CAP_SYS_ADMIN, which this process has not"
+    if not may_administer() and fusermount.find() is None:
+        return (
+            "mounting needs CAP_SYS_ADMIN, which this process has not, or the setuid program"
+            " fusermount3 (Debian's package fuse3)"
+        )
     return _device_obstacle()
 
 
@@ -78,7 +81,7 @@ def fusepy_obstacle() -> str:
         ctypes.CDLL(os.environ.get("FUSE_LIBRARY_PATH") or LIBFUSE2)
     except OSError as error:
         return f"libfuse 2 can not be loaded (Debian's package libfuse2): {error}"
-    if _may_administer():
+    if may_administer():
         return _device_obstacle()
     if shutil.which("fusermount") is None:
         return "there is no fusermount in PATH (Debian's package fuse3), and no CAP_SYS_ADMIN"
@@ -97,16 +100,6 @@ def may_allow_other() -> bool:
     except OSError:
         return False
     return any(line.strip() == "user_allow_other" for line in lines)
-
-
-def _may_administer() -> bool:
-    """Whether mount(2) is open to this process.
-
-    Source: capabilities(7); proc_pid_status(5), CapEff.
-    """
-    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    effective = next(line for line in status.splitlines() if line.startswith("CapEff:"))
-    return bool(int(effective.split()[1], 16) >> _CAP_SYS_ADMIN & 1)
 
 
 def _device_obstacle() -> str:

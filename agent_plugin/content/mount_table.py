@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from agent_plugin.content import fusermount
+
 _MNT_FORCE: Final = 1
 _MNT_DETACH: Final = 2
 _UMOUNT_NOFOLLOW: Final = 8
@@ -63,6 +65,8 @@ def is_mounted(at: Path, source: str = "") -> bool:
 def unmount(at: Path, *, lazily: bool = False, force: bool = False) -> None:
     """Take the uppermost mount at a path away.
 
+    Who may not, has fusermount do it, if it is a FUSE mount of its own.
+
     Args:
         at: The mount point.
         lazily: Take it out of the tree now, and end it when nobody has anything of it open.
@@ -75,6 +79,9 @@ def unmount(at: Path, *, lazily: bool = False, force: bool = False) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.umount2(os.fsencode(at), flags):
         number = ctypes.get_errno()
+        if number == errno.EPERM and fusermount.find() is not None:
+            fusermount.unmount(at, lazily=lazily or force)
+            return
         raise OSError(number, os.strerror(number), os.fspath(at))
 
 

@@ -13,6 +13,7 @@ from typing import Final
 
 from agent_plugin.content import events
 from agent_plugin.content.errors import MountFailedError, MountReadFailedError, local_write_error
+from agent_plugin.content.fusermount import may_administer
 from agent_plugin.content.leftovers import partial_name
 from agent_plugin.content.manifest import Manifest
 from agent_plugin.content.mount_probe import kernel_obstacle
@@ -45,6 +46,8 @@ def mount_obstacle() -> str:
     obstacle = kernel_obstacle()
     if obstacle:
         return obstacle
+    if not may_administer():
+        return "writing to a mount needs overlayfs and CAP_SYS_ADMIN, which this process has not"
     kinds = Path("/proc/filesystems").read_text(encoding="ascii").split()
     if "overlay" not in kinds:
         return "the kernel has no overlayfs loaded (modprobe overlay)"

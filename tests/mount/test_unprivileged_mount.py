@@ -1,0 +1,125 @@
+"""The kernel transport for who is not root: mounted by fusermount, served like any other."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from string import ascii_letters
+
+import pytest
+
+from agent_plugin.content.digest import Digest
+from tests.mount.conftest import END_SECONDS, Mounter
+from tests.servers.other_user import NOBODY
+from tests.servers.proxied_object import until
+from tests.servers.unprivileged import Unprivileged, unprivileged
+
+SOMEBODY_ELSE = NOBODY - 1
+SIZE = 300_000
+LETTERS = ascii_letters
+
+
+@pytest.fixture
+def user() -> Iterator[Unprivileged]:
+    """A host where users may not let others into their mounts."""
+    with unprivileged(allow_other=False) as user:
+        yield user
+
+
+def mounted(user: Unprivileged) -> Path:
+    """Mount a few files as the user; return where."""
+    (user.home / "source/tex").mkdir(parents=True)
+    for number in range(20):
+        (user.home / f"source/tex/{number}.tx").write_text(LETTERS[number] * SIZE)
+    mounter = Mounter(user.home, user.host.store_url)
+    manifest, at = mounter.manifest_file(mounter.stored(user.home / "source")), user.home / "mnt"
+    user.own()
+    store = user.host.store_url
+    told = json.loads(user.propmaster("mount", manifest, at, "--store", store, "--json"))
+    assert (told["transport"], told["writes"], told["files"]) == ("kernel", "none", 20)
+    return at
+
+
+def servers(user: Unprivileged) -> list[int]:
+    """Return the processes that serve, the supervisor first."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"vfs" in words and any(os.fsencode(user.home) in word for word in words):
+            found.append(int(process.name))
+    return sorted(found)
+
+
+def is_replaced(user: Unprivileged, server: int) -> bool:
+    """Whether another process serves now."""
+    return len(servers(user)) == 2 and server not in servers(user)
+
+
+def test_a_user_mounts_reads_and_unmounts_without_root(user: Unprivileged) -> None:
+    at = mounted(user)
+
+    assert user.mounts() == ["fuse.propmaster"]
+    assert user.run("cat", at / "tex/7.tx").stdout == LETTERS[7] * SIZE
+    assert user.run("touch", at / "new").returncode != 0
+    asked = f"import os; print(os.getxattr({str(at / 'tex/7.tx')!r}, 'user.propmaster.hash'))"
+    assert Digest.of(LETTERS[7].encode() * SIZE).hex in user.python(asked)
+    # Not even root enters what /etc/fuse.conf does not let others into.
+    assert "Permission denied" in user.run("ls", at, user=0).stderr
+    assert user.propmaster("unmount", at).startswith("unmounted")
+    assert (user.mounts(), servers(user)) == ([], [])
+
+
+def test_others_enter_where_fuse_conf_lets_them() -> None:
+    with unprivileged(allow_other=True) as user:
+        at = mounted(user)
+
+        assert user.run("cat", at / "tex/7.tx", user=SOMEBODY_ELSE).stdout == LETTERS[7] * SIZE
+        user.propmaster("unmount", at)
+
+
+def test_a_busy_mount_goes_and_its_reader_with_an_error(user: Unprivileged) -> None:
+    at = mounted(user)
+    holder = user.popen("sh", "-c", f"exec < {at}/tex/1.tx; echo open; exec sleep 600")
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "open\n"
+    try:
+        user.propmaster("unmount", at)
+        assert user.mounts() == []
+        until(lambda: servers(user) == [], seconds=END_SECONDS)
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def test_a_killed_server_is_replaced_without_root_and_readers_see_a_pause(
+    user: Unprivileged,
+) -> None:
+    at = mounted(user)
+    reader = user.popen("sh", "-c", f"for i in 1 2 3 4 5; do cat {at}/tex/*.tx; sleep 0.1; done")
+    for _ in range(3):
+        _, server = servers(user)
+        os.kill(server, signal.SIGKILL)
+        until(partial(is_replaced, user, server))
+    stdout, stderr = reader.communicate(timeout=60)
+
+    assert stderr == ""
+    assert stdout == "".join(LETTERS[number] * SIZE for number in sorted(range(20), key=str)) * 5
+    user.propmaster("unmount", at)
+
+
+def test_what_killed_processes_left_is_cleared_without_root(user: Unprivileged) -> None:
+    at = mounted(user)
+    for pid in servers(user):
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: servers(user) == [])
+    assert user.mounts() == ["fuse.propmaster"]
+
+    user.propmaster("mount", user.home / "job.manifest", at, "--store", user.host.store_url)
+    assert user.run("cat", at / "tex/7.tx").stdout == LETTERS[7] * SIZE
+    user.propmaster("unmount", at)
+    assert user.mounts() == []
