@@ -99,7 +99,8 @@ def sync_step_command(
         )
     settings = load(config)
     with _started(settings, session_dir) as (context, state_file):
-        result = sync_step(step_id, depends_on or None, context, state_file)
+        mounts = open_mounts(settings)
+        result = sync_step(step_id, depends_on or None, context, state_file, mounts=mounts)
     _print_started(result, as_json=as_json)
 
 

@@ -24,6 +24,7 @@ from agent_plugin.content.manifest import Manifest, merge
 from agent_plugin.content.snapshot import walk
 from agent_plugin.session.inputs import materialise
 from agent_plugin.session.job import JobDocument, PathMappingRule
+from agent_plugin.session.lay_over import lay_over
 from agent_plugin.session.manifests import fetch_input_manifest, find_outputs, merge_by_root
 from agent_plugin.session.mounts import Mounts
 from agent_plugin.session.roots import (
@@ -180,14 +181,19 @@ def sync_step(
     depends_on: Sequence[str] | None,
     context: TransferContext,
     state_file: StateFile,
+    *,
+    mounts: Mounts,
 ) -> StartResult:
     """Bring the outputs of the steps that a step depends on, over what is there.
+
+    To a mounted root they come without their bytes.
 
     Args:
         step_id: The step about to run.
         depends_on: The steps it depends on, in order; None takes them from the job document.
         context: The services.
         state_file: Of a started session.
+        mounts: The host's.
 
     Raises:
         SessionStateError: The session has not started.
@@ -214,15 +220,20 @@ def sync_step(
     if len(state.roots) > known:
         # Who ends the session removes what the state names, so it is named before it is made.
         state_file.write(state)
-    results = materialise(merged, state, context, kind="sync-step", step=step_id)
+    copied = [(root, manifest) for root, manifest in merged if root.file_system == COPIED]
+    done = iter(materialise(copied, state, context, kind="sync-step", step=step_id))
+    results = [next(done) if root.file_system == COPIED else NOTHING_MOVED for root, _ in merged]
     for root, manifest in merged:
-        root.baseline.update(_baseline(root, manifest, state, context, only_known=True))
+        if root.file_system == VIRTUAL:
+            lay_over(root, manifest, state, state_file, mounts, context.cancellation)
+        else:
+            root.baseline.update(_baseline(root, manifest, state, context, only_known=True))
     state.unfinished_steps.remove(step_id)
     state_file.write(state)
     result = StartResult(
         roots=[
-            _root_result(root, manifest, done)
-            for (root, manifest), done in zip(merged, results, strict=True)
+            _root_result(root, manifest, moved)
+            for (root, manifest), moved in zip(merged, results, strict=True)
         ],
         path_mapping_rules=[],
         seconds=round(time.monotonic() - begun, 3),
@@ -300,6 +311,7 @@ def _carry_over(before: SessionState, state: SessionState) -> None:
                 root.baseline = same.baseline
                 root.file_system, root.written_to = same.file_system, same.written_to
                 root.control, root.gone = same.control, same.gone
+                root.layers = same.layers
 
 
 def _without_outputs(manifest: Manifest | None, root: RootState) -> Manifest | None:

@@ -8,6 +8,7 @@ docs/PROTOCOL.md (state file).
 import fcntl
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,8 @@ import msgspec
 
 from agent_plugin.content.digest import hash_name
 from agent_plugin.content.errors import LocalWriteError, SessionStateError, local_write_error
+from agent_plugin.content.leftovers import remove_tree
+from agent_plugin.content.mount_spec import Layer
 from agent_plugin.session.job import JobDocument
 
 VERSION: Final = 1
@@ -62,6 +65,7 @@ class RootState(msgspec.Struct, rename="camel"):
         control: Of a mounted root, the socket that tells of its inputs; else empty.
         gone: Of a mounted root, the inputs that are not at their path any more.
         errors_told: Of a mounted root, how many failed reads finish-task has told of.
+        layers: Of a mounted root, the outputs of other steps that were added to it.
     """
 
     local_root: str
@@ -74,6 +78,7 @@ class RootState(msgspec.Struct, rename="camel"):
     control: str = ""
     gone: list[str] = []
     errors_told: int = 0
+    layers: list[Layer] = []
 
 
 class OutputManifestResult(msgspec.Struct, rename="camel", omit_defaults=True):
@@ -215,9 +220,34 @@ class StateFile:
             temporary.unlink(missing_ok=True)
             raise local_write_error(error, os.fspath(self._path)) from error
 
+    def keep_layer(self, manifest: bytes) -> str:
+        """Keep a manifest for as long as the session is known; return its path.
+
+        Raises:
+            NoSpaceError, LocalWriteError: It can not be written.
+        """
+        path = self._layers / secrets.token_hex(8)
+        try:
+            self._layers.mkdir(mode=0o700, exist_ok=True)
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+            with os.fdopen(fd, "wb") as file:
+                file.write(manifest)
+        except OSError as error:
+            raise local_write_error(error, os.fspath(path)) from error
+        return os.fspath(path)
+
     def remove(self) -> None:
         """Forget the session; nothing happens when it is forgotten already."""
+        fd = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            remove_tree(fd, self._layers.name)
+        finally:
+            os.close(fd)
         self._path.unlink(missing_ok=True)
+
+    @property
+    def _layers(self) -> Path:
+        return self._path.with_suffix(".layers")
 
 
 def _encode(state: SessionState) -> bytes:

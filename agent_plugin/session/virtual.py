@@ -128,6 +128,7 @@ def mount(
         writes="overlayfs",
         uid=owner.st_uid,
         gid=owner.st_gid,
+        layers=root.layers,
     )
     mounts.start(request, cancellation=context.cancellation, environment=environment)
 

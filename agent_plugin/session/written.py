@@ -16,6 +16,7 @@ from typing import Final
 
 from agent_plugin.content import events
 from agent_plugin.content.errors import LocalReadError
+from agent_plugin.content.leftovers import is_partial
 from agent_plugin.content.manifest import FileEntry
 from agent_plugin.content.snapshot import FoundFile
 from agent_plugin.content.store import Cancellation
@@ -105,6 +106,8 @@ class _Walk:
             os.close(fd)
 
     def _visit(self, fd: int, above: str, below: str | None, entry: os.DirEntry[str]) -> None:
+        if is_partial(entry.name) and self._pass_over(above, entry):
+            return
         path = f"{above}/{entry.name}" if above else entry.name
         lower = None if below is None else f"{below}/{entry.name}" if below else entry.name
         status = entry.stat(follow_symlinks=False)
@@ -123,6 +126,15 @@ class _Walk:
         else:
             extra = {"path": path, "reason": "not a regular file"}
             log.warning(events.FILE_SKIPPED, extra=extra)
+
+    def _pass_over(self, above: str, entry: os.DirEntry[str]) -> bool:
+        """Whether something has its name from us, and is nobody's output."""
+        if entry.is_file(follow_symlinks=False):
+            extra = {"path": f"{above}/{entry.name}", "reason": "a temporary file of ours"}
+            log.warning(events.FILE_SKIPPED, extra=extra)
+            return True
+        # From where the outputs of another step came to their places.
+        return not above
 
     def _visit_directory(self, fd: int, name: str, path: str, lower: str | None) -> None:
         opened = os.open(
@@ -169,10 +181,11 @@ class _Walk:
         written = self._written
         asked = [*self._hidden, *(origin for origin, _ in self._shown)]
         answers = self._inputs(asked) if asked else []
+        hidden = set(self._hidden)
         for (origin, path), entries in zip(self._shown, answers[len(self._hidden) :], strict=True):
             for entry in entries:
                 seen = path + entry.path[len(origin) :]
-                if self._is_output(seen) and not self._is_covered(path, seen):
+                if self._is_output(seen) and not self._is_covered(path, seen, hidden):
                     written.moved[seen] = entry
         for entries in answers[: len(self._hidden)]:
             for entry in entries:
@@ -184,13 +197,15 @@ class _Walk:
                     written.gone[entry.path] = entry
         return written
 
-    def _is_covered(self, directory: str, seen: str) -> bool:
+    def _is_covered(self, directory: str, seen: str, hidden: set[str]) -> bool:
         """Whether an input that a moved directory holds was replaced or removed since."""
-        return seen in self._written.files or any(
-            seen == hidden or seen.startswith(f"{hidden}/")
-            for hidden in self._hidden
-            if hidden.startswith(f"{directory}/")
-        )
+        if seen in self._written.files:
+            return True
+        while seen != directory:
+            if seen in hidden:
+                return True
+            seen = seen.rpartition("/")[0]
+        return False
 
 
 def _redirected(redirect: bytes, path: str) -> str:

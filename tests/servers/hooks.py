@@ -204,7 +204,7 @@ class Host:
         self, session_dir: Path, step_id: str, depends_on: Sequence[str] | None = None
     ) -> StartResult:
         with self.state(session_dir) as state_file, self.services() as context:
-            return sync_step(step_id, depends_on, context, state_file)
+            return sync_step(step_id, depends_on, context, state_file, mounts=self.mounts)
 
     def finish_task(
         self,
