@@ -169,17 +169,20 @@ class OutputSettings(_Section, frozen=True, forbid_unknown_fields=True):
 
 
 class MountSettings(_Section, frozen=True, forbid_unknown_fields=True):
-    """How mounted inputs are read.
+    """How inputs are mounted and read.
 
     Attributes:
         verify: `stream`: a blob of more than 64 MiB is read while it comes, and verified when it is
             complete. `strict`: no byte of any blob is read before all of it is verified.
         xattrs: Whether extended attributes tell a file's hash and state also where overlayfs is
             above the mount, which then asks once for each file that is looked up.
+        transport: `kernel`: our own server on /dev/fuse. `fusepy`: libfuse 2. `auto`: the first of
+            them that the host can.
     """
 
     verify: Literal["stream", "strict"] = "stream"
     xattrs: bool = False
+    transport: Literal["auto", "fusepy", "kernel"] = "auto"
 
 
 class Settings(_Section, frozen=True, forbid_unknown_fields=True):

@@ -7,26 +7,38 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from agent_plugin.content import events
 from agent_plugin.content.blob_cache import BlobCache
-from agent_plugin.content.errors import LocalError, LocalReadError, PropmasterError
+from agent_plugin.content.errors import (
+    LocalError,
+    LocalReadError,
+    MountFailedError,
+    PropmasterError,
+)
+from agent_plugin.content.fusermount import may_administer
 from agent_plugin.content.manifest import decode
+from agent_plugin.content.mount_probe import LIBFUSE2, TransportChoice
 from agent_plugin.content.mount_spec import Layer, MountSpec, read_spec
 from agent_plugin.content.open_store import build_store
 from agent_plugin.content.store import Store
 from vfs.control import ControlSocket
 from vfs.error_ledger import ErrorLedger
+from vfs.mount import FUSE_KIND
+from vfs.nodes import Nodes
 from vfs.reader import FETCHES_AT_ONCE, BlobReader
 from vfs.service import NodeService, Ownership
 from vfs.statistics import Statistics
 from vfs.streaming import StreamPolicy
-from vfs.supervisor import Supervisor, tell_on_stdout
+from vfs.supervisor import SERVES, Supervisor, tell_on_stdout
 from vfs.transports.kernel_transport import KernelTransport, Session
 from vfs.tree import Tree
+
+if TYPE_CHECKING:
+    from vfs.transports.fusepy_transport import FusepyTransport
 
 log = events.get_logger()
 
@@ -79,8 +91,10 @@ class Server:
         """Return how many files and bytes there are."""
         return self._tree.files, self._tree.bytes
 
-    def serve(self, fd: int, session: Session, again: bool, tell: int) -> None:
-        """Serve until the mount is gone."""
+    def serve(
+        self, fd: int, session: Session | None, choice: TransportChoice, again: bool, tell: int
+    ) -> None:
+        """Serve until the mount is gone; without a session, it is libfuse that mounts."""
         spec = self._spec
         missed = self._add(read_spec(self._path).layers)
         statistics = Statistics()
@@ -98,7 +112,12 @@ class Server:
             statistics,
             Ownership(spec.uid, spec.gid),
         )
-        transport = KernelTransport(fd, service, xattrs=spec.xattrs)
+        transport: KernelTransport | FusepyTransport
+        if session is None:
+            at = spec.staged if again and may_administer() else spec.lower
+            transport = _fusepy_transport(service, spec, at)
+        else:
+            transport = KernelTransport(fd, service, xattrs=spec.xattrs)
         service.notifier = transport
         # Whoever was killed may have told the kernel or not.
         transport.forget_names(missed)
@@ -109,8 +128,9 @@ class Server:
                 "mountpoint": spec.mountpoint,
                 "pid": os.getpid(),
                 "supervisor": os.getppid(),
-                "transport": "kernel",
-                "protocol": f"7.{session.minor}",
+                "transport": choice.transport,
+                "reason": choice.reason,
+                "protocol": "libfuse 2" if session is None else f"7.{session.minor}",
                 "writes": spec.writes,
                 "files": self._tree.files,
                 "bytes": self._tree.bytes,
@@ -131,12 +151,19 @@ class Server:
             return {"layers": self._layers}
 
         ControlSocket(Path(spec.control), {"status": status, "files": files, "add": add})
-        if again:
-            transport.ask_again()
-        os.write(tell, b"1")
-        os.close(tell)
+
+        def ready() -> None:
+            os.write(tell, SERVES)
+            os.close(tell)
+
         try:
-            transport.serve()
+            if isinstance(transport, KernelTransport):
+                if again:
+                    transport.ask_again()
+                ready()
+                transport.serve()
+            else:
+                transport.serve(ready)
         finally:
             reader.close()
 
@@ -180,6 +207,17 @@ class Server:
                     concurrency=limits.concurrency if limits else FETCHES_AT_ONCE,
                 )
             return self._opened
+
+
+def _fusepy_transport(nodes: Nodes, spec: MountSpec, at: Path) -> "FusepyTransport":
+    # Or fusepy would start other programs to look for it.
+    os.environ.setdefault("FUSE_LIBRARY_PATH", LIBFUSE2)
+    try:
+        # Here: importing it loads libfuse, which only this process needs.
+        from vfs.transports.fusepy_transport import FusepyTransport  # noqa: PLC0415
+    except (ImportError, OSError) as error:
+        raise MountFailedError(f"libfuse 2 can not be loaded: {error}") from error
+    return FusepyTransport(nodes, at, spec.name, FUSE_KIND, xattrs=spec.xattrs)
 
 
 def _read(path: str) -> bytes:

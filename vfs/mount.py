@@ -17,12 +17,19 @@ from agent_plugin.content import events, fusermount
 from agent_plugin.content.errors import LocalError, LocalWriteError
 from agent_plugin.content.fusermount import may_administer
 from agent_plugin.content.mount_probe import may_allow_other
-from agent_plugin.content.mount_table import holders, is_mounted, unmount
+from agent_plugin.content.mount_table import holders, is_mounted, read_mounts, unmount
 from vfs.transports.kernel_transport import MAX_READ_BYTES
 
 _MS_RDONLY: Final = 1
 _MS_NOSUID: Final = 2
 _MS_NODEV: Final = 4
+# Source: linux/mount.h, asm-generic/unistd.h; the numbers are the same on all platforms.
+_SYS_OPEN_TREE: Final = 428
+_SYS_MOVE_MOUNT: Final = 429
+_AT_FDCWD: Final = -100
+_OPEN_TREE_CLONE: Final = 1
+_MOVE_MOUNT_F_EMPTY_PATH: Final = 4
+_MOVE_MOUNT_BENEATH: Final = 0x200
 # How long whoever is just leaving the mount is waited for.
 BUSY_SECONDS: Final = 2.0
 _BUSY_POLL_SECONDS: Final = 0.05
@@ -91,10 +98,39 @@ def mount_overlay(lower: Path, upper: Path, work: Path, at: Path, name: str) -> 
     _mount(name, at, "overlay", _MS_NOSUID | _MS_NODEV, options)
 
 
+def swap_in(staged: Path, at: Path) -> None:
+    """Put what is mounted at `staged`, and nobody uses, in the place of what is mounted at `at`.
+
+    Whoever looks there sees the one or the other, never what is below; on kernels before 6.5 only
+    nearly never.
+
+    Raises:
+        OSError: That is not possible.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC
+    tree = libc.syscall(_SYS_OPEN_TREE, _AT_FDCWD, os.fsencode(staged), flags)
+    if tree < 0:
+        raise OSError(ctypes.get_errno(), "open_tree", os.fspath(staged))
+    try:
+        unmount(staged, lazily=True)
+        move = (_SYS_MOVE_MOUNT, tree, b"", _AT_FDCWD, os.fsencode(at))
+        if not libc.syscall(*move, _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_BENEATH):
+            unmount(at, lazily=True)
+            return
+        unmount(at, lazily=True)
+        if libc.syscall(*move, _MOVE_MOUNT_F_EMPTY_PATH):
+            raise OSError(ctypes.get_errno(), "move_mount", os.fspath(at))
+    finally:
+        os.close(tree)
+
+
 def raise_read_ahead(at: Path) -> None:
     """Have the kernel ask for larger pieces; without the right to, nothing changes."""
-    device = os.stat(at).st_dev  # noqa: PTH116 - the mount is ours and is served
-    path = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+    # By the kernel's table: a server that has just died can not answer stat().
+    mounts = reversed(read_mounts())
+    device = next((mount.device for mount in mounts if mount.mountpoint == str(at)), "")
+    path = Path(f"/sys/class/bdi/{device}/read_ahead_kb")
     try:
         path.write_text(str(READ_AHEAD_KIB), encoding="ascii")
     except OSError as error:

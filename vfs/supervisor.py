@@ -2,8 +2,9 @@
 
 It mounts, answers the kernel's first request, and forks the server, which inherits /dev/fuse. A
 server that dies, however it dies, is replaced: requests wait in the kernel meanwhile, and those
-that were read and not answered are sent again, so a reader sees nothing but a pause. The mount goes
-away with a signal, with the process it was made for, or when somebody else unmounts it.
+that were read and not answered are sent again, so a reader sees nothing but a pause. Where libfuse
+mounts, its mount dies with the server, and is made again at once, over what was written before. The
+mount goes away with a signal, with the process it was made for, or when somebody else unmounts it.
 
 One thread, since it forks; it reads no file of the mount.
 """
@@ -22,11 +23,20 @@ from typing import Final
 import msgspec
 
 from agent_plugin.content import events
-from agent_plugin.content.errors import LocalWriteError, PropmasterError, local_write_error
+from agent_plugin.content.digest import EMPTY_HASH, Digest
+from agent_plugin.content.errors import (
+    LocalWriteError,
+    MountFailedError,
+    PropmasterError,
+    local_write_error,
+)
+from agent_plugin.content.fusermount import may_administer
+from agent_plugin.content.mount_probe import FUSEPY, TransportChoice, choose_transport
 from agent_plugin.content.mount_spec import MountSpec, Ready, leave_only_upper
 from agent_plugin.content.mount_table import is_mounted, read_mounts, unmount
-from vfs.mount import FUSE_KIND, end_mount, mount_fuse, mount_overlay, raise_read_ahead
-from vfs.transports.kernel_transport import Session, negotiate
+from vfs.error_ledger import ErrorLedger
+from vfs.mount import FUSE_KIND, end_mount, mount_fuse, mount_overlay, raise_read_ahead, swap_in
+from vfs.transports.kernel_transport import ProtocolError, Session, negotiate
 
 # A server that dies this often within a minute dies of something that a new one will not mend.
 RESTARTS_A_MINUTE: Final = 10
@@ -34,9 +44,12 @@ RESTARTS_A_MINUTE: Final = 10
 LAST_READERS_SECONDS: Final = 2.0
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
-# Given /dev/fuse, what was agreed on, whether requests have to be sent again, and what to write
-# one byte to when it serves: serves until the mount is gone.
-Serve = Callable[[int, Session, bool, int], None]
+# What a server writes when it serves.
+SERVES: Final = b"1"
+
+# Given /dev/fuse and what was agreed on (-1 and None where libfuse mounts), the transport, whether
+# a server was killed before, and what to write SERVES to: serves until the mount is gone.
+Serve = Callable[[int, Session | None, TransportChoice, bool, int], None]
 
 log = events.get_logger()
 
@@ -57,6 +70,7 @@ class Supervisor:
         self._deaths: deque[float] = deque(maxlen=RESTARTS_A_MINUTE)
         self._fd = -1
         self._session: Session | None = None
+        self._choice = TransportChoice("", "")
         self._server = 0
         self._mountpoint = Path(spec.mountpoint)
 
@@ -74,19 +88,11 @@ class Supervisor:
         wake = self._listen()
         try:
             self._make_directories()
-            self._fd = mount_fuse(self._spec.lower, self._spec.name)
-            self._session = negotiate(self._fd)
+            self._choose()
             self._start(again=False)
             raise_read_ahead(self._spec.lower)
             if self._spec.writes == "overlayfs":
-                work = Path(self._spec.work_dir)
-                mount_overlay(
-                    self._spec.lower,
-                    self._spec.upper,
-                    work / "work",
-                    self._mountpoint,
-                    self._spec.name,
-                )
+                self._mount_overlay(self._mountpoint)
         except BaseException:
             self._end()
             raise
@@ -94,19 +100,56 @@ class Supervisor:
         tell(
             Ready(
                 pid=os.getpid(),
-                transport="kernel",
+                transport=self._choice.transport,
+                reason=self._choice.reason,
                 writes=self._spec.writes,
                 files=files,
                 bytes=total,
                 seconds=round(time.monotonic() - self._started, 3),
             )
         )
-        log.info(events.MOUNT_STARTED, extra={"mountpoint": self._spec.mountpoint, "files": files})
+        log.info(
+            events.MOUNT_STARTED,
+            extra={
+                "mountpoint": self._spec.mountpoint,
+                "files": files,
+                "transport": self._choice.transport,
+                "reason": self._choice.reason,
+            },
+        )
         try:
             return self._watch(wake)
         finally:
             self._end()
             log.info(events.MOUNT_ENDED, extra={"mountpoint": self._spec.mountpoint})
+
+    def _choose(self) -> None:
+        """Choose the transport, and mount if it is ours; libfuse mounts by itself.
+
+        Raises:
+            MountFailedError: None can be used, or not the one that was asked for.
+            LocalWriteError: It could not be mounted.
+        """
+        self._choice = choose_transport(self._spec.transport)
+        if self._choice.transport == FUSEPY:
+            return
+        self._fd = mount_fuse(self._spec.lower, self._spec.name)
+        try:
+            self._session = negotiate(self._fd)
+        except ProtocolError as error:
+            self._take_away(self._spec.lower)
+            os.close(self._fd)
+            self._fd = -1
+            self._choice = choose_transport(self._spec.transport, kernel_refused=str(error))
+
+    def _mount_overlay(self, at: Path) -> None:
+        spec = self._spec
+        mount_overlay(spec.lower, spec.upper, Path(spec.work_dir, "work"), at, spec.name)
+
+    def _take_away(self, at: Path) -> None:
+        """Take a mount of ours that nobody serves out of the tree."""
+        if is_mounted(at, self._spec.name):
+            unmount(at, lazily=True)
 
     def _listen(self) -> int:
         """Have signals wake `poll`; return the descriptor that tells of them."""
@@ -134,7 +177,6 @@ class Supervisor:
         Raises:
             LocalWriteError: It ended before that.
         """
-        assert self._session is not None  # noqa: S101 - INIT was answered before
         reader, writer = os.pipe2(os.O_CLOEXEC)
         server = os.fork()
         if server == 0:
@@ -142,12 +184,15 @@ class Supervisor:
             try:
                 os.close(reader)
                 signal.set_wakeup_fd(-1)
-                for number in _SIGNALS:
-                    signal.signal(number, signal.SIG_IGN)
-                self._serve(self._fd, self._session, again, writer)
+                # Blocked in all threads to come, not ignored: libfuse and fusepy put handlers of
+                # their own, which would end the mount.
+                signal.pthread_sigmask(signal.SIG_BLOCK, {*_SIGNALS, signal.SIGHUP})
+                self._serve(self._fd, self._session, self._choice, again, writer)
                 code = 0
             except PropmasterError as error:
                 sys.stderr.write(f"error[{error.reference}]: {error.message}\n")
+                with suppress(OSError):
+                    os.write(writer, error.message.encode("utf-8", "replace"))
                 code = error.exit_code
             except BaseException:
                 log.exception(events.MOUNT_REQUEST_CRASHED)
@@ -156,14 +201,14 @@ class Supervisor:
                 os._exit(code)
         os.close(writer)
         try:
-            serves = os.read(reader, 1)
+            told = os.read(reader, select.PIPE_BUF)
         finally:
             os.close(reader)
-        if not serves:
+        if told != SERVES:
             _, status = os.waitpid(server, 0)
+            why = told.decode("utf-8") or f"exit code {os.waitstatus_to_exitcode(status)}"
             raise LocalWriteError(
-                f"the server of {self._mountpoint} ended before it served"
-                f" (exit code {os.waitstatus_to_exitcode(status)})",
+                f"the server of {self._mountpoint} ended before it served: {why}",
                 hint="see what it wrote before this",
             )
         self._server = server
@@ -211,21 +256,54 @@ class Supervisor:
         now = time.monotonic()
         many = len(self._deaths) == RESTARTS_A_MINUTE and now - self._deaths[0] < 60  # noqa: PLR2004
         self._deaths.append(now)
-        if many or self._session is None or not self._session.can_resend:
+        if many or (self._session is not None and not self._session.can_resend):
             return False
         try:
-            self._start(again=True)
-        except PropmasterError as error:
+            if self._session is not None:
+                self._start(again=True)
+            else:
+                self._mount_again(now)
+        except (PropmasterError, OSError) as error:
             log.error(  # noqa: TRY400 - an expected failure: its text says all
                 events.MOUNT_SERVER_DIED,
-                extra={"mountpoint": self._spec.mountpoint, "reason": error.message},
+                extra={"mountpoint": self._spec.mountpoint, "reason": str(error)},
             )
             return False
         return True
 
+    def _mount_again(self, since: float) -> None:
+        """Take away what died with libfuse's server, and mount in its place what is as before.
+
+        Args:
+            since: When the server was found dead, monotonic seconds.
+
+        Raises:
+            PropmasterError, OSError: That is not possible.
+        """
+        spec = self._spec
+        # Readers are refused meanwhile, and nobody else can tell their task.
+        error = MountFailedError("the mount's server died, and reads failed until it was replaced")
+        ErrorLedger(Path(spec.errors)).record(".", Digest(EMPTY_HASH, 0), error)
+        if may_administer():
+            # The dead one stays until then: nobody is to see, or write to, the directory below it.
+            spec.staged.mkdir(mode=0o700, exist_ok=True)
+            self._start(again=True)
+            raise_read_ahead(spec.staged)
+            swap_in(spec.staged, spec.lower)
+        else:
+            self._take_away(spec.lower)
+            self._start(again=True)
+        if spec.writes == "overlayfs":
+            self._mount_overlay(spec.staged)
+            swap_in(spec.staged, self._mountpoint)
+        with suppress(FileNotFoundError):
+            spec.staged.rmdir()
+        seconds = round(time.monotonic() - since, 3)
+        log.warning(events.MOUNT_REMADE, extra={"mountpoint": spec.mountpoint, "seconds": seconds})
+
     def _end(self) -> None:
-        """Take both mounts away, give last readers a moment, and end the server."""
-        for at in dict.fromkeys((self._mountpoint, self._spec.lower)):
+        """Take all mounts away, give last readers a moment, and end the server."""
+        for at in self._spec.mounted:
             with suppress(OSError):
                 end_mount(at, self._spec.name)
         if self._server:
@@ -241,7 +319,7 @@ class Supervisor:
             os.close(self._fd)
             self._fd = -1
         # Where the server was gone, the first try may have failed.
-        for at in dict.fromkeys((self._mountpoint, self._spec.lower)):
+        for at in self._spec.mounted:
             with suppress(OSError):
                 if is_mounted(at, self._spec.name):
                     unmount(at, lazily=True)

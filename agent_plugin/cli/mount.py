@@ -11,6 +11,7 @@ from agent_plugin.cli.options import common_options, print_json, say, store_opti
 from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.content.errors import LocalReadError, LocalWriteError, SessionStateError
 from agent_plugin.content.manifest import MAX_MANIFEST_BYTES, decode
+from agent_plugin.content.mount_probe import TRANSPORTS
 from agent_plugin.content.mount_table import is_mounted
 from agent_plugin.session.mounts import MountRequest
 from agent_plugin.settings import load
@@ -47,6 +48,12 @@ from agent_plugin.transfer.progress import format_bytes
     " a file up then takes longer.",
 )
 @click.option(
+    "--transport",
+    type=click.Choice(TRANSPORTS),
+    help="kernel is our own server on /dev/fuse; fusepy goes through libfuse 2; auto is the first"
+    " of them that this host can.  [default: what the settings say]",
+)
+@click.option(
     "--owner-pid",
     type=click.IntRange(min=0),
     default=0,
@@ -61,13 +68,14 @@ def command(
     work_dir: Path | None,
     verify: str | None,
     xattrs: bool,
+    transport: str | None,
     owner_pid: int,
     as_json: bool,
     config: Path | None,
 ) -> None:
     """Mount the files of MANIFEST at MOUNTPOINT, an empty directory."""
     settings = load(config)
-    mounts = open_mounts(settings, verify=verify, xattrs=xattrs)
+    mounts = open_mounts(settings, verify=verify, xattrs=xattrs, transport=transport)
     mounts.clear_stale()
     if writes == "overlayfs" and work_dir is None:
         raise click.UsageError("--writes overlayfs needs --work-dir")
@@ -93,7 +101,7 @@ def command(
         say(
             f"mounted {place}: {ready.files} files, {format_bytes(ready.bytes)},"
             f" {'writable' if ready.writes == 'overlayfs' else 'read-only'};"
-            f" {ready.seconds:.1f} s"
+            f" {ready.seconds:.1f} s; {ready.transport}: {ready.reason}"
         )
 
 

@@ -9,13 +9,20 @@ from agent_plugin.session.mounts import CachePlace, Mounts
 from agent_plugin.settings import Settings
 
 
-def open_mounts(settings: Settings, *, verify: str | None = None, xattrs: bool = False) -> Mounts:
+def open_mounts(
+    settings: Settings,
+    *,
+    verify: str | None = None,
+    xattrs: bool = False,
+    transport: str | None = None,
+) -> Mounts:
     """Return the mounts of this host.
 
     Args:
         settings: The host's.
         verify: `stream` or `strict`; None for what the settings say.
         xattrs: Have extended attributes below overlayfs, whatever the settings say.
+        transport: `auto`, `fusepy` or `kernel`; None for what the settings say.
 
     Raises:
         LocalWriteError: The state directory can not be made, or others could write to it.
@@ -43,6 +50,7 @@ def open_mounts(settings: Settings, *, verify: str | None = None, xattrs: bool =
         strict=strict,
         xattrs=xattrs or settings.mounts.xattrs,
         store_limits=limits,
+        transport=transport or settings.mounts.transport,
     )
 
 

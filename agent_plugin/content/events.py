@@ -41,6 +41,7 @@ MOUNT_STARTED: Final = "mount.started"
 MOUNT_ENDED: Final = "mount.ended"
 MOUNT_FELL_BACK: Final = "mount.fell_back"
 MOUNT_SERVER_DIED: Final = "mount.server_died"
+MOUNT_REMADE: Final = "mount.remade"
 
 COMMAND_CRASHED: Final = "command.crashed"
 

@@ -77,6 +77,7 @@ class MountSpec(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fiel
         owner_pid: The process without which the mount goes away; 0 for none.
         layers: What was added, in that order.
         store_limits: None for what they are by default.
+        transport: `auto`, `kernel` or `fusepy`.
     """
 
     version: int
@@ -100,11 +101,22 @@ class MountSpec(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fiel
     owner_pid: int = 0
     layers: list[Layer] = []
     store_limits: StoreLimits | None = None
+    transport: str = "auto"
 
     @property
     def lower(self) -> Path:
         """Where the inputs are mounted: below the work directory if something is written."""
         return Path(self.work_dir, "lower") if self.writes == "overlayfs" else Path(self.mountpoint)
+
+    @property
+    def staged(self) -> Path:
+        """Where a mount is made that takes the place of a dead one when it can be used."""
+        return Path(self.work_dir, "staged")
+
+    @property
+    def mounted(self) -> list[Path]:
+        """Where something of this mount may be mounted, what is above something else first."""
+        return list(dict.fromkeys((Path(self.mountpoint), self.lower, self.staged)))
 
     @property
     def upper(self) -> Path:
@@ -118,6 +130,7 @@ class Ready(msgspec.Struct, frozen=True, rename="camel"):
     Attributes:
         pid: Of the supervisor: SIGTERM unmounts.
         transport, writes: What was chosen.
+        reason: Why that transport.
         files, bytes: In the tree.
         seconds: Since the process began.
     """
@@ -128,6 +141,7 @@ class Ready(msgspec.Struct, frozen=True, rename="camel"):
     files: int
     bytes: int
     seconds: float
+    reason: str = ""
 
 
 def path_below_layer(path: str) -> str:

@@ -32,6 +32,7 @@ from agent_plugin.content.errors import (
 )
 from agent_plugin.content.leftovers import remove_tree
 from agent_plugin.content.manifest import FileEntry, Manifest, encode
+from agent_plugin.content.mount_probe import AUTO
 from agent_plugin.content.mount_spec import (
     VERSION,
     Layer,
@@ -122,6 +123,7 @@ class Mounts:
         strict: Of what is mounted from now on, verify all of a blob before any of it is read.
         xattrs: Have extended attributes below overlayfs too; elsewhere they cost nothing.
         store_limits: How mounts talk to their store; None for what is so by default.
+        transport: Of what is mounted from now on: `auto`, `fusepy` or `kernel`.
     """
 
     def __init__(
@@ -132,12 +134,14 @@ class Mounts:
         strict: bool = False,
         xattrs: bool = False,
         store_limits: StoreLimits | None = None,
+        transport: str = AUTO,
     ) -> None:
         self._directory = state_dir / "mounts"
         self._cache = cache
         self._strict = strict
         self._xattrs = xattrs
         self._store_limits = store_limits
+        self._transport = transport
 
     def start(
         self,
@@ -289,6 +293,7 @@ class Mounts:
             owner_pid=request.owner_pid,
             layers=[*request.layers],
             store_limits=self._store_limits,
+            transport=self._transport,
         )
 
     def _is_served(self, place: Path) -> bool:
@@ -388,7 +393,7 @@ def files_of_mount(control: str, paths: Sequence[str]) -> list[list[FileEntry]]:
 def _clear(spec: MountSpec) -> None:
     """Take away what is mounted by this spec and no process serves any more."""
     ours = {mount.mountpoint for mount in read_mounts() if mount.source == spec.name}
-    for at in (Path(spec.mountpoint), spec.lower):
+    for at in spec.mounted:
         if os.fspath(at) in ours:
             try:
                 unmount_all(at)

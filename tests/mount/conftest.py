@@ -44,11 +44,14 @@ class Mounter:
         environment: dict[str, str] | None = None,
         store: dict[str, float] | None = None,
         settings: dict[str, dict[str, Any]] | None = None,
+        transport: str = "auto",
     ) -> None:
+        tables = dict(settings or {})
+        tables["mounts"] = {"transport": transport, **tables.get("mounts", {})}
         # The kernel's table has no links in it.
         self.home = home.resolve()
         self.host = Host(
-            self.home / "host", store_url, environment=environment, store=store, settings=settings
+            self.home / "host", store_url, environment=environment, store=store, settings=tables
         )
         self.ready: dict[Path, Ready] = {}
 
@@ -174,12 +177,26 @@ def wait_for(process: "subprocess.Popen[Any]", *, seconds: float) -> float:
     return time.monotonic() - begun
 
 
+# Of a test that is the same by either way to the kernel.
+by_each_transport = pytest.mark.parametrize("transport", ["kernel", "fusepy"])
+# The same, where it takes long.
+by_each_transport_in_time = pytest.mark.parametrize(
+    "transport", ["kernel", pytest.param("fusepy", marks=pytest.mark.slow)]
+)
+
+
 @pytest.fixture
-def mounter(tmp_path: Path) -> Iterator[Mounter]:
+def transport() -> str:
+    """Of the mounts; `by_each_transport` has the test run with both."""
+    return "kernel"
+
+
+@pytest.fixture
+def mounter(tmp_path: Path, transport: str) -> Iterator[Mounter]:
     """Mounts from a store in a directory."""
     if os.geteuid() != 0:
         pytest.skip("mounting needs root")
-    mounter = Mounter(tmp_path, f"file://{tmp_path}/store")
+    mounter = Mounter(tmp_path, f"file://{tmp_path}/store", transport=transport)
     yield mounter
     mounter.close()
 

@@ -32,7 +32,14 @@ from agent_plugin.content.mount_table import is_mounted, unmount
 from agent_plugin.content.store import Cancellation
 from agent_plugin.session.mounts import Mounts
 from agent_plugin.transfer.ledger import lease_owner
-from tests.mount.conftest import END_SECONDS, Mounter, gone, wait_for
+from tests.mount.conftest import (
+    END_SECONDS,
+    Mounter,
+    by_each_transport,
+    by_each_transport_in_time,
+    gone,
+    wait_for,
+)
 from tests.servers.disks import tmpfs_mounted
 from tests.servers.fault_proxy import FaultProxy
 from tests.servers.faults import Fault
@@ -88,6 +95,7 @@ def drop_pages(path: Path) -> None:
 # ------------------------------------------------------------------ reading
 
 
+@by_each_transport
 def test_the_tree_is_that_of_the_manifest(
     mounter: Mounter, inputs: Manifest, source: Path, writes: str
 ) -> None:
@@ -106,6 +114,7 @@ def test_the_tree_is_that_of_the_manifest(
     assert mounter.errors(at) == []
 
 
+@by_each_transport
 def test_looking_at_a_tree_fetches_nothing(mounter: Mounter, inputs: Manifest, writes: str) -> None:
     at = mounter.mount(inputs, writes=writes)
     assert sum(len(names) for _, _, names in os.walk(at)) == len(FILES)
@@ -119,6 +128,7 @@ def test_looking_at_a_tree_fetches_nothing(mounter: Mounter, inputs: Manifest, w
     assert mounter.fetched(at) == 50_080
 
 
+@by_each_transport
 def test_a_directory_of_ten_thousand_files_is_listed_whole(mounter: Mounter, writes: str) -> None:
     names = {f"frame.{number:05}.{'x' * (number % 60)}exr" for number in range(10_000)}
     digest = Digest.of(b"the same")
@@ -135,6 +145,7 @@ def test_a_directory_of_ten_thousand_files_is_listed_whole(mounter: Mounter, wri
         assert len([*first, *second]) == 2 * 10_000 - 2
 
 
+@by_each_transport
 def test_what_is_not_there_is_not_found(mounter: Mounter, inputs: Manifest, writes: str) -> None:
     at = mounter.mount(inputs, writes=writes)
     for missing in ("nothing", "tex/nothing", "tex/wood.txt", "TEX"):
@@ -148,6 +159,7 @@ def test_what_is_not_there_is_not_found(mounter: Mounter, inputs: Manifest, writ
     assert os.statvfs(at).f_namemax == 255
 
 
+@by_each_transport
 def test_parts_of_a_file_are_read_as_from_a_disk(
     mounter: Mounter, inputs: Manifest, source: Path, writes: str
 ) -> None:
@@ -220,6 +232,7 @@ WRITES: dict[str, Callable[[Path, Path], object]] = {
 }
 
 
+@by_each_transport_in_time
 @pytest.mark.parametrize("writable", [False, True])
 def test_a_mount_takes_all_kinds_of_writes_or_refuses_each(
     mounter: Mounter, inputs: Manifest, source: Path, writable: bool
@@ -270,6 +283,7 @@ def test_a_page_of_an_input_is_changed_through_a_map(mnt: Path, source: Path) ->
     assert after == before[:10_000] + b"here" + before[10_004:]
 
 
+@by_each_transport_in_time
 def test_truncating_an_input_fetches_nothing(mounter: Mounter, mnt: Path) -> None:
     (mnt / "geo/big.abc").write_bytes(b"")
     with (mnt / "tex/wood.tx").open("wb") as file:
@@ -279,6 +293,7 @@ def test_truncating_an_input_fetches_nothing(mounter: Mounter, mnt: Path) -> Non
     assert mounter.fetched(mnt) == 0
 
 
+@by_each_transport_in_time
 def test_renaming_a_directory_of_inputs_fetches_nothing(
     mounter: Mounter, mnt: Path, source: Path
 ) -> None:
@@ -291,6 +306,7 @@ def test_renaming_a_directory_of_inputs_fetches_nothing(
     assert mounter.fetched(mnt) == 3007 + 50_000 + 80
 
 
+@by_each_transport_in_time
 def test_mode_owner_and_times_of_an_input_change_without_its_content(
     mounter: Mounter, mnt: Path, source: Path
 ) -> None:
@@ -306,6 +322,7 @@ def test_mode_owner_and_times_of_an_input_change_without_its_content(
     assert mounter.fetched(mnt) == 9_000_001
 
 
+@by_each_transport_in_time
 def test_what_is_removed_is_gone_and_still_read_by_who_has_it_open(
     mounter: Mounter, mnt: Path, source: Path
 ) -> None:
@@ -332,6 +349,7 @@ def test_links_lead_to_inputs(mounter: Mounter, mnt: Path) -> None:
     assert mounter.errors(mnt) == []
 
 
+@by_each_transport_in_time
 def test_files_are_locked_between_processes(
     mounter: Mounter, inputs: Manifest, writes: str
 ) -> None:
@@ -353,6 +371,7 @@ def test_files_are_locked_between_processes(
 # ------------------------------------------------------------------ failures
 
 
+@by_each_transport
 def test_a_file_that_can_not_be_had_is_an_error_and_never_short(
     mounter: Mounter, source: Path, writes: str
 ) -> None:
@@ -372,6 +391,7 @@ def _tail_of(path: Path) -> bytes:
         return file.read(100)
 
 
+@by_each_transport_in_time
 def test_a_failed_file_is_read_as_soon_as_it_can_be_had(mounter: Mounter, inputs: Manifest) -> None:
     blobs = mounter.home / "store/Data"
     blobs.rename(blobs.with_name("away"))
@@ -509,6 +529,7 @@ def test_a_read_past_the_page_cache_is_given_up_with_its_reader(
 # ------------------------------------------------------------------ how it ends
 
 
+@by_each_transport_in_time
 def test_a_mount_that_is_ended_while_a_file_is_open_goes_and_tells_who_held_it(
     mounter: Mounter, inputs: Manifest, writes: str
 ) -> None:
@@ -525,6 +546,7 @@ def test_a_mount_that_is_ended_while_a_file_is_open_goes_and_tells_who_held_it(
     mounter.assert_nothing_is_left()
 
 
+@by_each_transport_in_time
 def test_a_mount_that_nobody_uses_is_ended_at_once(
     mounter: Mounter, inputs: Manifest, writes: str
 ) -> None:
@@ -537,6 +559,7 @@ def test_a_mount_that_nobody_uses_is_ended_at_once(
     mounter.assert_nothing_is_left()
 
 
+@by_each_transport
 def test_what_a_killed_supervisor_left_is_cleared(
     mounter: Mounter, inputs: Manifest, writes: str
 ) -> None:
@@ -554,6 +577,7 @@ def test_what_a_killed_supervisor_left_is_cleared(
     mounter.assert_nothing_is_left()
 
 
+@by_each_transport
 def test_what_killed_supervisor_and_server_left_is_cleared_without_touching_it(
     mounter: Mounter, inputs: Manifest, writes: str
 ) -> None:
@@ -570,6 +594,7 @@ def test_what_killed_supervisor_and_server_left_is_cleared_without_touching_it(
     assert (again / "scene.usd").read_bytes() == b"#usda 1.0\n"
 
 
+@by_each_transport
 def test_a_mount_goes_with_the_process_it_was_made_for(
     mounter: Mounter, inputs: Manifest, writes: str
 ) -> None:
@@ -593,6 +618,7 @@ def test_a_mount_for_a_process_that_is_gone_already_goes_at_once(
     until(lambda: gone(at), seconds=END_SECONDS)
 
 
+@by_each_transport_in_time
 def test_whoever_unmounts_it_by_hand_ends_all_of_it(
     mounter: Mounter, inputs: Manifest, writes: str
 ) -> None:
@@ -604,6 +630,7 @@ def test_whoever_unmounts_it_by_hand_ends_all_of_it(
     assert (mounter.mount(inputs, writes=writes) / "scene.usd").read_bytes() == b"#usda 1.0\n"
 
 
+@by_each_transport_in_time
 def test_twenty_mounts_leave_nothing_behind(mounter: Mounter, inputs: Manifest) -> None:
     at = mounter.home / "mnt"
     for number in range(20):
@@ -648,6 +675,7 @@ def test_a_second_mount_at_one_place_is_refused(
     assert mounter.host.mounts.is_served(mnt)
 
 
+@by_each_transport
 def test_names_that_are_not_utf_8_are_mounted_at(mounter: Mounter, inputs: Manifest) -> None:
     at = mounter.mount(inputs, name=os.fsdecode(b"a b\\c\n\xff"))
     assert (at / "scene.usd").read_bytes() == b"#usda 1.0\n"
@@ -666,6 +694,7 @@ def test_what_somebody_else_mounted_is_left_alone(mounter: Mounter, inputs: Mani
         assert is_mounted(theirs)
 
 
+@by_each_transport
 def test_a_mount_that_can_not_be_made_leaves_nothing(mounter: Mounter, inputs: Manifest) -> None:
     # A comma is overlayfs's own.
     with pytest.raises(MountFailedError, match="overlayfs takes"):
@@ -673,6 +702,7 @@ def test_a_mount_that_can_not_be_made_leaves_nothing(mounter: Mounter, inputs: M
     mounter.assert_nothing_is_left()
 
 
+@by_each_transport_in_time
 def test_cancelling_a_mount_leaves_nothing(mounter: Mounter, inputs: Manifest) -> None:
     cancellation = Cancellation()
     cancellation.cancel()
@@ -859,6 +889,7 @@ def test_a_mount_that_is_noted_down_while_others_look_is_not_stale(
         note()
 
 
+@by_each_transport_in_time
 def test_only_its_owner_may_ask_a_mount(mounter: Mounter, inputs: Manifest) -> None:
     at = mounter.mount(inputs)
     control = Path(mounter.host.mounts.control_of(at))

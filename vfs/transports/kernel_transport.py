@@ -25,10 +25,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from agent_plugin.content import events
-from agent_plugin.content.errors import CancelledError, PropmasterError
 from agent_plugin.content.store import Cancellation
 from vfs.nodes import Attributes, Nodes
 from vfs.transports import kernel_protocol as protocol
+from vfs.transports.failures import errno_of
 from vfs.transports.kernel_notify import Notifier
 from vfs.transports.kernel_protocol import FOREVER, Feature, Opcode
 
@@ -205,7 +205,7 @@ class KernelTransport:
             try:
                 handler(unique, node, buffer[body:length])
             except Exception as error:  # noqa: BLE001 - the errno boundary: nothing may pass
-                self._refuse(unique, self._errno_of(error))
+                self._refuse(unique, errno_of(error))
         for cancellation in list(self._waiting.values()):
             cancellation.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -251,7 +251,7 @@ class KernelTransport:
         if isinstance(data, bytes):
             self._answer(unique, data)
         else:
-            self._refuse(unique, self._errno_of(data))
+            self._refuse(unique, errno_of(data))
 
     def _interrupt(self, _unique: int, _node: int, body: memoryview) -> None:
         [interrupted] = protocol.INTERRUPT_IN.unpack_from(body)
@@ -373,18 +373,6 @@ class KernelTransport:
             # ENOENT: the request was interrupted, nobody waits. ENODEV: the mount is gone.
             if error.errno not in (errno.ENOENT, errno.ENODEV):
                 raise
-
-    @staticmethod
-    def _errno_of(error: Exception) -> int:
-        if isinstance(error, CancelledError):
-            return errno.EINTR
-        if isinstance(error, PropmasterError):
-            # A byte that can not be had is an error of input and output, whatever the reason.
-            return errno.EIO
-        if isinstance(error, OSError) and error.errno:
-            return error.errno
-        log.error(events.MOUNT_REQUEST_CRASHED, exc_info=error)
-        return errno.EIO
 
 
 def attr_out(attributes: Attributes) -> bytes:
