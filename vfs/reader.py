@@ -2,11 +2,16 @@
 
 What has been verified is read by position from a descriptor. What is not here is fetched once,
 however many readers and processes of the host want it, verified, and kept in the cache that all
-sessions share. A blob of more than STRICT_BYTES can be read while it comes (streaming.py).
+sessions share. A blob of more than STRICT_BYTES can be read while it comes (streaming.py): once for
+all readers of this process; others on the host may want other parts, and fetch for themselves until
+one of them has all.
 
 A blob that was in the cache already is hashed again before it is read for the first time, since a
 disk may have damaged it; one that is too large for that to go unnoticed is hashed beside the
 reading. Whatever is wrong goes to quarantine and is fetched anew.
+
+What the cache has is looked at by threads of their own: those that fetch may all be waiting for a
+store that hangs, and what is on this host is read all the same.
 
 Concurrency: any thread may call anything. `read_now` never waits for a store or another process.
 """
@@ -18,7 +23,8 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -28,6 +34,7 @@ from agent_plugin.content.blob_cache import BlobCache, Claim
 from agent_plugin.content.digest import EMPTY_HASH, Digest, hash_fd
 from agent_plugin.content.errors import (
     BlobCorruptError,
+    CancelledError,
     LocalError,
     LocalReadError,
     PropmasterError,
@@ -37,15 +44,19 @@ from agent_plugin.content.parts import write_all
 from agent_plugin.content.store import WHOLE_BLOB_BYTES, Cancellation, Store
 from vfs.statistics import Statistics
 from vfs.streaming import Streamed, StreamPolicy
+from vfs.waiting import result_of
 
 # Above, a blob may be read before all of it is here and verified.
 STRICT_BYTES: Final = 64 * 1024 * 1024
 # As long as another process's fetch is waited for; it may have been stopped.
 SINGLE_FLIGHT_SECONDS: Final = 60.0
-# How often a reader that waits looks whether it is still wanted, in seconds.
-POLL_SECONDS: Final = 0.1
 # Threads that fetch: with 30 ms to the store, 32 bring 1,000 small files a second.
 FETCHES_AT_ONCE: Final = 32
+# Threads that look for blobs on this host, and hash them.
+LOOKS_AT_ONCE: Final = 8
+# How often the cache is told what was used, in seconds; it evicts what was used least recently, by
+# the minute.
+USE_SECONDS: Final = 60.0
 
 # Who has read some of a blob that turned out wrong, and goes on, gets an error and not the rest of
 # a better copy. Renderers go on within less.
@@ -123,13 +134,18 @@ class BlobReader:
         self._streamed: dict[str, Streamed] = {}
         self._wrong: dict[str, WrongBlob] = {}
         self._under_way: dict[str, Future[OpenBlob]] = {}
+        self._beginning: dict[str, Future[Streamed | None]] = {}
+        self._used: set[str] = set()
+        self._tells_use = False
         self._threads = ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="fetch")
+        self._disk = ThreadPoolExecutor(LOOKS_AT_ONCE, thread_name_prefix="look")
         self._halt = Cancellation()
 
     def close(self) -> None:
         """Stop fetching; descriptors are closed as their readers let go of them."""
         self._halt.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._disk.shutdown(wait=False, cancel_futures=True)
         with self._lock:
             for streamed in (
                 *self._streamed.values(),
@@ -151,6 +167,7 @@ class BlobReader:
         """
         blob = self._open.get(digest.hex)
         if blob is not None:
+            self._used.add(digest.hex)
             return os.preadv(blob.fd, [buffer], offset)
         streamed = self._streamed.get(digest.hex)
         if streamed is not None:
@@ -170,7 +187,7 @@ class BlobReader:
         if wrong is not None and time.monotonic() < wrong.until:
             raise wrong.error
         if self._may_stream(digest):
-            streamed = self._stream(digest)
+            streamed = self._stream(digest, cancellation)
             if streamed is not None:
                 return streamed.read(offset, length, cancellation)
         blob = self.open(digest, cancellation)
@@ -194,13 +211,26 @@ class BlobReader:
                 self._open.move_to_end(digest.hex)
                 return blob
             future = self._under_way.get(digest.hex)
+            is_first = future is None
             if future is None:
-                future = self._threads.submit(self._obtain, digest)
-                self._under_way[digest.hex] = future
-        while not future.done():
-            cancellation.check()
-            wait([future], timeout=POLL_SECONDS)
-        return future.result()
+                future = self._under_way[digest.hex] = Future()
+        if is_first:
+            self._disk.submit(self._obtain, digest, future, self._from_cache)
+        return result_of(future, cancellation)
+
+    def note_uses(self) -> None:
+        """Tell the cache what was read since this was called before.
+
+        A blob that is open is not looked for again; without this it would seem to have been used
+        when it was opened, and make room for what others fetch.
+        """
+        used, self._used = self._used, set()
+        for hex_ in used:
+            blob = self._open.get(hex_)
+            if blob is not None:
+                # Of a disk that has become read-only all is read as before.
+                with suppress(OSError):
+                    os.utime(blob.fd)
 
     def _may_stream(self, digest: Digest) -> bool:
         """Whether some of a blob may be read before all of it is verified."""
@@ -212,25 +242,54 @@ class BlobReader:
             return True
         return self._cache is not None and self._cache.contains(digest)
 
-    # ------------------------------------------------------------------ on the fetching threads
+    # ------------------------------------------------------------------ on threads of their own
 
-    def _obtain(self, digest: Digest) -> OpenBlob:
+    def _obtain(
+        self,
+        digest: Digest,
+        future: "Future[OpenBlob]",
+        obtain: Callable[[Digest], OpenBlob | None],
+    ) -> None:
+        """Take a blob from the cache, or else leave it to those that fetch."""
         try:
-            blob = self._from_cache(digest) or self._fetched(digest)
+            blob = obtain(digest)
+            if blob is None:
+                self._threads.submit(self._obtain, digest, future, self._fetched)
+                return
             self._keep(digest, blob)
-            return blob
-        finally:
-            with self._lock:
-                self._under_way.pop(digest.hex, None)
+        except BaseException as error:  # noqa: BLE001 - it is raised for those who wait
+            self._arrived(digest, future, error)
+        else:
+            self._arrived(digest, future, blob)
+
+    def _arrived(
+        self, digest: Digest, future: "Future[OpenBlob]", outcome: OpenBlob | BaseException
+    ) -> None:
+        with self._lock:
+            self._under_way.pop(digest.hex, None)
+        if isinstance(outcome, OpenBlob):
+            future.set_result(outcome)
+        else:
+            future.set_exception(outcome)
+
+    def _tell_use(self) -> None:
+        with suppress(CancelledError):
+            while True:
+                self._halt.sleep(USE_SECONDS)
+                self.note_uses()
 
     def _keep(self, digest: Digest, blob: OpenBlob) -> None:
         with self._lock:
             self._open[digest.hex] = blob
             while len(self._open) > self._most_open:
                 self._open.popitem(last=False)
+            begin = self._cache is not None and not self._tells_use
+            self._tells_use = self._tells_use or begin
+        if begin:
+            threading.Thread(target=self._tell_use, name="use", daemon=True).start()
         if not blob.is_verified:
             # Not before it is kept, or a wrong one would be kept after it was thrown out.
-            self._threads.submit(self._verify_beside, digest, blob)
+            self._disk.submit(self._verify_beside, digest, blob)
 
     def _from_cache(self, digest: Digest) -> OpenBlob | None:
         if self._cache is None:
@@ -328,7 +387,7 @@ class BlobReader:
 
     # ------------------------------------------------------------------ large blobs
 
-    def _stream(self, digest: Digest) -> Streamed | None:
+    def _stream(self, digest: Digest, cancellation: Cancellation) -> Streamed | None:
         """Return the large blob as it comes; None when it is here or can only be had whole."""
         with self._lock:
             if (
@@ -339,15 +398,23 @@ class BlobReader:
                 return None
             if digest.hex in self._streamed:
                 return self._streamed[digest.hex]
-        blob = self._from_cache(digest)
-        if blob is not None:
-            self._keep(digest, blob)
-            return None
-        with self._lock:
-            if digest.hex in self._open:
-                return None  # It was completed meanwhile.
-            if digest.hex not in self._streamed:
-                self._streamed[digest.hex] = Streamed(
+            future = self._beginning.get(digest.hex)
+            is_first = future is None
+            if future is None:
+                future = self._beginning[digest.hex] = Future()
+        if is_first:
+            self._disk.submit(self._begin, digest, future)
+        return result_of(future, cancellation)
+
+    def _begin(self, digest: Digest, future: "Future[Streamed | None]") -> None:
+        """Take a large blob from the cache, or begin to read it as it comes."""
+        streamed = None
+        try:
+            blob = self._from_cache(digest)
+            if blob is not None:
+                self._keep(digest, blob)
+            else:
+                streamed = Streamed(
                     digest,
                     self._open_store(),
                     self._cache,
@@ -358,7 +425,18 @@ class BlobReader:
                     on_complete=self._completed,
                     on_corrupt=self._came_wrong,
                 )
-            return self._streamed[digest.hex]
+        except BaseException as error:  # noqa: BLE001 - it is raised for those who wait
+            outcome: BaseException | None = error
+        else:
+            outcome = None
+        with self._lock:
+            if streamed is not None:
+                self._streamed[digest.hex] = streamed
+            del self._beginning[digest.hex]
+        if outcome is not None:
+            future.set_exception(outcome)
+        else:
+            future.set_result(streamed)
 
     def _came_wrong(self, digest: Digest, error: PropmasterError) -> None:
         with self._lock:

@@ -13,11 +13,10 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from agent_plugin.content import events
 from agent_plugin.content.blob_cache import BlobCache, Staged
@@ -33,8 +32,7 @@ from agent_plugin.content.errors import (
 from agent_plugin.content.parts import write_all
 from agent_plugin.content.store import Cancellation, Store
 from vfs.statistics import Statistics
-
-POLL_SECONDS: Final = 0.1
+from vfs.waiting import result_of
 
 log = events.get_logger()
 
@@ -87,6 +85,7 @@ class Streamed:
     ) -> None:
         self._digest = digest
         self._store = store
+        self._cache = cache
         self._policy = policy
         self._threads = threads
         self._statistics = statistics
@@ -129,10 +128,7 @@ class Streamed:
         futures = [future for at in range(first, last + 1) if (future := self._want(at))]
         self._fetch_ahead(offset, length)
         for future in futures:
-            while not future.done():
-                cancellation.check()
-                wait([future], timeout=POLL_SECONDS)
-            future.result()
+            result_of(future, cancellation)
         if self._failure is not None:
             raise self._failure
         try:
@@ -180,8 +176,7 @@ class Streamed:
     def _fetch(self, part: int) -> None:
         is_here = False
         try:
-            length = self._bring(part)
-            self._statistics.count(bytes_fetched=length)
+            self._bring(part)
             with self._lock:
                 self._left -= 1
                 complete = not self._left
@@ -196,10 +191,13 @@ class Streamed:
                 del self._under_way[part]
                 self._here[part] = is_here
 
-    def _bring(self, part: int) -> int:
+    def _bring(self, part: int) -> None:
         offset = part * self._policy.part_bytes
         length = min(self._policy.part_bytes, self._digest.size - offset)
-        data = self._store.read_range(self._digest, offset, length)
+        data = self._from_cache(offset, length)
+        if data is None:
+            data = self._store.read_range(self._digest, offset, length)
+            self._statistics.count(bytes_fetched=length)
         with self._lock:
             if self._is_closed:
                 raise CancelledError("the mount is gone")
@@ -211,7 +209,22 @@ class Streamed:
             raise local_write_error(error, f"the file of {self._digest}") from error
         finally:
             os.close(fd)
-        return length
+
+    def _from_cache(self, offset: int, length: int) -> bytes | None:
+        """Return part of the blob if somebody else on this host has got all of it by now."""
+        try:
+            fd = self._cache.open_blob(self._digest) if self._cache is not None else None
+        except LocalError:
+            return None  # The store has it as well.
+        if fd is None:
+            return None
+        try:
+            data = os.pread(fd, length, offset)
+        except OSError:
+            return None
+        finally:
+            os.close(fd)
+        return data if len(data) == length else None
 
     def _complete(self) -> None:
         try:

@@ -826,3 +826,76 @@ def test_descriptors_are_closed_when_the_last_reader_lets_go(rig: Rig) -> None:
     del kept
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
+
+
+# ------------------------------------------------------------------ beside others on the host
+
+
+@pytest.mark.usefixtures("large")
+def test_a_large_blob_that_another_server_has_completed_is_fetched_no_further(
+    s3_rig: Rig, fault_proxy: FaultProxy
+) -> None:
+    digest, data = blob(60, LARGE)
+    s3_rig.put(digest, data)
+    first, second = (s3_rig.reader(s3_rig.cache()) for _ in range(2))
+    part = SMALL_PARTS.part_bytes
+    assert read(first, digest, 10 * part, 10) == data[10 * part :][:10]
+    assert read(second, digest) == data
+    until(lambda: not second._streamed)
+    fetched = len(ranges_asked(fault_proxy, digest))
+
+    assert read(first, digest) == data
+    until(lambda: not first._streamed)
+    assert len(ranges_asked(fault_proxy, digest)) == fetched == PARTS + 1
+    assert s3_rig.count("bytes_fetched") == LARGE + part
+
+
+def test_what_is_read_is_used_and_stays_when_others_need_room(rig: Rig) -> None:
+    """Seen to fail without `note_uses`: what was opened long ago goes first."""
+    used, unused, kept = (blob(seed, 40_000) for seed in (61, 62, 63))
+    cache = rig.cache(max_bytes=150_000)
+    reader = rig.reader(cache)
+    for number, (digest, data) in enumerate((used, unused, kept)):
+        rig.put(digest, data)
+        assert read(reader, digest, 0, 10) == data[:10]
+        long_ago = 1_600_000_000 + number
+        os.utime(rig.cached(digest), (long_ago, long_ago))
+    assert read_now(reader, used[0], 0, 10) == used[1][:10]
+    reader.note_uses()
+    another = rig.cache(max_bytes=150_000)
+    another.collect(room=100_000)
+
+    assert another.contains(used[0])
+    assert not another.contains(unused[0])
+    assert read_now(reader, unused[0], 5, 10) == unused[1][5:15], "who has it open goes on"
+    assert rig.count("blobs_fetched") == 3
+
+
+@pytest.mark.usefixtures("large")
+def test_a_large_blob_is_begun_once_and_holds_nobody_else_up(rig: Rig) -> None:
+    digest, data = blob(64, LARGE)
+    small, small_data = blob(65)
+    rig.put(digest, data)
+    rig.put(small, small_data)
+    may_open, opened = threading.Event(), []
+
+    def open_store() -> Store:
+        opened.append(threading.current_thread().name)
+        assert may_open.wait(20)
+        return rig.store
+
+    cache = rig.cache()
+    cache.add(small, small_data)
+    reader = BlobReader(cache, open_store, rig.spool, rig.statistics, policy=StreamPolicy())
+    rig.readers.append(reader)
+    with ThreadPoolExecutor(4) as threads:
+        firsts = [threads.submit(read, reader, digest, at, 10) for at in range(4)]
+        until(lambda: len(opened) == 1)
+        try:
+            assert read(reader, small) == small_data
+            assert read_now(reader, small, 0, 10) == small_data[:10]
+            assert read_now(reader, digest, 0, 10) is None
+        finally:
+            may_open.set()
+        assert [first.result(20) for first in firsts] == [data[at : at + 10] for at in range(4)]
+    assert len(opened) == 1

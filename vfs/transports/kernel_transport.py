@@ -37,9 +37,10 @@ MAX_READ_BYTES: Final = 1024 * 1024
 REQUEST_BYTES: Final = 128 * 1024
 PAGE_BYTES: Final = 4096
 NAME_BYTES: Final = 255
-# Reads that wait for the store at once; the kernel sends more than its default of 12 if told so.
-WAITING_READS: Final = 64
-MAX_BACKGROUND: Final = 64
+# Reads that wait for the store at once, each with a thread that mostly sleeps. When three quarters
+# of MAX_BACKGROUND hang, the kernel reads nothing ahead any more, cached files neither.
+WAITING_READS: Final = 1024
+MAX_BACKGROUND: Final = 1024
 # Encoded listings that are kept; a large directory is asked for in many pieces.
 LISTINGS: Final = 64
 _NS: Final = 1_000_000_000
