@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from agent_plugin.content import events, fusermount
-from agent_plugin.content.errors import LocalError, LocalWriteError
+from agent_plugin.content.errors import LocalError, LocalWriteError, local_write_error
 from agent_plugin.content.fusermount import may_administer
 from agent_plugin.content.mount_probe import may_allow_other
 from agent_plugin.content.mount_table import holders, is_mounted, read_mounts, unmount
@@ -36,6 +36,7 @@ _BUSY_POLL_SECONDS: Final = 0.05
 # The kernel's default of 128 KiB makes eight requests of one.
 READ_AHEAD_KIB: Final = MAX_READ_BYTES // 1024
 FUSE_KIND: Final = "propmaster"
+_ORIGIN: Final = "trusted.overlay.origin"
 
 log = events.get_logger()
 
@@ -92,10 +93,26 @@ def mount_overlay(lower: Path, upper: Path, work: Path, at: Path, name: str) -> 
     for directory in (lower, upper, work):
         if set(os.fspath(directory)) & set(",:\\"):
             raise _refused(f"{directory} has a character that overlayfs takes for its own")
+    _forget_origins(upper)
     options = (
         f"lowerdir={lower},upperdir={upper},workdir={work},metacopy=on,redirect_dir=on,index=off"
     )
     _mount(name, at, "overlay", _MS_NOSUID | _MS_NODEV, options)
+
+
+def _forget_origins(upper: Path) -> None:
+    """Take away what overlayfs has noted of the inputs that files in `upper` are copies of.
+
+    It notes their node numbers, which are others in the next mount of the same inputs: then it
+    takes one file for another, and refuses both (ESTALE, EIO). It does without.
+    """
+    for folder, _, names in os.walk(upper):
+        for path in (folder, *(os.path.join(folder, name) for name in names)):  # noqa: PTH118
+            try:
+                os.removexattr(path, _ORIGIN, follow_symlinks=False)
+            except OSError as error:
+                if error.errno not in (errno.ENODATA, errno.ENOTSUP, errno.ENOENT):
+                    raise local_write_error(error, path) from error
 
 
 def swap_in(staged: Path, at: Path) -> None:

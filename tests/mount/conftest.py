@@ -20,6 +20,7 @@ from agent_plugin.content.mount_table import is_mounted, read_mounts, unmount
 from agent_plugin.content.open_store import build_store
 from agent_plugin.content.store import Cancellation
 from agent_plugin.session.mounts import MountRequest, ask_mount
+from tests.mount.stacks import STACKS, Stack
 from tests.servers.hooks import Host
 from tests.servers.proxied_object import until
 from tests.servers.s3_server import S3Server
@@ -205,6 +206,19 @@ def mounter(tmp_path: Path, transport: str) -> Iterator[Mounter]:
 def writes(request: pytest.FixtureRequest) -> str:
     """What becomes of writing."""
     value: str = request.param
+    return value
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(stack, id=str(stack), marks=[pytest.mark.slow] if number else [])
+        for number, stack in enumerate(STACKS)
+    ],
+)
+def stack(request: pytest.FixtureRequest) -> Stack:
+    """How a writable mount is made; only the first one is in the gate."""
+    value: Stack = request.param
     return value
 
 

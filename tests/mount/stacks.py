@@ -1,0 +1,42 @@
+"""The writable mounts that the suites of this directory run in: who serves, and who takes writes.
+
+A new combination is one line in STACKS. What one of them can not do is said beside it and nowhere
+else, so that a test that passes something over does so for a reason that somebody can read.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One way to a writable mount.
+
+    Attributes:
+        transport: Who speaks to the kernel.
+        writes: Who takes what is written.
+        lacks: What is refused here and not on ext4, and why.
+        differs: What has another outcome than on ext4, and when.
+    """
+
+    transport: str
+    writes: str
+    lacks: Mapping[str, str] = field(default_factory=dict)
+    differs: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.transport}-{self.writes}"
+
+
+# Of the kernel's overlayfs, whatever is below it.
+_OF_OVERLAYFS = {
+    "mtime": "an input that was changed but for its content has, once it is opened for writing, the"
+    " time of that, also if nothing is written",
+    "directory mtime": "a directory of inputs from which something could not be moved over a"
+    " directory that is not empty has the time of that",
+    "links": "an input that was removed while it was open is said to have one name still",
+}
+STACKS = [
+    Stack("kernel", "overlayfs", differs=_OF_OVERLAYFS),
+    Stack("fusepy", "overlayfs", differs=_OF_OVERLAYFS),
+]
