@@ -144,8 +144,11 @@ class Server:
             ]
 
         def add(_question: Mapping[str, object]) -> dict[str, object]:
+            layers = read_spec(self._path).layers
+            if session is None and not all(layer.at for layer in layers):
+                return {"error": "libfuse can not be told that a name means something else now"}
             try:
-                transport.forget_names(self._add(read_spec(self._path).layers))
+                transport.forget_names(self._add(layers))
             except PropmasterError as error:
                 return {"error": error.message}
             return {"layers": self._layers}
@@ -217,7 +220,7 @@ def _fusepy_transport(nodes: Nodes, spec: MountSpec, at: Path) -> "FusepyTranspo
         from vfs.transports.fusepy_transport import FusepyTransport  # noqa: PLC0415
     except (ImportError, OSError) as error:
         raise MountFailedError(f"libfuse 2 can not be loaded: {error}") from error
-    return FusepyTransport(nodes, at, spec.name, FUSE_KIND, xattrs=spec.xattrs)
+    return FusepyTransport(nodes, at, spec.name, FUSE_KIND, xattrs=spec.xattrs, seen_at=spec.lower)
 
 
 def _read(path: str) -> bytes:

@@ -7,7 +7,7 @@ import pytest
 
 from agent_plugin.content.layout import blob_key
 from agent_plugin.content.manifest import Manifest
-from tests.mount.conftest import Mounter
+from tests.mount.conftest import Mounter, by_each_transport_in_time
 from tests.servers.proxied_object import until
 from vfs.reader import STRICT_BYTES
 
@@ -82,6 +82,7 @@ def test_a_strict_mount_gives_no_byte_of_a_large_file_that_is_damaged_in_the_cac
         strict.close()
 
 
+@by_each_transport_in_time
 def test_what_was_read_of_a_large_file_before_it_turned_out_wrong_is_not_read_again(
     mounter: Mounter, large: Manifest, writes: str
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 from agent_plugin.content.digest import Digest
 from agent_plugin.content.manifest import Manifest
 from agent_plugin.content.mount_table import read_mounts
-from tests.mount.conftest import Mounter
+from tests.mount.conftest import Mounter, by_each_transport
 from tests.servers.hooks import Host
 from tests.servers.sessions import Sessions
 from tests.servers.trees import write_files
@@ -35,6 +35,7 @@ def error_of(path: Path, name: str) -> str:
     return errno.errorcode[caught.value.errno or 0]
 
 
+@by_each_transport
 def test_hash_and_state_of_a_file_are_told(mounter: Mounter, inputs: Manifest) -> None:
     at = mounter.mount(inputs)
     wood = at / "tex/wood.tx"
@@ -50,6 +51,7 @@ def test_hash_and_state_of_a_file_are_told(mounter: Mounter, inputs: Manifest) -
     assert error_of(at / "tex", HASH) == "ENODATA"
 
 
+@by_each_transport
 def test_labels_and_acls_are_not_supported_so_that_listing_asks_for_them_once(
     mounter: Mounter, inputs: Manifest
 ) -> None:

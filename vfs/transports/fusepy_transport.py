@@ -9,13 +9,15 @@ latin-1 each byte is a character); and it copies each byte that is read once mor
 
 What has nothing to do here is None, so that libfuse answers it in C: opening and closing, to begin
 with. So nothing is fetched when a file is opened, which could not be killed; and the kernel
-remembers all that it is told, as with the other transport.
+remembers all that it is told, as with the other transport. A mount that takes writes does without
+the one and most of the other, for the reasons that are told there.
 """
 
 import ctypes
-import errno
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -23,14 +25,12 @@ import fuse
 
 from agent_plugin.content.errors import MountFailedError
 from agent_plugin.content.mount_probe import may_allow_other
-from agent_plugin.content.store import Cancellation
-from vfs.nodes import Attributes, Nodes
+from vfs.nodes import NOW, Attributes, Changes, Nodes
 from vfs.transports.failures import errno_of
-from vfs.tree import ROOT
+from vfs.transports.fusepy_operations import ReadingOperations, WritingOperations
 
 # All that libfuse 2 asks for at once.
 MAX_READ_BYTES: Final = 128 * 1024
-NAME_BYTES: Final = 255
 # Reads that wait for the store at once; the kernel's default is 12.
 MAX_BACKGROUND: Final = 64
 # In seconds; longer than any mount.
@@ -48,29 +48,45 @@ class FusepyTransport:
     Args:
         nodes: What is served.
         at: An existing, empty directory.
+        seen_at: Where the mount is when it is served, if it is moved.
         name: What stands in the mount table as the source.
         kind: What stands there as the type, behind `fuse.`.
         xattrs: Tell hash and state of files as extended attributes.
     """
 
-    def __init__(self, nodes: Nodes, at: Path, name: str, kind: str, *, xattrs: bool) -> None:
+    def __init__(
+        self,
+        nodes: Nodes,
+        at: Path,
+        name: str,
+        kind: str,
+        *,
+        xattrs: bool,
+        seen_at: Path | None = None,
+    ) -> None:
         self._nodes = nodes
         self._at = at
+        self._seen_at = seen_at or at
         self._xattrs = xattrs
         self._options = {
             "fsname": name,
             "subtype": kind,
-            "ro": True,
             "allow_other": may_allow_other(),
             "default_permissions": True,
             "use_ino": True,
-            "kernel_cache": True,
+            # Otherwise writes come in pages.
             "big_writes": True,
+            # Names change by the kernel's own doing alone.
             "entry_timeout": FOREVER,
             "negative_timeout": FOREVER,
-            "attr_timeout": FOREVER,
             "max_read": MAX_READ_BYTES,
             "max_background": MAX_BACKGROUND,
+            # A file of two names is two files to libfuse, and one that changes by the other.
+            **(
+                {"attr_timeout": 0}
+                if nodes.writable
+                else {"ro": True, "kernel_cache": True, "attr_timeout": FOREVER}
+            ),
         }
 
     def forget_names(self, names: Sequence[tuple[int, bytes]]) -> None:
@@ -80,7 +96,15 @@ class FusepyTransport:
         """
 
     def forget_content(self, nodes: Iterable[int]) -> None:
-        """Do nothing, as for names."""
+        """Have all pages of files asked for again; never waits."""
+        paths = [self._seen_at / self._nodes.path(node) for node in nodes]
+        threading.Thread(target=_drop_pages, args=(paths,), name="forget", daemon=True).start()
+
+    def _operations(self) -> ReadingOperations:
+        writable = self._nodes.writable
+        if writable is not None:
+            return WritingOperations(writable)
+        return ReadingOperations(self._nodes, xattrs=self._xattrs)
 
     def serve(self, on_ready: Callable[[], None]) -> None:
         """Mount, and serve until the mount is gone.
@@ -91,7 +115,7 @@ class FusepyTransport:
         Raises:
             MountFailedError: libfuse could not mount; it has said why on stderr.
         """
-        operations = _Operations(self._nodes, xattrs=self._xattrs)
+        operations = self._operations()
         try:
             _Mounted(
                 operations,
@@ -110,68 +134,6 @@ class FusepyTransport:
             operations.halt.cancel()
 
 
-class _Operations(fuse.Operations):  # type: ignore[misc]  # fusepy has no types
-    """What is answered, by path; see `_Mounted` for what is not told by fusepy's own protocol."""
-
-    use_ns = True
-    # libfuse answers these.
-    access = open = release = opendir = releasedir = flush = fsync = fsyncdir = destroy = None
-    # The kernel does not ask for these, since the mount is read-only.
-    chmod = chown = create = link = mkdir = mknod = removexattr = rename = rmdir = None
-    setxattr = symlink = truncate = unlink = utimens = write = ioctl = None
-
-    def __init__(self, nodes: Nodes, *, xattrs: bool) -> None:
-        self.nodes = nodes
-        self.halt = Cancellation()
-        for name in () if xattrs else ("getxattr", "listxattr"):
-            # libfuse says once that there are none, and is not asked again.
-            setattr(self, name, None)
-
-    def node_at(self, path: bytes) -> int:
-        """Return the node of a path, which begins with a slash.
-
-        Raises:
-            OSError: ENOENT, ENAMETOOLONG.
-        """
-        node = ROOT
-        for name in path.split(b"/"):
-            if name:
-                found = self.nodes.lookup(node, name)
-                if found is None:
-                    too_long = len(name) > NAME_BYTES
-                    raise OSError(errno.ENAMETOOLONG if too_long else errno.ENOENT, "not there")
-                node = found
-        return node
-
-    def readlink(self, path: str) -> str:
-        return self.nodes.readlink(self.node_at(path.encode("latin-1"))).decode("latin-1")
-
-    def statfs(self, _path: str) -> dict[str, int]:
-        space = self.nodes.statvfs()
-        return {
-            "f_bsize": space.block_bytes,
-            "f_frsize": space.block_bytes,
-            "f_blocks": space.blocks,
-            "f_bfree": space.free,
-            "f_bavail": space.available,
-            "f_files": space.files,
-            "f_ffree": space.files_free,
-            "f_favail": space.files_free,
-            "f_namemax": NAME_BYTES,
-        }
-
-    def getxattr(self, path: str, name: str) -> bytes:
-        node = self.node_at(path.encode("latin-1"))
-        value = self.nodes.getxattr(node, name.encode("latin-1"))
-        if value is None:
-            raise OSError(errno.ENODATA, "no such attribute")
-        return value
-
-    def listxattr(self, path: str) -> list[str]:
-        node = self.node_at(path.encode("latin-1"))
-        return [name.decode("latin-1") for name in self.nodes.listxattr(node)]
-
-
 class _Mounted(fuse.FUSE):  # type: ignore[misc]  # fusepy has no types
     """fusepy's callbacks, but for those that it gets wrong or that are called most.
 
@@ -180,7 +142,7 @@ class _Mounted(fuse.FUSE):  # type: ignore[misc]  # fusepy has no types
 
     def __init__(
         self,
-        operations: _Operations,
+        operations: ReadingOperations,
         mountpoint: str,
         *,
         on_ready: Callable[[], None],
@@ -201,14 +163,14 @@ class _Mounted(fuse.FUSE):  # type: ignore[misc]  # fusepy has no types
     def init(self, _connection: int) -> None:
         self._on_ready()
 
-    def fgetattr(self, path: bytes, buf: Pointer, _fip: Pointer) -> None:
+    def fgetattr(self, path: bytes, buf: Pointer, fip: Pointer) -> None:
         served = self._served
         ctypes.memset(buf, 0, _STAT_BYTES)
-        _fill(buf.contents, served.nodes.attributes(served.node_at(path)))
+        _fill(buf.contents, served.nodes.attributes(served.opened(path, fip)))
 
-    def read(self, path: bytes, buf: Pointer, size: int, offset: int, _fip: Pointer) -> int:
+    def read(self, path: bytes, buf: Pointer, size: int, offset: int, fip: Pointer) -> int:
         served = self._served
-        node = served.node_at(path)
+        node = served.opened(path, fip)
         # Where libfuse wants it, without a copy in between.
         buffer = _view_of(buf, size, _WRITABLE)
         count = served.nodes.read_now(node, offset, buffer)
@@ -218,21 +180,36 @@ class _Mounted(fuse.FUSE):  # type: ignore[misc]  # fusepy has no types
             ctypes.memmove(buf, data, count)
         return count
 
+    def write(self, path: bytes, buf: Pointer, size: int, offset: int, fip: Pointer) -> int:
+        served = self._writing()
+        return served.write_at(served.opened(path, fip), offset, _view_of(buf, size, _READABLE))
+
+    def utimens(self, path: bytes, buf: Pointer) -> None:
+        changes = Changes(atime_ns=NOW, mtime_ns=NOW)
+        if buf:
+            times = buf.contents
+            changes = Changes(atime_ns=_time(times.actime), mtime_ns=_time(times.modtime))
+        served = self._writing()
+        served.change(served.node_at(path), changes)
+
+    def _writing(self) -> WritingOperations:
+        assert isinstance(self._served, WritingOperations)  # noqa: S101 - or it is not asked
+        return self._served
+
     def readdir(
-        self, path: bytes, buf: Pointer, filler: Pointer, _offset: int, _fip: Pointer
+        self, path: bytes, buf: Pointer, filler: Pointer, _offset: int, fip: Pointer
     ) -> None:
         nodes = self._served.nodes
         status = fuse.c_stat()
-        for name, node in self._names(path):
+        for name, node in self._names(self._served.opened(path, fip)):
             attributes = nodes.attributes(node)
             # All that libfuse takes of it.
             status.st_ino, status.st_mode = attributes.node, attributes.mode
             if filler(buf, name, status, 0):
                 break
 
-    def _names(self, path: bytes) -> Iterator[tuple[bytes, int]]:
+    def _names(self, directory: int) -> Iterator[tuple[bytes, int]]:
         nodes = self._served.nodes
-        directory = self._served.node_at(path)
         yield b".", directory
         yield b"..", nodes.parent(directory)
         for _, name, node in nodes.listing(directory):
@@ -244,7 +221,11 @@ _STAT_BYTES: Final = ctypes.sizeof(fuse.c_stat)
 _view_of: Final = ctypes.PYFUNCTYPE(
     ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int
 )(("PyMemoryView_FromMemory", ctypes.pythonapi))
+_READABLE: Final = 0x100
 _WRITABLE: Final = 0x200
+# Source: utimensat(2).
+_UTIME_NOW: Final = (1 << 30) - 1
+_UTIME_OMIT: Final = (1 << 30) - 2
 
 
 def _fill(status: Structure, attributes: Attributes) -> None:
@@ -264,3 +245,24 @@ def _fill(status: Structure, attributes: Attributes) -> None:
         (status.st_ctimespec, attributes.ctime_ns),
     ):
         at.tv_sec, at.tv_nsec = divmod(time_ns, 1_000_000_000)
+
+
+def _drop_pages(paths: Sequence[Path]) -> None:
+    """Have the kernel forget what was read of files, as any of their readers could."""
+    for path in paths:
+        with suppress(OSError):
+            # Opening is answered by another thread, which needs no lock that this one holds.
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(fd)
+
+
+def _time(at: Structure) -> int | None:
+    """Return a time to be set, in nanoseconds since the epoch; None to leave it."""
+    if at.tv_nsec == _UTIME_OMIT:
+        return None
+    if at.tv_nsec == _UTIME_NOW:
+        return NOW
+    return int(at.tv_sec * 1_000_000_000 + at.tv_nsec)
