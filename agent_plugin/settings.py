@@ -178,11 +178,14 @@ class MountSettings(_Section, frozen=True, forbid_unknown_fields=True):
             above the mount, which then asks once for each file that is looked up.
         transport: `kernel`: our own server on /dev/fuse. `fusepy`: libfuse 2. `auto`: the first of
             them that the host can.
+        passthrough: Whether the kernel reads cached blobs itself, if it can: `auto` decides by the
+            mean size of a mount's files.
     """
 
     verify: Literal["stream", "strict"] = "stream"
     xattrs: bool = False
     transport: Literal["auto", "fusepy", "kernel"] = "auto"
+    passthrough: Literal["auto", "on", "off"] = "auto"
 
 
 class Settings(_Section, frozen=True, forbid_unknown_fields=True):

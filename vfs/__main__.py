@@ -35,6 +35,8 @@ from vfs.statistics import Statistics
 from vfs.streaming import StreamPolicy
 from vfs.supervisor import SERVES, Supervisor, tell_on_stdout
 from vfs.transports.kernel_transport import KernelTransport, Session
+from vfs.transports.open_files import OpenFiles
+from vfs.transports.passthrough import make_plan, start_passthrough
 from vfs.tree import Tree
 
 if TYPE_CHECKING:
@@ -54,7 +56,9 @@ def main(arguments: list[str]) -> int:
         path = Path(arguments[0])
         spec = read_spec(path)
         server = Server(spec, path)
-        supervisor = Supervisor(spec, server.serve, started=started)
+        supervisor = Supervisor(
+            spec, server.serve, started=started, stack_depth=server.plan.stack_depth
+        )
         return supervisor.run(tell_on_stdout, server.size)
     except PropmasterError as error:
         sys.stderr.write(f"error[{error.reference}]: {error.message}\n")
@@ -68,6 +72,9 @@ class Server:
 
     What is added while it is served goes to the spec first, so that a server which replaces a
     killed one adds it as well, in the same order, and gives it the same nodes.
+
+    Attributes:
+        plan: Whether the kernel is to read cached blobs itself.
 
     Args:
         spec: The spec.
@@ -83,6 +90,15 @@ class Server:
         self._opened: Store | None = None
         for manifest in spec.manifests:
             self._tree.add(decode(_read(manifest), source=manifest))
+        self._open_files = OpenFiles()
+        # Decided before anything is added to the tree, for all servers.
+        self.plan = make_plan(
+            spec.passthrough,
+            files=self._tree.files,
+            total=self._tree.bytes,
+            directory=Path(spec.cache_dir or spec.work_dir),
+            writable=spec.writes != "none",
+        )
         self._add(spec.layers)
         # The tree stays as it is: nothing of it is ever garbage, and looking would unshare it.
         gc.freeze()
@@ -113,11 +129,16 @@ class Server:
             Ownership(spec.uid, spec.gid),
         )
         transport: KernelTransport | FusepyTransport
+        passthrough, why = None, "the transport is fusepy"
         if session is None:
             at = spec.staged if again and may_administer() else spec.lower
             transport = _fusepy_transport(service, spec, at)
         else:
-            transport = KernelTransport(fd, service, xattrs=spec.xattrs)
+            passthrough, why = start_passthrough(
+                fd, session.features, self.plan, service, self._open_files, statistics
+            )
+            transport = KernelTransport(fd, service, xattrs=spec.xattrs, passthrough=passthrough)
+        log.info(events.MOUNT_PASSTHROUGH, extra={"used": passthrough is not None, "reason": why})
         service.notifier = transport
         # Whoever was killed may have told the kernel or not.
         transport.forget_names(missed)
@@ -132,6 +153,7 @@ class Server:
                 "reason": choice.reason,
                 "protocol": "libfuse 2" if session is None else f"7.{session.minor}",
                 "writes": spec.writes,
+                "passthrough": {"used": passthrough is not None, "reason": why},
                 "files": self._tree.files,
                 "bytes": self._tree.bytes,
                 "counts": statistics.snapshot(),

@@ -23,7 +23,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +50,9 @@ from vfs.waiting import result_of
 STRICT_BYTES: Final = 64 * 1024 * 1024
 # As long as another process's fetch is waited for; it may have been stopped.
 SINGLE_FLIGHT_SECONDS: Final = 60.0
+# How long who opens a large blob waits for it to be hashed, so that the kernel can read it itself;
+# what was hashed meanwhile is in memory and read the faster.
+VERIFY_SECONDS: Final = 0.25
 # Threads that fetch: with 30 ms to the store, 32 bring 1,000 small files a second.
 FETCHES_AT_ONCE: Final = 32
 # Threads that look for blobs on this host, and hash them.
@@ -66,13 +69,37 @@ log = events.get_logger()
 
 
 class OpenBlob:
-    """A blob's descriptor, closed when the last reader has let go of it."""
+    """A blob's descriptor, closed when the last reader has let go of it.
 
-    __slots__ = ("fd", "is_verified")
+    Attributes:
+        is_verified: Its bytes have been hashed, and are right.
+        verifying: What hashes it beside the reading, if that is so.
+        kept_at: When that began, monotonic seconds.
+        was_read: Somebody has read of it before it was verified.
+        is_wrong: It was found to be damaged; what was read before one has seen that is none.
+    """
+
+    __slots__ = ("fd", "is_verified", "is_wrong", "kept_at", "verifying", "was_read")
 
     def __init__(self, fd: int, *, is_verified: bool = True) -> None:
         self.fd = fd
         self.is_verified = is_verified
+        self.verifying: Future[None] | None = None
+        self.kept_at = time.monotonic()
+        self.was_read = self.is_wrong = False
+
+    def read(self, buffer: memoryview, offset: int) -> int:
+        """Read by position; return the number of bytes, or -1 if they are wrong.
+
+        Raises:
+            OSError: The disk does not give them.
+        """
+        if self.is_verified:
+            return os.preadv(self.fd, [buffer], offset)
+        # Noted before and looked at after: one of both sees what the other does.
+        self.was_read = True
+        count = os.preadv(self.fd, [buffer], offset)
+        return -1 if self.is_wrong else count
 
     def __del__(self) -> None:
         os.close(self.fd)
@@ -135,6 +162,7 @@ class BlobReader:
         self._wrong: dict[str, WrongBlob] = {}
         self._under_way: dict[str, Future[OpenBlob]] = {}
         self._beginning: dict[str, Future[Streamed | None]] = {}
+        self._checks: dict[str, Future[OpenBlob | None]] = {}
         self._used: set[str] = set()
         self._tells_use = False
         self._threads = ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="fetch")
@@ -167,8 +195,8 @@ class BlobReader:
         """
         blob = self._open.get(digest.hex)
         if blob is not None:
-            self._used.add(digest.hex)
-            return os.preadv(blob.fd, [buffer], offset)
+            self._note_use(digest)
+            return blob.read(buffer, offset)
         streamed = self._streamed.get(digest.hex)
         if streamed is not None:
             return streamed.read_now(offset, buffer)
@@ -190,14 +218,16 @@ class BlobReader:
             streamed = self._stream(digest, cancellation)
             if streamed is not None:
                 return streamed.read(offset, length, cancellation)
-        blob = self.open(digest, cancellation)
-        try:
-            data = os.pread(blob.fd, length, offset)
-        except OSError as error:
-            raise LocalReadError(f"{digest} can not be read: {error.strerror}") from error
-        if len(data) != length:
-            raise LocalReadError(f"{digest} ends at {offset + len(data)}")
-        return data
+        data = bytearray(length)
+        count = -1
+        while count < 0:
+            try:
+                count = self.open(digest, cancellation).read(memoryview(data), offset)
+            except OSError as error:
+                raise LocalReadError(f"{digest} can not be read: {error.strerror}") from error
+        if count != length:
+            raise LocalReadError(f"{digest} ends at {offset + count}")
+        return bytes(data)
 
     def open(self, digest: Digest, cancellation: Cancellation) -> OpenBlob:
         """Return a whole, verified blob, after fetching it if need be.
@@ -231,6 +261,53 @@ class BlobReader:
                 # Of a disk that has become read-only all is read as before.
                 with suppress(OSError):
                     os.utime(blob.fd)
+
+    def verified_now(self, digest: Digest) -> OpenBlob | None:
+        """Return a whole, verified blob that is open already."""
+        blob = self._open.get(digest.hex)
+        if blob is None or not blob.is_verified:
+            return None
+        self._note_use(digest)
+        return blob
+
+    def verified_cached(self, digest: Digest) -> OpenBlob | None:
+        """Return a whole, verified blob that is on this host; of several threads, one reads it.
+
+        None when it is not here, is under way, or is hashed for longer than VERIFY_SECONDS though
+        it may be read meanwhile.
+        """
+        blob = self._cached(digest)
+        if blob is not None and blob.verifying is not None:
+            wait([blob.verifying], timeout=blob.kept_at + VERIFY_SECONDS - time.monotonic())
+        return blob if blob is not None and blob.is_verified else None
+
+    def _cached(self, digest: Digest) -> OpenBlob | None:
+        with self._lock:
+            blob = self._open.get(digest.hex)
+            if blob is not None or digest.hex in self._streamed or digest.hex in self._under_way:
+                return blob
+            future = self._checks.get(digest.hex)
+            is_first = future is None
+            if future is None:
+                future = self._checks[digest.hex] = Future()
+        if is_first:
+            try:
+                blob = self._from_cache(digest)
+                if blob is not None:
+                    self._keep(digest, blob)
+                future.set_result(blob)
+            except BaseException as error:
+                future.set_exception(error)
+                raise
+            finally:
+                with self._lock:
+                    del self._checks[digest.hex]
+        return future.result()
+
+    def _note_use(self, digest: Digest) -> None:
+        self._used.add(digest.hex)
+        with suppress(KeyError):  # Another thread has just let go of it.
+            self._open.move_to_end(digest.hex)
 
     def _may_stream(self, digest: Digest) -> bool:
         """Whether some of a blob may be read before all of it is verified."""
@@ -289,7 +366,7 @@ class BlobReader:
             threading.Thread(target=self._tell_use, name="use", daemon=True).start()
         if not blob.is_verified:
             # Not before it is kept, or a wrong one would be kept after it was thrown out.
-            self._disk.submit(self._verify_beside, digest, blob)
+            blob.verifying = self._disk.submit(self._verify_beside, digest, blob)
 
     def _from_cache(self, digest: Digest) -> OpenBlob | None:
         if self._cache is None:
@@ -322,11 +399,16 @@ class BlobReader:
 
     def _verify_beside(self, digest: Digest, blob: OpenBlob) -> None:
         if self._is_right(digest, blob):
+            blob.is_verified = True
             return
         with self._lock:
+            blob.is_wrong = True
             if self._open.get(digest.hex) is blob:
                 del self._open[digest.hex]
-        self.on_corrupt(digest, BlobCorruptError(f"{digest} was damaged in the cache when read"))
+        if blob.was_read:
+            self.on_corrupt(
+                digest, BlobCorruptError(f"{digest} was damaged in the cache when read")
+            )
 
     def _fetched(self, digest: Digest) -> OpenBlob:
         claim = self._claim(digest)
@@ -412,6 +494,7 @@ class BlobReader:
         try:
             blob = self._from_cache(digest)
             if blob is not None:
+                blob.was_read = True  # Very soon.
                 self._keep(digest, blob)
             else:
                 streamed = Streamed(

@@ -23,7 +23,7 @@ from agent_plugin.content.mount_spec import path_below_layer
 from agent_plugin.content.store import Cancellation
 from vfs.error_ledger import ErrorLedger
 from vfs.nodes import Attributes, Listed, Notifier, Space, WritableNodes
-from vfs.reader import BlobReader
+from vfs.reader import BlobReader, OpenBlob
 from vfs.statistics import Statistics
 from vfs.tree import ROOT, Tree
 
@@ -230,6 +230,15 @@ class NodeService:
             if is_over or not refusals:
                 del self._refusals[node]
             return None if is_over else error
+
+    def whole_now(self, node: int) -> OpenBlob | None:
+        """Return the blob of a file if it is open, whole and verified."""
+        return self._reader.verified_now(self.tree.digest(node))
+
+    def whole(self, node: int) -> OpenBlob | None:
+        """Return the blob of a file if it is on this host, whole and verified; may take a while."""
+        digest = self.tree.digest(node)
+        return self._reader.verified_cached(digest) if digest.size else None
 
     def _tell_corrupt(self, digest: Digest, error: PropmasterError) -> None:
         """Keep that files were read, perhaps, before their blob turned out wrong."""

@@ -12,6 +12,8 @@ class Counts:
         blobs_fetched, bytes_fetched: From the store; of blobs read in parts, the parts.
         blobs_from_cache, bytes_from_cache: Found in the host's cache, counted when first opened.
         blobs_quarantined: Found damaged there.
+        files_passed_through: Opened to be read by the kernel itself; those that are open several
+            times, once.
         reads_failed: Reads that a job saw fail.
         reads_waited: Reads that had to wait for a fetch.
         reads_interrupted: Of those, the ones that the kernel gave up with their reader. It gives up
@@ -23,6 +25,7 @@ class Counts:
     blobs_from_cache: int = 0
     bytes_from_cache: int = 0
     blobs_quarantined: int = 0
+    files_passed_through: int = 0
     reads_failed: int = 0
     reads_waited: int = 0
     reads_interrupted: int = 0

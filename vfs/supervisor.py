@@ -61,12 +61,16 @@ class Supervisor:
         spec: What is mounted, and where.
         serve: The server; called in a process of its own.
         started: When the process began, monotonic seconds.
+        stack_depth: As `negotiate` has it.
     """
 
-    def __init__(self, spec: MountSpec, serve: Serve, *, started: float) -> None:
+    def __init__(
+        self, spec: MountSpec, serve: Serve, *, started: float, stack_depth: int = 0
+    ) -> None:
         self._spec = spec
         self._serve = serve
         self._started = started
+        self._stack_depth = stack_depth
         self._deaths: deque[float] = deque(maxlen=RESTARTS_A_MINUTE)
         self._fd = -1
         self._session: Session | None = None
@@ -135,7 +139,7 @@ class Supervisor:
             return
         self._fd = mount_fuse(self._spec.lower, self._spec.name)
         try:
-            self._session = negotiate(self._fd)
+            self._session = negotiate(self._fd, stack_depth=self._stack_depth)
         except ProtocolError as error:
             self._take_away(self._spec.lower)
             os.close(self._fd)

@@ -51,6 +51,7 @@ def open_mounts(
         xattrs=xattrs or settings.mounts.xattrs,
         store_limits=limits,
         transport=transport or settings.mounts.transport,
+        passthrough=settings.mounts.passthrough,
     )
 
 

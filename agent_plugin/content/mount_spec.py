@@ -74,6 +74,8 @@ class MountSpec(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fiel
             for one of its own for each file that is looked up.
         errors: The error ledger's file.
         control: The control socket's path.
+        passthrough: Whether the kernel is to read cached blobs itself, if it can: `on`, `off`, or
+            `auto` to decide by the size of the files.
         owner_pid: The process without which the mount goes away; 0 for none.
         layers: What was added, in that order.
         store_limits: None for what they are by default.
@@ -98,6 +100,7 @@ class MountSpec(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fiel
     xattrs: bool
     errors: str
     control: str
+    passthrough: str = "auto"
     owner_pid: int = 0
     layers: list[Layer] = []
     store_limits: StoreLimits | None = None

@@ -62,6 +62,18 @@ def is_mounted(at: Path, source: str = "") -> bool:
     )
 
 
+def kind_of_file_system(path: Path) -> str:
+    """Return the type of the file system that a path is on, such as `ext4`; empty if unknown."""
+    real = os.path.realpath(path)
+    found = ("", "")
+    for mount in read_mounts():
+        above = mount.mountpoint.rstrip("/")
+        # Of two at one place the later one covers the other.
+        if (real == above or real.startswith(f"{above}/")) and len(above) >= len(found[0]):
+            found = (above, mount.kind)
+    return found[1]
+
+
 def unmount(at: Path, *, lazily: bool = False, force: bool = False) -> None:
     """Take the uppermost mount at a path away.
 

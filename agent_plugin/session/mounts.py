@@ -124,6 +124,7 @@ class Mounts:
         xattrs: Have extended attributes below overlayfs too; elsewhere they cost nothing.
         store_limits: How mounts talk to their store; None for what is so by default.
         transport: Of what is mounted from now on: `auto`, `fusepy` or `kernel`.
+        passthrough: Whether the kernel reads cached blobs itself: `auto`, `on` or `off`.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class Mounts:
         xattrs: bool = False,
         store_limits: StoreLimits | None = None,
         transport: str = AUTO,
+        passthrough: str = "auto",
     ) -> None:
         self._directory = state_dir / "mounts"
         self._cache = cache
@@ -142,6 +144,7 @@ class Mounts:
         self._xattrs = xattrs
         self._store_limits = store_limits
         self._transport = transport
+        self._passthrough = passthrough
 
     def start(
         self,
@@ -290,6 +293,7 @@ class Mounts:
             xattrs=self._xattrs or request.writes != "overlayfs",
             errors=os.fspath(place / "errors"),
             control=os.fspath(place / "control"),
+            passthrough=self._passthrough,
             owner_pid=request.owner_pid,
             layers=[*request.layers],
             store_limits=self._store_limits,

@@ -101,8 +101,10 @@ def test_what_was_read_of_a_large_file_before_it_turned_out_wrong_is_not_read_ag
 
 
 def test_what_was_read_of_a_large_file_that_is_damaged_in_the_cache_is_mended(
-    mounter: Mounter, large: Manifest
+    tmp_path: Path, mounter: Mounter, large: Manifest
 ) -> None:
+    """What is passed through was verified before; this is what is read through the server."""
+    mounter = Mounter(tmp_path, mounter.host.store_url, settings={"mounts": {"passthrough": "off"}})
     with mounter.host.services() as context:
         assert context.cache is not None
         [entry] = large.entries

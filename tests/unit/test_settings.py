@@ -41,6 +41,7 @@ def test_without_a_file_everything_has_its_default(tmp_path: Path) -> None:
     assert settings.cache.shared_between_stores is False
     assert settings.outputs.upload_failed is False
     assert settings.mounts.verify == "stream"
+    assert settings.mounts.passthrough == "auto"
 
 
 def test_root_has_the_systems_directories(tmp_path: Path) -> None:
@@ -104,6 +105,7 @@ def test_every_setting_can_be_set(tmp_path: Path) -> None:
 
         [mounts]
         verify = "strict"
+        passthrough = "off"
         """,
         tmp_path,
     )
@@ -116,6 +118,7 @@ def test_every_setting_can_be_set(tmp_path: Path) -> None:
     assert settings.store.existence_max_age == 0
     assert settings.outputs.upload_failed is True
     assert settings.mounts.verify == "strict"
+    assert settings.mounts.passthrough == "off"
 
 
 def test_the_file_is_the_named_one_else_the_variables_else_the_systems(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ class Opcode(IntEnum):
     OPEN = 14
     READ = 15
     STATFS = 17
+    RELEASE = 18
     GETXATTR = 22
     LISTXATTR = 23
     INIT = 26
@@ -42,6 +43,7 @@ class Feature(IntFlag):
     NO_OPENDIR_SUPPORT = 1 << 24
     EXPLICIT_INVAL_DATA = 1 << 25
     INIT_EXT = 1 << 30
+    PASSTHROUGH = 1 << 37
     HAS_RESEND = 1 << 39
 
 

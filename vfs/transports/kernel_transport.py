@@ -1,10 +1,10 @@
 """Our own server on /dev/fuse: the kernel asks little, and is told to remember everything.
 
 Nodes never change, so names, attributes, missing names and pages are valid for ever, or until the
-kernel is told to forget some (kernel_notify.py). OPEN and OPENDIR are answered with ENOSYS once,
-and then no open file costs a message (FUSE_NO_OPEN_SUPPORT). A server therefore has no state that
-its successor needs: when it is killed, the next one asks the kernel to send again what was not
-answered.
+kernel is told to forget some (kernel_notify.py). OPENDIR is answered with ENOSYS once, and OPEN as
+well where no open file is to cost a message (FUSE_NO_OPEN_SUPPORT; otherwise see passthrough.py). A
+server therefore has no state that its successor needs, but for what is open how, which they share:
+when it is killed, the next one asks the kernel to send again what was not answered.
 
 One thread reads requests and answers all that can be answered at once. A read that has to wait for
 the store goes to a thread that answers later; if its reader is killed meanwhile the kernel sends
@@ -22,7 +22,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final
+from functools import partial
+from typing import Final, TypeVar
 
 from agent_plugin.content import events
 from agent_plugin.content.store import Cancellation
@@ -31,6 +32,7 @@ from vfs.transports import kernel_protocol as protocol
 from vfs.transports.failures import errno_of
 from vfs.transports.kernel_notify import Notifier
 from vfs.transports.kernel_protocol import FOREVER, Feature, Opcode
+from vfs.transports.passthrough import Passthrough
 
 MAX_READ_BYTES: Final = 1024 * 1024
 # Larger than any request of a mount that takes no writes.
@@ -41,6 +43,8 @@ NAME_BYTES: Final = 255
 # of MAX_BACKGROUND hang, the kernel reads nothing ahead any more, cached files neither.
 WAITING_READS: Final = 1024
 MAX_BACKGROUND: Final = 1024
+# Files of this host that are read at once; a disk that is slow for one must not stop all others.
+READING_DISK: Final = 16
 # Encoded listings that are kept; a large directory is asked for in many pieces.
 LISTINGS: Final = 64
 _NS: Final = 1_000_000_000
@@ -61,6 +65,7 @@ WANTED: Final = (
 
 _XATTR_NAME: Final = protocol.GETXATTR.size
 _XATTR_OURS: Final = b"user."
+_T = TypeVar("_T")
 
 log = events.get_logger()
 
@@ -82,11 +87,13 @@ class Session:
         return Feature.HAS_RESEND in self.features
 
 
-def negotiate(fd: int) -> Session:
+def negotiate(fd: int, *, stack_depth: int = 0) -> Session:
     """Read the kernel's first request, INIT, and answer it.
 
     Args:
         fd: /dev/fuse, right after mount(2).
+        stack_depth: How many file systems on each other the mount may count as, 1 or 2, when files
+            are to be passed through; 0 if not.
 
     Raises:
         ProtocolError: The kernel is older than protocol 7.31, or lacks what no server can do
@@ -102,7 +109,7 @@ def negotiate(fd: int) -> Session:
     if Feature.INIT_EXT in offered:
         [high] = protocol.INIT_IN_FLAGS2.unpack_from(request, body + protocol.INIT_IN.size)
         offered |= Feature(high << 32)
-    agreed = WANTED & offered
+    agreed = (WANTED | Feature.PASSTHROUGH if stack_depth else WANTED) & offered
     session = Session(min(minor, protocol.MINOR), agreed)
     if major != protocol.MAJOR or minor < protocol.OLDEST_MINOR:
         os.write(fd, protocol.OUT_HEADER.pack(protocol.OUT_HEADER.size, -errno.EPROTO, unique))
@@ -119,7 +126,7 @@ def negotiate(fd: int) -> Session:
         MAX_READ_BYTES // PAGE_BYTES,
         0,
         agreed >> 32,
-        0,
+        stack_depth if Feature.PASSTHROUGH in agreed else 0,
     )
     header = protocol.OUT_HEADER.pack(protocol.OUT_HEADER.size + len(answer), 0, unique)
     os.write(fd, header + answer)
@@ -135,9 +142,17 @@ class KernelTransport:
         xattrs: Tell hash and state of files as extended attributes. It costs a message for each
             file that is looked up through overlayfs, which asks for an attribute of its own;
             without, the kernel is told once that there are none.
+        passthrough: What is open how; None when no opening is to cost a message.
     """
 
-    def __init__(self, fd: int, nodes: Nodes, *, xattrs: bool = False) -> None:
+    def __init__(
+        self,
+        fd: int,
+        nodes: Nodes,
+        *,
+        xattrs: bool = False,
+        passthrough: Passthrough | None = None,
+    ) -> None:
         self._fd = fd
         self._nodes = nodes
         self._notifier = Notifier(fd)
@@ -159,6 +174,10 @@ class KernelTransport:
             Opcode.BATCH_FORGET: self._forget,
             Opcode.DESTROY: self._destroy,
         }
+        self._disk = ThreadPoolExecutor(READING_DISK, thread_name_prefix="disk")
+        if passthrough is not None:
+            self._handlers[Opcode.OPEN] = partial(self._open, passthrough)
+            self._handlers[Opcode.RELEASE] = partial(self._release, passthrough)
         if xattrs:
             self._handlers[Opcode.GETXATTR] = self._getxattr
         if nodes.writable is not None:
@@ -210,6 +229,7 @@ class KernelTransport:
         for cancellation in list(self._waiting.values()):
             cancellation.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._disk.shutdown(wait=False, cancel_futures=True)
 
     # ------------------------------------------------------------------ requests
 
@@ -234,25 +254,65 @@ class KernelTransport:
         if count >= 0:
             self._answer(unique, self._buffer[:count])
             return
+        self._later(
+            self._threads,
+            unique,
+            partial(self._nodes.read, node, offset, size),
+            partial(self._answer, unique),
+        )
+
+    def _open(self, files: Passthrough, unique: int, node: int, _body: memoryview) -> None:
+        blob = files.whole_now(node)
+        if blob is not None or files.is_decided(node):
+            self._answer(unique, files.opened(unique, node, blob))
+            return
+        self._later(
+            self._disk,
+            unique,
+            lambda _: files.whole(node),
+            lambda blob: self._answer(unique, files.opened(unique, node, blob)),
+        )
+
+    def _release(self, files: Passthrough, unique: int, node: int, _body: memoryview) -> None:
+        files.released(unique, node)
+        self._refuse(unique, 0)
+
+    def _later(
+        self,
+        threads: ThreadPoolExecutor,
+        unique: int,
+        obtain: Callable[[Cancellation], _T],
+        answer: Callable[[_T], None],
+    ) -> None:
+        """Answer a request with what takes its time, unless it is interrupted before that."""
         cancellation = Cancellation()
         with self._lock:
             self._waiting[unique] = cancellation
-        self._threads.submit(self._read_later, unique, node, offset, size, cancellation)
+        threads.submit(self._work, unique, obtain, answer, cancellation)
 
-    def _read_later(
-        self, unique: int, node: int, offset: int, size: int, cancellation: Cancellation
+    def _work(
+        self,
+        unique: int,
+        obtain: Callable[[Cancellation], _T],
+        answer: Callable[[_T], None],
+        cancellation: Cancellation,
     ) -> None:
         try:
-            data: bytes | Exception = self._nodes.read(node, offset, size, cancellation)
+            obtained = obtain(cancellation)
         except Exception as error:  # noqa: BLE001 - the errno boundary: nothing may pass
-            data = error
+            if self._is_wanted(unique):
+                self._refuse(unique, errno_of(error))
+            return
+        if not self._is_wanted(unique):
+            return  # It was answered with EINTR.
+        try:
+            answer(obtained)
+        except Exception as error:  # noqa: BLE001 - the errno boundary: nothing may pass
+            self._refuse(unique, errno_of(error))
+
+    def _is_wanted(self, unique: int) -> bool:
         with self._lock:
-            if self._waiting.pop(unique, None) is None:
-                return  # It was answered with EINTR.
-        if isinstance(data, bytes):
-            self._answer(unique, data)
-        else:
-            self._refuse(unique, errno_of(data))
+            return self._waiting.pop(unique, None) is not None
 
     def _interrupt(self, _unique: int, _node: int, body: memoryview) -> None:
         [interrupted] = protocol.INTERRUPT_IN.unpack_from(body)
