@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from agent_plugin.content.digest import Digest
+from agent_plugin.content.errors import MountFailedError
 from agent_plugin.content.manifest import FileEntry, Manifest, encode
 from agent_plugin.content.mount_spec import Ready
 from agent_plugin.content.mount_table import is_mounted, read_mounts, unmount
@@ -120,6 +121,21 @@ class Mounter:
             ask_mount(self.host.mounts.control_of(at), {"ask": "status"})
         )
         return found
+
+    def server(self, at: Path) -> int:
+        """Return the process id of the server of a mount, 0 while there is none."""
+        try:
+            pid: int = self.status(at)["pid"]
+        except MountFailedError:
+            return 0
+        return pid
+
+    def kill_server(self, at: Path, number: int = signal.SIGKILL) -> None:
+        """Kill the server of a mount, and wait until another one answers."""
+        before = self.server(at)
+        assert before
+        os.kill(before, number)
+        until(lambda: self.server(at) not in (0, before))
 
     def fetched(self, at: Path) -> int:
         """Return how many bytes came from the store."""
