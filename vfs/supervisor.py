@@ -257,23 +257,32 @@ class Supervisor:
             events.MOUNT_SERVER_DIED,
             extra={"mountpoint": self._spec.mountpoint, "exit_code": code},
         )
+        if self._session is not None and not self._session.can_resend:
+            return False
+        while self._may_be_replaced():
+            try:
+                if self._session is not None:
+                    self._start(again=True)
+                else:
+                    self._mount_again(self._deaths[-1])
+            except (PropmasterError, OSError) as error:
+                log.error(  # noqa: TRY400 - an expected failure: its text says all
+                    events.MOUNT_SERVER_DIED,
+                    extra={"mountpoint": self._spec.mountpoint, "reason": str(error)},
+                )
+                # Killed before it served, perhaps; what is half mounted is not mounted again.
+                if self._session is None:
+                    return False
+            else:
+                return True
+        return False
+
+    def _may_be_replaced(self) -> bool:
+        """Count a death; whether there were not too many of late."""
         now = time.monotonic()
         many = len(self._deaths) == RESTARTS_A_MINUTE and now - self._deaths[0] < 60  # noqa: PLR2004
         self._deaths.append(now)
-        if many or (self._session is not None and not self._session.can_resend):
-            return False
-        try:
-            if self._session is not None:
-                self._start(again=True)
-            else:
-                self._mount_again(now)
-        except (PropmasterError, OSError) as error:
-            log.error(  # noqa: TRY400 - an expected failure: its text says all
-                events.MOUNT_SERVER_DIED,
-                extra={"mountpoint": self._spec.mountpoint, "reason": str(error)},
-            )
-            return False
-        return True
+        return not many
 
     def _mount_again(self, since: float) -> None:
         """Take away what died with libfuse's server, and mount in its place what is as before.

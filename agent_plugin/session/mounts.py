@@ -52,6 +52,8 @@ READY_SECONDS: Final = 60.0
 # The process itself gives leavers 2 s and last readers 5 s; then it is killed.
 END_SECONDS: Final = 15.0
 # It answers from memory, but may have to wait for a core.
+# As the mount process gives them: a server that is left without it goes on as long as it is asked.
+LAST_READERS_SECONDS: Final = 2.0
 ANSWER_SECONDS: Final = 30.0
 _POLL_SECONDS: Final = 0.02
 _LOG_TAIL_BYTES: Final = 2000
@@ -335,6 +337,7 @@ class Mounts:
             _end_process(record.ready.pid, record.process)
         with suppress(SessionStateError):
             _clear(read_spec(place / "spec.json"))
+        _end_servers(place / "spec.json")
         self._forget(place)
 
     def _forget(self, place: Path) -> None:
@@ -435,6 +438,30 @@ def _end_process(pid: int, process: str) -> None:
         time.sleep(_POLL_SECONDS)
 
 
+def _end_servers(spec: Path) -> None:
+    """Kill the servers of a mount that is gone; they end by themselves, if they can."""
+    until = time.monotonic() + LAST_READERS_SECONDS
+    while servers := _servers_of(spec):
+        if time.monotonic() > until:
+            for server in servers:
+                with suppress(ProcessLookupError):
+                    os.kill(server, signal.SIGKILL)
+            return
+        time.sleep(_POLL_SECONDS)
+
+
+def _servers_of(spec: Path) -> list[int]:
+    """Return what is left of a mount's processes: a server has the supervisor's command line."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            is_ours = process.stat().st_uid == os.geteuid()
+            if is_ours and os.fsencode(spec) in words and b"vfs" in words:
+                found.append(int(process.name))
+    return found
+
+
 def _spawn(place: Path, environment: Mapping[str, str]) -> tuple[int, int]:
     """Start the mount process; return its id and where its stdout can be read."""
     reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -489,4 +516,5 @@ def _tail(place: Path) -> str:
     """Return the last error that the process told."""
     lines = (place / "log").read_text(encoding="utf-8", errors="replace").splitlines()
     told = [line for line in lines if line.startswith("error[")]
-    return (told or lines or ["it said nothing"])[-1][-_LOG_TAIL_BYTES:]
+    # What a server said comes before what its supervisor made of it.
+    return (told[:1] or lines or ["it said nothing"])[-1][-_LOG_TAIL_BYTES:]

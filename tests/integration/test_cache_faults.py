@@ -14,6 +14,7 @@ import pytest
 from agent_plugin.content import events
 from agent_plugin.content.blob_cache import BlobCache
 from agent_plugin.content.errors import CacheUnsafeError
+from tests.servers.damages import DAMAGES, flipped
 from tests.servers.disks import (
     MEBIBYTE,
     fill,
@@ -99,7 +100,7 @@ def test_a_damaged_manifest_in_a_read_only_cache_is_fetched_anew(
     farm.assert_starts(host, job)
     manifest = job.attachments.manifests[0].input_manifest_hash
     [cached] = [blob for blob in blobs_of(host) if blob.name == manifest]
-    _flipped(cached)
+    flipped(cached)
     quarantine = host.cache_dir / "v1/quarantine"
     with read_only(quarantine):
         farm.assert_starts(host, job, "second")
@@ -168,65 +169,8 @@ def test_a_directory_of_the_cache_that_becomes_writable_by_others_stops_the_sess
 # ------------------------------------------------------------ damage in the cache
 
 
-def _shorter(blob: Path) -> None:
-    blob.chmod(0o600)
-    os.truncate(blob, blob.stat().st_size - 1)
-    blob.chmod(0o400)
-
-
-def _empty(blob: Path) -> None:
-    blob.chmod(0o600)
-    os.truncate(blob, 0)
-    blob.chmod(0o400)
-
-
-def _flipped(blob: Path) -> None:
-    data = bytearray(blob.read_bytes())
-    data[len(data) // 2] ^= 1
-    blob.chmod(0o600)
-    blob.write_bytes(data)
-    blob.chmod(0o400)
-
-
-def _link(blob: Path) -> None:
-    blob.unlink()
-    blob.symlink_to("/etc/passwd")
-
-
-def _directory(blob: Path) -> None:
-    blob.unlink()
-    blob.mkdir()
-
-
-def _fifo(blob: Path) -> None:
-    blob.unlink()
-    os.mkfifo(blob)
-
-
-def _no_mode(blob: Path) -> None:
-    blob.chmod(0)
-
-
-def _from_the_future(blob: Path) -> None:
-    os.utime(blob, (2**32, 2**32))
-
-
-def _hard_linked(blob: Path) -> None:
-    os.link(blob, blob.with_name("f" * 32))
-
-
-def _gone(blob: Path) -> None:
-    blob.unlink()
-
-
-DAMAGES: list[Callable[[Path], None]] = [
-    _shorter, _empty, _flipped, _link, _directory, _fifo, _no_mode, _from_the_future, _hard_linked,
-    _gone,
-]  # fmt: skip
-
-
 @pytest.mark.parametrize("files", [FILES, LARGE], ids=["small", "large"])
-@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__.strip("_"))
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_a_damaged_blob_in_the_cache_is_fetched_anew_and_never_reaches_a_session(
     farm: Farm,
     damage: Callable[[Path], None],

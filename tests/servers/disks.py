@@ -24,7 +24,8 @@ LEAST_BYTES = {
 _OPTIONS = {
     "xfs": ["-q", "-m", "reflink=1"],
     "btrfs": ["-q"],
-    "ext4": ["-q", "-F"],
+    # Nothing is kept for root, so that full is full.
+    "ext4": ["-q", "-F", "-m", "0"],
     "exfat": [],
 }
 

@@ -1,7 +1,8 @@
 """Who reads and writes on a mount without end, each in a process of its own, and checks each byte.
 
-`python mount_load.py ROOT reader|writer SEED`, with {path: sha256} as a line of JSON on stdin; ends
-when stdin does, and prints what it did. Needs the standard library alone, so it starts in no time.
+`python mount_load.py ROOT reader|mapper|writer SEED`, with {path: sha256} as a line of JSON; ends
+when stdin does, and prints what it did. A mapper reads through memory maps. Needs the standard
+library alone, so it starts in no time.
 """
 
 import hashlib
@@ -43,14 +44,22 @@ class Load:
     Args:
         root: Of the mount.
         facts: By relative path the SHA-256 of what readers find; nobody may change those.
-        readers, writers: How many; writers make files of their own, and change no input.
+        readers, mappers, writers: How many; writers make files of their own, and change no input.
     """
 
     def __init__(
-        self, root: Path, facts: Mapping[str, str], *, readers: int = 3, writers: int = 0
+        self,
+        root: Path,
+        facts: Mapping[str, str],
+        *,
+        readers: int = 2,
+        mappers: int = 1,
+        writers: int = 0,
     ) -> None:
         self._processes: list[subprocess.Popen[bytes]] = []
-        for number, what in enumerate(["reader"] * readers + ["writer"] * writers):
+        for number, what in enumerate(
+            ["reader"] * readers + ["mapper"] * mappers + ["writer"] * writers
+        ):
             process = subprocess.Popen(
                 [sys.executable, "-S", "-E", __file__, root, what, str(number)],
                 stdin=subprocess.PIPE,
@@ -101,7 +110,11 @@ class _Worker:
         self.longest = 0.0
 
     def run(self, what: str) -> dict[str, Any]:
-        one_round = {"reader": self.read, "writer": self.write}[what]
+        one_round = {
+            "reader": self.read,
+            "mapper": lambda: self.read(mapped=True),
+            "writer": self.write,
+        }[what]
         while not select.select([sys.stdin], [], [], 0)[0]:
             begun = time.monotonic()
             try:
@@ -114,14 +127,14 @@ class _Worker:
             self.rounds += 1
         return {"rounds": self.rounds, "wrong": self.wrong[:20], "longest": self.longest}
 
-    def read(self) -> None:
+    def read(self, *, mapped: bool = False) -> None:
         path = self.chance.choice(self.paths)
         fd = os.open(os.path.join(self.root, path), os.O_RDONLY)  # noqa: PTH118 - no import of more
         try:
             size = os.fstat(fd).st_size
-            if size and self.chance.random() < 0.3:
-                with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as mapped:
-                    found = hashlib.sha256(mapped).hexdigest()
+            if mapped and size:
+                with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as pages:
+                    found = hashlib.sha256(pages).hexdigest()
             else:
                 digest = hashlib.sha256()
                 while piece := os.read(fd, 1 << 17):

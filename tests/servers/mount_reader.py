@@ -47,13 +47,13 @@ def read_all(
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
-    try:
-        told, _ = reader.communicate(json.dumps(list(paths)).encode(), hang_seconds)
-    except subprocess.TimeoutExpired as error:
-        raise AssertionError(f"reading below {root} hangs") from error
-    finally:
-        reader.kill()
-        reader.wait()
+    with reader:
+        try:
+            told, _ = reader.communicate(json.dumps(list(paths)).encode(), hang_seconds)
+        except subprocess.TimeoutExpired as error:
+            raise AssertionError(f"reading below {root} hangs") from error
+        finally:
+            reader.kill()
     assert reader.returncode == 0
     return {path: Seen(*seen) for path, seen in json.loads(told).items()}
 
