@@ -2,6 +2,7 @@
 
 import gc
 import os
+import secrets
 import sys
 import threading
 import time
@@ -22,21 +23,24 @@ from agent_plugin.content.errors import (
 from agent_plugin.content.fusermount import may_administer
 from agent_plugin.content.manifest import decode
 from agent_plugin.content.mount_probe import LIBFUSE2, TransportChoice
-from agent_plugin.content.mount_spec import Layer, MountSpec, read_spec
+from agent_plugin.content.mount_spec import NO_WRITES, OVERLAY, Layer, MountSpec, read_spec
 from agent_plugin.content.open_store import build_store
 from agent_plugin.content.store import Store
 from vfs.control import ControlSocket
 from vfs.error_ledger import ErrorLedger
 from vfs.mount import FUSE_KIND
 from vfs.nodes import Nodes
+from vfs.overlay import Overlay
+from vfs.overlay_upper import Upper
 from vfs.reader import FETCHES_AT_ONCE, BlobReader
 from vfs.service import NodeService, Ownership
 from vfs.statistics import Statistics
 from vfs.streaming import StreamPolicy
 from vfs.supervisor import SERVES, Supervisor, tell_on_stdout
 from vfs.transports.kernel_transport import KernelTransport, Session
+from vfs.transports.kernel_writes import WritableKernelTransport
 from vfs.transports.open_files import OpenFiles
-from vfs.transports.passthrough import make_plan, start_passthrough
+from vfs.transports.passthrough import Plan, make_plan, start_passthrough
 from vfs.tree import Tree
 
 if TYPE_CHECKING:
@@ -84,6 +88,7 @@ class Server:
     def __init__(self, spec: MountSpec, path: Path) -> None:
         self._spec = spec
         self._path = path
+        self._instance = secrets.token_hex(8)
         self._layers = 0
         self._tree = Tree()
         self._opening = threading.Lock()
@@ -92,12 +97,17 @@ class Server:
             self._tree.add(decode(_read(manifest), source=manifest))
         self._open_files = OpenFiles()
         # Decided before anything is added to the tree, for all servers.
-        self.plan = make_plan(
-            spec.passthrough,
-            files=self._tree.files,
-            total=self._tree.bytes,
-            directory=Path(spec.cache_dir or spec.work_dir),
-            writable=spec.writes != "none",
+        directory = Path(spec.cache_dir or spec.work_dir)
+        self.plan = (
+            Plan(0, "the server keeps what is written", directory)
+            if spec.writes == OVERLAY
+            else make_plan(
+                spec.passthrough,
+                files=self._tree.files,
+                total=self._tree.bytes,
+                directory=directory,
+                writable=spec.writes != NO_WRITES,
+            )
         )
         self._add(spec.layers)
         # The tree stays as it is: nothing of it is ever garbage, and looking would unshare it.
@@ -128,17 +138,10 @@ class Server:
             statistics,
             Ownership(spec.uid, spec.gid),
         )
-        transport: KernelTransport | FusepyTransport
-        passthrough, why = None, "the transport is fusepy"
-        if session is None:
-            at = spec.staged if again and may_administer() else spec.lower
-            transport = _fusepy_transport(service, spec, at)
-        else:
-            passthrough, why = start_passthrough(
-                fd, session.features, self.plan, service, self._open_files, statistics
-            )
-            transport = KernelTransport(fd, service, xattrs=spec.xattrs, passthrough=passthrough)
-        log.info(events.MOUNT_PASSTHROUGH, extra={"used": passthrough is not None, "reason": why})
+        overlay = self._overlay(service, again=again)
+        transport, why = self._transport(fd, session, service, overlay, statistics, again=again)
+        used = isinstance(transport, KernelTransport) and transport.passes_through
+        log.info(events.MOUNT_PASSTHROUGH, extra={"used": used, "reason": why})
         service.notifier = transport
         # Whoever was killed may have told the kernel or not.
         transport.forget_names(missed)
@@ -153,7 +156,8 @@ class Server:
                 "reason": choice.reason,
                 "protocol": "libfuse 2" if session is None else f"7.{session.minor}",
                 "writes": spec.writes,
-                "passthrough": {"used": passthrough is not None, "reason": why},
+                "passthrough": {"used": used, "reason": why},
+                "writesReason": spec.writes_reason,
                 "files": self._tree.files,
                 "bytes": self._tree.bytes,
                 "counts": statistics.snapshot(),
@@ -191,6 +195,39 @@ class Server:
                 transport.serve(ready)
         finally:
             reader.close()
+            if overlay is not None:
+                overlay.close()
+
+    def _transport(
+        self,
+        fd: int,
+        session: Session | None,
+        service: NodeService,
+        overlay: Overlay | None,
+        statistics: Statistics,
+        *,
+        again: bool,
+    ) -> "tuple[KernelTransport | FusepyTransport, str]":
+        """Return what serves, and why it passes files through, or none."""
+        spec = self._spec
+        if session is None:
+            at = spec.staged if again and may_administer() else spec.lower
+            return _fusepy_transport(service, spec, at), "the transport is fusepy"
+        if overlay is not None:
+            return WritableKernelTransport(fd, overlay), self.plan.reason
+        passthrough, why = start_passthrough(
+            fd, session.features, self.plan, service, self._open_files, statistics
+        )
+        return KernelTransport(fd, service, xattrs=spec.xattrs, passthrough=passthrough), why
+
+    def _overlay(self, service: NodeService, *, again: bool) -> Overlay | None:
+        spec = self._spec
+        if spec.writes != OVERLAY:
+            return None
+        # A file has the mode that whoever makes it wishes, less what the kernel took off for them.
+        os.umask(0)
+        upper = Upper(spec.upper, Path(spec.work_dir, "work"))
+        return Overlay(service, upper, self._instance, again=again)
 
     def _add(self, layers: Sequence[Layer]) -> list[tuple[int, bytes]]:
         """Add the layers that are not there yet; return the names that mean something else now."""

@@ -18,6 +18,7 @@ from agent_plugin.content.errors import LocalError, LocalWriteError, local_write
 from agent_plugin.content.fusermount import may_administer
 from agent_plugin.content.mount_probe import may_allow_other
 from agent_plugin.content.mount_table import holders, is_mounted, read_mounts, unmount
+from agent_plugin.content.writes_probe import SPECIAL_CHARACTERS
 from vfs.transports.kernel_transport import MAX_READ_BYTES
 
 _MS_RDONLY: Final = 1
@@ -41,18 +42,19 @@ _ORIGIN: Final = "trusted.overlay.origin"
 log = events.get_logger()
 
 
-def mount_fuse(at: Path, name: str) -> int:
-    """Mount a read-only FUSE file system; return /dev/fuse, on which INIT waits to be answered.
+def mount_fuse(at: Path, name: str, *, writable: bool = False) -> int:
+    """Mount a FUSE file system; return /dev/fuse, on which INIT waits to be answered.
 
     Args:
         at: An existing directory.
         name: What stands in the mount table as the source.
+        writable: Whether anything may be changed there.
 
     Raises:
         LocalWriteError: The host can not, or this process may not.
     """
     if not may_administer():
-        return _mount_by_fusermount(at, name)
+        return _mount_by_fusermount(at, name, writable=writable)
     try:
         fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
@@ -62,16 +64,23 @@ def mount_fuse(at: Path, name: str) -> int:
         f",allow_other,default_permissions,max_read={MAX_READ_BYTES}"
     )
     try:
-        # Read-only: otherwise each read would make the kernel ask for the time of access.
-        _mount(name, at, f"fuse.{FUSE_KIND}", _MS_RDONLY | _MS_NOSUID | _MS_NODEV, options)
+        # Read-only if it can be: otherwise each read makes the kernel ask for the time of access.
+        flags = _MS_NOSUID | _MS_NODEV | (0 if writable else _MS_RDONLY)
+        _mount(name, at, f"fuse.{FUSE_KIND}", flags, options)
     except BaseException:
         os.close(fd)
         raise
     return fd
 
 
-def _mount_by_fusermount(at: Path, name: str) -> int:
-    options = ["ro", "nosuid", "nodev", "default_permissions", f"max_read={MAX_READ_BYTES}"]
+def _mount_by_fusermount(at: Path, name: str, *, writable: bool) -> int:
+    options = [
+        "rw" if writable else "ro",
+        "nosuid",
+        "nodev",
+        "default_permissions",
+        f"max_read={MAX_READ_BYTES}",
+    ]
     options += [f"fsname={name}", f"subtype={FUSE_KIND}"]
     if may_allow_other():
         options.append("allow_other")
@@ -91,7 +100,7 @@ def mount_overlay(lower: Path, upper: Path, work: Path, at: Path, name: str) -> 
         LocalWriteError: The host can not, or this process may not.
     """
     for directory in (lower, upper, work):
-        if set(os.fspath(directory)) & set(",:\\"):
+        if set(os.fspath(directory)) & SPECIAL_CHARACTERS:
             raise _refused(f"{directory} has a character that overlayfs takes for its own")
     _forget_origins(upper)
     options = (

@@ -231,6 +231,7 @@ class WritableNodes(Nodes, Protocol):
         Raises:
             CancelledError: The writer is gone.
             PropmasterError: It can not be had; that is in the error ledger. Nothing has changed.
+            OSError: It can not be kept. Nothing has changed.
         """
 
     def write(

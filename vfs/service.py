@@ -240,6 +240,28 @@ class NodeService:
         digest = self.tree.digest(node)
         return self._reader.verified_cached(digest) if digest.size else None
 
+    def content(self, node: int, cancellation: Cancellation) -> OpenBlob:
+        """Return the whole content of a file, fetched if need be.
+
+        Raises:
+            CancelledError: It is not wanted any more.
+            PropmasterError: It can not be had; that is in the error ledger, with the path.
+        """
+        entry = self.tree.entry(node)
+        try:
+            return self._reader.open(entry.digest, cancellation)
+        except CancelledError:
+            raise
+        except PropmasterError as error:
+            self._statistics.count(reads_failed=1)
+            self._tell(entry, error)
+            raise
+
+    def tell_corrupt(self, node: int, error: PropmasterError) -> None:
+        """Keep that the content of a file turned out wrong after it was opened."""
+        self._statistics.count(reads_failed=1)
+        self._tell(self.tree.entry(node), error)
+
     def _tell_corrupt(self, digest: Digest, error: PropmasterError) -> None:
         """Keep that files were read, perhaps, before their blob turned out wrong."""
         nodes = self.tree.nodes_of(digest.hex)

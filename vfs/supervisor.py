@@ -32,7 +32,14 @@ from agent_plugin.content.errors import (
 )
 from agent_plugin.content.fusermount import may_administer
 from agent_plugin.content.mount_probe import FUSEPY, TransportChoice, choose_transport
-from agent_plugin.content.mount_spec import MountSpec, Ready, leave_only_upper
+from agent_plugin.content.mount_spec import (
+    NO_WRITES,
+    OVERLAY,
+    OVERLAYFS,
+    MountSpec,
+    Ready,
+    leave_only_upper,
+)
 from agent_plugin.content.mount_table import is_mounted, read_mounts, unmount
 from vfs.error_ledger import ErrorLedger
 from vfs.mount import FUSE_KIND, end_mount, mount_fuse, mount_overlay, raise_read_ahead, swap_in
@@ -95,7 +102,7 @@ class Supervisor:
             self._choose()
             self._start(again=False)
             raise_read_ahead(self._spec.lower)
-            if self._spec.writes == "overlayfs":
+            if self._spec.writes == OVERLAYFS:
                 self._mount_overlay(self._mountpoint)
         except BaseException:
             self._end()
@@ -107,6 +114,7 @@ class Supervisor:
                 transport=self._choice.transport,
                 reason=self._choice.reason,
                 writes=self._spec.writes,
+                writes_reason=self._spec.writes_reason,
                 files=files,
                 bytes=total,
                 seconds=round(time.monotonic() - self._started, 3),
@@ -136,10 +144,16 @@ class Supervisor:
         """
         self._choice = choose_transport(self._spec.transport)
         if self._choice.transport == FUSEPY:
+            if self._spec.writes == OVERLAY:
+                raise MountFailedError(
+                    "our own overlay can not be served through fusepy"
+                    f" ({self._choice.reason}; {self._spec.writes_reason})"
+                )
             return
-        self._fd = mount_fuse(self._spec.lower, self._spec.name)
+        writable = self._spec.writes == OVERLAY
+        self._fd = mount_fuse(self._spec.lower, self._spec.name, writable=writable)
         try:
-            self._session = negotiate(self._fd, stack_depth=self._stack_depth)
+            self._session = negotiate(self._fd, stack_depth=self._stack_depth, writable=writable)
         except ProtocolError as error:
             self._take_away(self._spec.lower)
             os.close(self._fd)
@@ -168,7 +182,7 @@ class Supervisor:
         try:
             for name in ("lower", "upper", "work", "spool"):
                 Path(spec.work_dir, name).mkdir(mode=0o700, parents=True, exist_ok=True)
-            if spec.writes == "overlayfs":
+            if spec.writes != NO_WRITES:
                 # What is written belongs to the job's user, its root included.
                 os.chown(spec.upper, spec.uid, spec.gid)
                 spec.upper.chmod(0o755)
@@ -247,7 +261,7 @@ class Supervisor:
 
     def _is_in_place(self) -> bool:
         """Whether what the job sees is mounted; perhaps a directory above was renamed."""
-        kind = "overlay" if self._spec.writes == "overlayfs" else f"fuse.{FUSE_KIND}"
+        kind = "overlay" if self._spec.writes == OVERLAYFS else f"fuse.{FUSE_KIND}"
         return any(
             mount.source == self._spec.name and mount.kind == kind for mount in read_mounts()
         )
@@ -306,7 +320,7 @@ class Supervisor:
         else:
             self._take_away(spec.lower)
             self._start(again=True)
-        if spec.writes == "overlayfs":
+        if spec.writes == OVERLAYFS:
             self._mount_overlay(spec.staged)
             swap_in(spec.staged, self._mountpoint)
         with suppress(FileNotFoundError):

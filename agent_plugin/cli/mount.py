@@ -3,6 +3,7 @@
 import os
 import stat
 from pathlib import Path
+from typing import Final
 
 import click
 
@@ -12,10 +13,19 @@ from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.content.errors import LocalReadError, LocalWriteError, SessionStateError
 from agent_plugin.content.manifest import MAX_MANIFEST_BYTES, decode
 from agent_plugin.content.mount_probe import TRANSPORTS
+from agent_plugin.content.mount_spec import NO_WRITES, OVERLAY, OVERLAYFS
 from agent_plugin.content.mount_table import is_mounted
+from agent_plugin.content.writes_probe import WritesChoice, choose_writes
 from agent_plugin.session.mounts import MountRequest
 from agent_plugin.settings import load
 from agent_plugin.transfer.progress import format_bytes
+
+# As a person is told what becomes of writing.
+_KEPT: Final = {
+    NO_WRITES: "read-only",
+    OVERLAY: "writable by our own overlay",
+    OVERLAYFS: "writable by overlayfs",
+}
 
 
 @click.command(name="mount")
@@ -24,11 +34,12 @@ from agent_plugin.transfer.progress import format_bytes
 @store_option
 @click.option(
     "--writes",
-    type=click.Choice(["auto", "overlayfs", "none"]),
+    type=click.Choice(["auto", "overlayfs", "overlay", "none"]),
     default="auto",
     show_default=True,
-    help="overlayfs keeps what is written in --work-dir; none refuses writing; auto is overlayfs"
-    " with --work-dir and none without.",
+    help="overlayfs keeps what is written in --work-dir, by way of the kernel; overlay does so in"
+    " the mount's own process, which needs no privilege; none refuses writing; auto is none"
+    " without --work-dir, overlayfs where it can be mounted, and overlay elsewhere.",
 )
 @click.option(
     "--work-dir",
@@ -77,10 +88,12 @@ def command(
     settings = load(config)
     mounts = open_mounts(settings, verify=verify, xattrs=xattrs, transport=transport)
     mounts.clear_stale()
-    if writes == "overlayfs" and work_dir is None:
-        raise click.UsageError("--writes overlayfs needs --work-dir")
-    if writes == "auto":
-        writes = "none" if work_dir is None else "overlayfs"
+    if writes in (OVERLAYFS, OVERLAY) and work_dir is None:
+        raise click.UsageError(f"--writes {writes} needs --work-dir")
+    if work_dir is None:
+        chosen = WritesChoice(NO_WRITES, "there is no --work-dir")
+    else:
+        chosen = choose_writes(writes, work_dir)
     place = _mountpoint(mountpoint)
     request = MountRequest(
         manifest=decode(_read(manifest), source=os.fspath(manifest)),
@@ -88,7 +101,8 @@ def command(
         work_dir=work_dir or mounts.work_dir(place),
         store_url=store_url,
         account_id="",
-        writes=writes,
+        writes=chosen.writes,
+        writes_reason=chosen.reason,
         uid=os.geteuid(),
         gid=os.getegid(),
         owner_pid=owner_pid,
@@ -100,8 +114,8 @@ def command(
     else:
         say(
             f"mounted {place}: {ready.files} files, {format_bytes(ready.bytes)},"
-            f" {'writable' if ready.writes == 'overlayfs' else 'read-only'};"
-            f" {ready.seconds:.1f} s; {ready.transport}: {ready.reason}"
+            f" {_KEPT[ready.writes]}; {ready.seconds:.1f} s;"
+            f" {ready.transport}: {ready.reason}; writes: {ready.writes_reason}"
         )
 
 

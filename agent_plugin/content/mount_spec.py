@@ -17,6 +17,11 @@ from agent_plugin.content.leftovers import is_partial
 from agent_plugin.content.retry import RetryPolicy
 
 VERSION: Final = 1
+# What becomes of writing: kept above the inputs by the kernel, kept by the server, or refused.
+OVERLAYFS: Final = "overlayfs"
+OVERLAY: Final = "overlay"
+NO_WRITES: Final = "none"
+WRITES: Final = (OVERLAYFS, OVERLAY, NO_WRITES)
 
 
 class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -65,9 +70,10 @@ class MountSpec(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fiel
         cache_dir: The host's blob cache; empty to do without.
         cache_max_bytes, cache_min_free_bytes, cache_shared: As the settings have them.
         work_dir: A directory of this mount alone, closed to others: `lower` is where the inputs
-            are mounted, `upper` holds what is written, `work` is overlayfs's own, `spool` is for
-            content that the cache can not take.
-        writes: `overlayfs` or `none`.
+            are mounted for overlayfs, `upper` holds what is written, `work` is for what keeps it,
+            `spool` is for content that the cache can not take.
+        writes: One of WRITES.
+        writes_reason: Why.
         uid, gid: To whom files and directories seem to belong.
         stream: Whether large blobs may be read before all of them is here and verified.
         xattrs: Whether to tell a file's hash and state as extended attributes; overlayfs then asks
@@ -103,13 +109,14 @@ class MountSpec(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fiel
     passthrough: str = "auto"
     owner_pid: int = 0
     layers: list[Layer] = []
+    writes_reason: str = ""
     store_limits: StoreLimits | None = None
     transport: str = "auto"
 
     @property
     def lower(self) -> Path:
-        """Where the inputs are mounted: below the work directory if something is written."""
-        return Path(self.work_dir, "lower") if self.writes == "overlayfs" else Path(self.mountpoint)
+        """Where the server's own mount is: below the work directory if overlayfs is above it."""
+        return Path(self.work_dir, "lower") if self.writes == OVERLAYFS else Path(self.mountpoint)
 
     @property
     def staged(self) -> Path:
@@ -134,6 +141,7 @@ class Ready(msgspec.Struct, frozen=True, rename="camel"):
         pid: Of the supervisor: SIGTERM unmounts.
         transport, writes: What was chosen.
         reason: Why that transport.
+        writes_reason: Why, as far as writes go.
         files, bytes: In the tree.
         seconds: Since the process began.
     """
@@ -145,6 +153,7 @@ class Ready(msgspec.Struct, frozen=True, rename="camel"):
     bytes: int
     seconds: float
     reason: str = ""
+    writes_reason: str = ""
 
 
 def path_below_layer(path: str) -> str:
@@ -192,4 +201,8 @@ def read_spec(path: Path) -> MountSpec:
         raise SessionStateError(f"{path} can not be read: {error}") from error
     if spec.version != VERSION:
         raise SessionStateError(f"{path} is of version {spec.version}, not {VERSION}")
+    if spec.writes not in WRITES:
+        raise SessionStateError(
+            f"{path}: writes is {spec.writes!r}, not one of {', '.join(WRITES)}"
+        )
     return spec

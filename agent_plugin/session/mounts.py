@@ -87,8 +87,9 @@ class MountRequest:
     Attributes:
         manifest: The tree.
         mountpoint: An existing, empty directory.
-        work_dir: Where writes go: made here, on a disk that overlayfs can use.
-        writes: `overlayfs` or `none`.
+        work_dir: Where writes go: made here, on a local disk.
+        writes: As MountSpec has it.
+        writes_reason: Why.
         uid, gid: Whose the files are.
         owner_pid: The process without which the mount goes away; 0 for none.
         layers: What was added to the last mount with this work directory.
@@ -104,6 +105,7 @@ class MountRequest:
     gid: int
     owner_pid: int = 0
     layers: Sequence[Layer] = ()
+    writes_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,6 +291,7 @@ class Mounts:
             cache_shared=self._cache.shared,
             work_dir=os.fspath(request.work_dir),
             writes=request.writes,
+            writes_reason=request.writes_reason,
             uid=request.uid,
             gid=request.gid,
             stream=not self._strict,

@@ -13,11 +13,12 @@ from typing import Final
 
 from agent_plugin.content import events
 from agent_plugin.content.errors import MountFailedError, MountReadFailedError, local_write_error
-from agent_plugin.content.fusermount import may_administer
 from agent_plugin.content.leftovers import partial_name
 from agent_plugin.content.manifest import Manifest
 from agent_plugin.content.mount_probe import kernel_obstacle
 from agent_plugin.content.mount_table import is_mounted
+from agent_plugin.content.writes_probe import AUTO as WRITES_AUTO
+from agent_plugin.content.writes_probe import choose_writes
 from agent_plugin.session.mounts import MountRequest, Mounts
 from agent_plugin.session.state import COPIED, VIRTUAL, RootState, SessionState
 from agent_plugin.transfer.context import TransferContext
@@ -43,15 +44,7 @@ def mount_obstacle() -> str:
 
     Source: proc_filesystems(5).
     """
-    obstacle = kernel_obstacle()
-    if obstacle:
-        return obstacle
-    if not may_administer():
-        return "writing to a mount needs overlayfs and CAP_SYS_ADMIN, which this process has not"
-    kinds = Path("/proc/filesystems").read_text(encoding="ascii").split()
-    if "overlay" not in kinds:
-        return "the kernel has no overlayfs loaded (modprobe overlay)"
-    return ""
+    return kernel_obstacle()
 
 
 def choose(wished: str, root: RootState, manifest: Manifest | None, state: SessionState) -> Choice:
@@ -119,13 +112,15 @@ def mount(
         place.mkdir(exist_ok=True)
     except OSError as error:
         raise local_write_error(error, os.fspath(place)) from error
+    writes = choose_writes(WRITES_AUTO, _work_dir(place))
     request = MountRequest(
         manifest=manifest,
         mountpoint=place,
         work_dir=_work_dir(place),
         store_url=context.store_url,
         account_id=getattr(context.open_store, "account_id", None) or "",
-        writes="overlayfs",
+        writes=writes.writes,
+        writes_reason=writes.reason,
         uid=owner.st_uid,
         gid=owner.st_gid,
         layers=root.layers,

@@ -1,10 +1,8 @@
-"""What was written above a mount: read from overlayfs's upper directory, whatever lies below.
+"""What was written above a mount: read from an overlay's upper directory, whatever lies below.
 
 The cost is that of what changed, not of the inputs. Where something is not in the upper directory
 as it stands (a renamed directory of inputs, a file whose mode alone was changed) its content is
-that of an input, and the mount says which. The marks are those of overlayfs:
-https://docs.kernel.org/filesystems/overlayfs.html (whiteouts and opaque directories, redirect_dir,
-metadata only copy up).
+that of an input, and the mount says which.
 """
 
 import os
@@ -12,19 +10,15 @@ import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
 
 from agent_plugin.content import events
 from agent_plugin.content.errors import LocalReadError
 from agent_plugin.content.leftovers import is_partial
 from agent_plugin.content.manifest import FileEntry
+from agent_plugin.content.overlay_marks import OPAQUE, Marks, marks_of, read_mark, redirected
 from agent_plugin.content.snapshot import FoundFile
 from agent_plugin.content.store import Cancellation
 from agent_plugin.session.roots import is_below
-
-_OPAQUE: Final = "trusted.overlay.opaque"
-_REDIRECT: Final = "trusted.overlay.redirect"
-_METACOPY: Final = "trusted.overlay.metacopy"
 
 # Given paths below the root, returns for each the inputs that are at it or below it.
 Inputs = Callable[[Sequence[str]], Sequence[Sequence[FileEntry]]]
@@ -64,7 +58,7 @@ def find_written(
         CancelledError: Cancellation was wished.
         LocalReadError: A directory or its marks can not be read.
     """
-    walk = _Walk(inputs, directories, cancellation)
+    walk = _Walk(inputs, directories, cancellation, marks_of(upper))
     try:
         fd = os.open(upper, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
@@ -75,8 +69,9 @@ def find_written(
 
 class _Walk:
     def __init__(
-        self, inputs: Inputs, directories: Sequence[str], cancellation: Cancellation
+        self, inputs: Inputs, directories: Sequence[str], cancellation: Cancellation, marks: Marks
     ) -> None:
+        self._marks = marks
         self._inputs = inputs
         self._directories = directories
         self._cancellation = cancellation
@@ -111,7 +106,7 @@ class _Walk:
         path = f"{above}/{entry.name}" if above else entry.name
         lower = None if below is None else f"{below}/{entry.name}" if below else entry.name
         status = entry.stat(follow_symlinks=False)
-        if stat.S_ISCHR(status.st_mode) and status.st_rdev == 0:
+        if self._marks.is_whiteout(fd, entry.name, status):
             if lower is not None:
                 self._hidden.append(path)
         elif stat.S_ISDIR(status.st_mode):
@@ -140,14 +135,14 @@ class _Walk:
         opened = os.open(
             name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd
         )
-        redirect = _mark(opened, _REDIRECT)
+        redirect = read_mark(opened, self._marks.redirect)
         if redirect is not None:
-            origin = _redirected(redirect, lower or path)
+            origin = redirected(redirect, lower or path)
             if origin != path:
                 self._hidden.append(path)
                 self._shown.append((origin, path))
             lower = origin
-        elif _mark(opened, _OPAQUE) == b"y":
+        elif read_mark(opened, self._marks.opaque) == OPAQUE:
             self._hidden.append(path)
             lower = None
         self.enter(opened, path, lower)
@@ -159,17 +154,17 @@ class _Walk:
         # A directory of inputs may have been in its place.
         self._hidden.append(path)
         try:
-            if _mark(opened, _METACOPY) is None:
+            if read_mark(opened, self._marks.metacopy) is None:
                 if self._is_output(path):
                     self._written.files[path] = FoundFile.of(path, status)
                 return
-            redirect = _mark(opened, _REDIRECT)
+            redirect = read_mark(opened, self._marks.redirect)
         finally:
             os.close(opened)
         origin = lower or path
         self._touched.add(path)
         if redirect is not None:
-            origin = _redirected(redirect, origin)
+            origin = redirected(redirect, origin)
         if origin != path:
             self._shown.append((origin, path))
 
@@ -206,17 +201,3 @@ class _Walk:
                 return True
             seen = seen.rpartition("/")[0]
         return False
-
-
-def _redirected(redirect: bytes, path: str) -> str:
-    """Return which input a redirect names: from the root, or one beside the input at `path`."""
-    target = os.fsdecode(redirect)
-    above = "" if target.startswith("/") else path.rpartition("/")[0]
-    return f"{above}/{target}".lstrip("/")
-
-
-def _mark(fd: int, name: str) -> bytes | None:
-    try:
-        return os.getxattr(fd, name)
-    except OSError:
-        return None

@@ -218,10 +218,21 @@ def mounter(tmp_path: Path, transport: str) -> Iterator[Mounter]:
     mounter.close()
 
 
-@pytest.fixture(params=["none", "overlayfs"])
-def writes(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=["none", "overlayfs", pytest.param("overlay", marks=pytest.mark.slow)])
+def writes(request: pytest.FixtureRequest, transport: str) -> str:
     """What becomes of writing."""
     value: str = request.param
+    if (transport, value) == ("fusepy", "overlay"):
+        pytest.skip("libfuse 2 serves no overlay of ours")
+    return value
+
+
+@pytest.fixture(params=["overlayfs", "overlay"])
+def kept_by(request: pytest.FixtureRequest, transport: str) -> str:
+    """What keeps what is written."""
+    value: str = request.param
+    if (transport, value) == ("fusepy", "overlay"):
+        pytest.skip("libfuse 2 serves no overlay of ours")
     return value
 
 

@@ -1,10 +1,12 @@
 """Real mounts by the kernel transport: what a job sees, what moves, and how a mount ends.
 
-`none` is the mount of the inputs alone, `overlayfs` a writable one above it.
+`none` is the mount of the inputs alone, `overlayfs` a writable one above it, `overlay` one that
+takes writes itself.
 """
 
 import errno
 import fcntl
+import itertools
 import json
 import mmap
 import os
@@ -80,9 +82,9 @@ def inputs(mounter: Mounter, source: Path) -> Manifest:
 
 
 @pytest.fixture
-def mnt(mounter: Mounter, inputs: Manifest) -> Path:
+def mnt(mounter: Mounter, inputs: Manifest, kept_by: str) -> Path:
     """A writable mount."""
-    return mounter.mount(inputs, writes="overlayfs")
+    return mounter.mount(inputs, writes=kept_by)
 
 
 def drop_pages(path: Path) -> None:
@@ -232,12 +234,19 @@ WRITES: dict[str, Callable[[Path, Path], object]] = {
 }
 
 
-@by_each_transport_in_time
-@pytest.mark.parametrize("writable", [False, True])
+@pytest.mark.parametrize(
+    ("transport", "writes"),
+    [
+        *itertools.product(["kernel"], ["none", "overlayfs", "overlay"]),
+        pytest.param("fusepy", "none", marks=pytest.mark.slow),
+        pytest.param("fusepy", "overlayfs", marks=pytest.mark.slow),
+    ],
+)
 def test_a_mount_takes_all_kinds_of_writes_or_refuses_each(
-    mounter: Mounter, inputs: Manifest, source: Path, writable: bool
+    mounter: Mounter, inputs: Manifest, source: Path, writes: str
 ) -> None:
-    at = mounter.mount(inputs, writes="overlayfs" if writable else "none")
+    at = mounter.mount(inputs, writes=writes)
+    writable = writes != "none"
     for number, (what, write) in enumerate(WRITES.items(), start=1):
         file = at / f"shots/{number:02}/plate.exr"
         if writable:
@@ -406,9 +415,9 @@ def test_a_failed_file_is_read_as_soon_as_it_can_be_had(mounter: Mounter, inputs
 
 
 def test_a_killed_server_is_replaced_and_nobody_sees_more_than_a_pause(
-    mounter: Mounter, inputs: Manifest, source: Path
+    mounter: Mounter, inputs: Manifest, source: Path, kept_by: str
 ) -> None:
-    at = mounter.mount(inputs, writes="overlayfs")
+    at = mounter.mount(inputs, writes=kept_by)
     names = ["geo/big.abc", *(f"shots/{number:02}/plate.exr" for number in range(30))]
     right = {name: (source / name).read_bytes() for name in names}
     done = threading.Event()
@@ -631,10 +640,13 @@ def test_whoever_unmounts_it_by_hand_ends_all_of_it(
 
 
 @by_each_transport_in_time
-def test_twenty_mounts_leave_nothing_behind(mounter: Mounter, inputs: Manifest) -> None:
+def test_twenty_mounts_leave_nothing_behind(
+    mounter: Mounter, inputs: Manifest, transport: str
+) -> None:
     at = mounter.home / "mnt"
+    all_writes = ("none", "overlayfs", "overlay" if transport == "kernel" else "none")
     for number in range(20):
-        mounter.mount(inputs, writes="none" if number % 2 else "overlayfs")
+        mounter.mount(inputs, writes=all_writes[number % 3])
         assert (at / "tex/wood.tx").stat().st_size == 50_000
         assert (at / f"shots/{number:02}/plate.exr").read_bytes() != b""
         assert mounter.host.mounts.end(at)

@@ -39,6 +39,12 @@ FILES: dict[str | bytes, bytes | int] = {
 
 
 @pytest.fixture
+def place(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """Where sessions are: below a directory of the name that is asked for."""
+    return tmp_path / getattr(request, "param", "")
+
+
+@pytest.fixture
 def host(tmp_path: Path) -> Iterator[Host]:
     host = Host(tmp_path / "host", f"file://{tmp_path}/store")
     yield host
@@ -49,8 +55,8 @@ def host(tmp_path: Path) -> Iterator[Host]:
 
 
 @pytest.fixture
-def sessions(tmp_path: Path, host: Host) -> Sessions:
-    return Sessions(tmp_path, host)
+def sessions(place: Path, host: Host) -> Sessions:
+    return Sessions(place, host)
 
 
 @pytest.fixture
@@ -167,8 +173,15 @@ EDITS: dict[str, Callable[[Path], object]] = {
 }
 
 
+# Overlayfs takes no path with a comma, so our own overlay is used there.
+KEPT_BY_US = pytest.param("a, b", id="overlay")
+KEPT_BY_US_SLOWLY = pytest.param("a, b", id="overlay", marks=pytest.mark.slow)
+KEPT_BY_OVERLAYFS = pytest.param("", id="overlayfs")
+
+
 @pytest.mark.expected_events(events.FILE_SKIPPED)
 @pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("place", [KEPT_BY_OVERLAYFS, KEPT_BY_US_SLOWLY], indirect=True)
 def test_outputs_are_those_of_a_copied_session(
     tmp_path: Path, sessions: Sessions, job: JobDocument, edit: str
 ) -> None:
@@ -186,6 +199,7 @@ def test_outputs_are_those_of_a_copied_session(
 
 
 @pytest.mark.expected_events(events.FILE_SKIPPED)
+@pytest.mark.parametrize("place", [KEPT_BY_OVERLAYFS, KEPT_BY_US], indirect=True)
 def test_outputs_of_many_edits_are_those_of_a_copied_session(
     tmp_path: Path, sessions: Sessions, job: JobDocument
 ) -> None:
@@ -209,6 +223,7 @@ def test_outputs_of_many_edits_are_those_of_a_copied_session(
     assert told[0] == told[1]
 
 
+@pytest.mark.parametrize("place", [KEPT_BY_OVERLAYFS, KEPT_BY_US], indirect=True)
 def test_changing_what_is_not_read_moves_nothing(sessions: Sessions, job: JobDocument) -> None:
     root = start(sessions, job)
 
@@ -239,6 +254,7 @@ def test_a_steps_outputs_come_over_the_inputs_and_are_nobodys_outputs(
     sessions.host.end(first.session_dir)
 
 
+@pytest.mark.parametrize("place", [KEPT_BY_OVERLAYFS, KEPT_BY_US], indirect=True)
 def test_a_session_that_lost_its_mount_is_started_again_and_keeps_what_was_written(
     sessions: Sessions, job: JobDocument
 ) -> None:

@@ -15,19 +15,36 @@ class Opcode(IntEnum):
     LOOKUP = 1
     FORGET = 2
     GETATTR = 3
+    SETATTR = 4
+    READLINK = 5
+    SYMLINK = 6
+    MKNOD = 8
+    MKDIR = 9
+    UNLINK = 10
+    RMDIR = 11
+    RENAME = 12
+    LINK = 13
     OPEN = 14
     READ = 15
+    WRITE = 16
     STATFS = 17
     RELEASE = 18
+    FSYNC = 20
+    SETXATTR = 21
     GETXATTR = 22
     LISTXATTR = 23
+    REMOVEXATTR = 24
     INIT = 26
     OPENDIR = 27
     READDIR = 28
+    FSYNCDIR = 30
     INTERRUPT = 36
     DESTROY = 38
     BATCH_FORGET = 42
+    FALLOCATE = 43
     READDIRPLUS = 44
+    RENAME2 = 45
+    LSEEK = 46
 
 
 class Feature(IntFlag):
@@ -42,9 +59,24 @@ class Feature(IntFlag):
     CACHE_SYMLINKS = 1 << 23
     NO_OPENDIR_SUPPORT = 1 << 24
     EXPLICIT_INVAL_DATA = 1 << 25
+    HANDLE_KILLPRIV_V2 = 1 << 28
     INIT_EXT = 1 << 30
     PASSTHROUGH = 1 << 37
     HAS_RESEND = 1 << 39
+
+
+class Valid(IntFlag):
+    """Which fields of SETATTR mean something; FATTR_ in the kernel."""
+
+    MODE = 1 << 0
+    UID = 1 << 1
+    GID = 1 << 2
+    SIZE = 1 << 3
+    ATIME = 1 << 4
+    MTIME = 1 << 5
+    ATIME_NOW = 1 << 7
+    MTIME_NOW = 1 << 8
+    KILL_SUIDGID = 1 << 11
 
 
 MAJOR: Final = 7
@@ -97,3 +129,36 @@ NOTIFY_RESEND: Final = 7
 
 # A validity that outlasts every mount, in seconds.
 FOREVER: Final = 1 << 31
+
+# What is written, in the layouts of fuse_..._in: before the names that follow, if any do.
+# forget: nlookup; batch_forget: count, dummy, and for each node its number and nlookup.
+FORGET_IN: Final = struct.Struct("<Q")
+BATCH_FORGET_IN: Final = struct.Struct("<II")
+FORGET_ONE: Final = struct.Struct("<QQ")
+# setattr: valid, padding, fh, size, lock_owner, atime, mtime, ctime, their nanoseconds, mode,
+# unused, uid, gid, unused. Seconds are signed in the kernel.
+SETATTR_IN: Final = struct.Struct("<IIQQQqqqIIIIIIII")
+# mknod: mode, rdev, umask, padding; mkdir: mode, umask.
+MKNOD_IN: Final = struct.Struct("<IIII")
+MKDIR_IN: Final = struct.Struct("<II")
+# rename: newdir; rename2: newdir, flags, padding; link: oldnodeid.
+RENAME_IN: Final = struct.Struct("<Q")
+RENAME2_IN: Final = struct.Struct("<QII")
+LINK_IN: Final = struct.Struct("<Q")
+# write: fh, offset, size, write_flags, lock_owner, flags, padding; its answer: size, padding.
+WRITE_IN: Final = struct.Struct("<QQIIQII")
+WRITE_OUT: Final = struct.Struct("<II")
+WRITE_KILL_SUIDGID: Final = 1 << 2
+# fsync: fh, fsync_flags, padding.
+FSYNC_IN: Final = struct.Struct("<QII")
+FSYNC_DATA_ONLY: Final = 1
+# setxattr, without FUSE_SETXATTR_EXT: size, flags.
+SETXATTR_IN: Final = struct.Struct("<II")
+# fallocate: fh, offset, length, mode, padding.
+FALLOCATE_IN: Final = struct.Struct("<QQQII")
+# lseek: fh, offset, whence, padding; its answer: offset.
+LSEEK_IN: Final = struct.Struct("<QQII")
+LSEEK_OUT: Final = struct.Struct("<Q")
+
+# FUSE_UNIQUE_RESEND: the request was read before, by a server that was killed.
+RESENT: Final = 1 << 63

@@ -35,7 +35,8 @@ from vfs.transports.kernel_protocol import FOREVER, Feature, Opcode
 from vfs.transports.passthrough import Passthrough
 
 MAX_READ_BYTES: Final = 1024 * 1024
-# Larger than any request of a mount that takes no writes.
+MAX_WRITE_BYTES: Final = 1024 * 1024
+# Larger than any request but those that write.
 REQUEST_BYTES: Final = 128 * 1024
 PAGE_BYTES: Final = 4096
 NAME_BYTES: Final = 255
@@ -45,6 +46,8 @@ WAITING_READS: Final = 1024
 MAX_BACKGROUND: Final = 1024
 # Files of this host that are read at once; a disk that is slow for one must not stop all others.
 READING_DISK: Final = 16
+# For "." and "..": the kernel looks up nothing for a node 0.
+NOTHING: Final = bytes(protocol.ENTRY_ATTR.size)
 # Encoded listings that are kept; a large directory is asked for in many pieces.
 LISTINGS: Final = 64
 _NS: Final = 1_000_000_000
@@ -62,6 +65,9 @@ WANTED: Final = (
     | Feature.INIT_EXT
     | Feature.HAS_RESEND
 )
+
+# Set-user-ID goes with a write: otherwise the kernel asks before each whether it has to.
+WANTED_FOR_WRITES: Final = Feature.HANDLE_KILLPRIV_V2
 
 _XATTR_NAME: Final = protocol.GETXATTR.size
 _XATTR_OURS: Final = b"user."
@@ -87,13 +93,14 @@ class Session:
         return Feature.HAS_RESEND in self.features
 
 
-def negotiate(fd: int, *, stack_depth: int = 0) -> Session:
+def negotiate(fd: int, *, stack_depth: int = 0, writable: bool = False) -> Session:
     """Read the kernel's first request, INIT, and answer it.
 
     Args:
         fd: /dev/fuse, right after mount(2).
         stack_depth: How many file systems on each other the mount may count as, 1 or 2, when files
             are to be passed through; 0 if not.
+        writable: Whether the kernel will ask for changes.
 
     Raises:
         ProtocolError: The kernel is older than protocol 7.31, or lacks what no server can do
@@ -109,7 +116,12 @@ def negotiate(fd: int, *, stack_depth: int = 0) -> Session:
     if Feature.INIT_EXT in offered:
         [high] = protocol.INIT_IN_FLAGS2.unpack_from(request, body + protocol.INIT_IN.size)
         offered |= Feature(high << 32)
-    agreed = (WANTED | Feature.PASSTHROUGH if stack_depth else WANTED) & offered
+    wanted = WANTED
+    if stack_depth:
+        wanted |= Feature.PASSTHROUGH
+    if writable:
+        wanted |= WANTED_FOR_WRITES
+    agreed = wanted & offered
     session = Session(min(minor, protocol.MINOR), agreed)
     if major != protocol.MAJOR or minor < protocol.OLDEST_MINOR:
         os.write(fd, protocol.OUT_HEADER.pack(protocol.OUT_HEADER.size, -errno.EPROTO, unique))
@@ -121,7 +133,7 @@ def negotiate(fd: int, *, stack_depth: int = 0) -> Session:
         agreed & 0xFFFFFFFF,
         MAX_BACKGROUND,
         MAX_BACKGROUND * 3 // 4,
-        PAGE_BYTES,
+        MAX_WRITE_BYTES if writable else PAGE_BYTES,
         1,
         MAX_READ_BYTES // PAGE_BYTES,
         0,
@@ -158,6 +170,8 @@ class KernelTransport:
         self._notifier = Notifier(fd)
         self._listings: OrderedDict[int, tuple[bytes, list[int], int]] = OrderedDict()
         self._changes = 0
+        # Who made the request that is being carried out.
+        self._uid = self._gid = 0
         self._waiting: dict[int, Cancellation] = {}
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(WAITING_READS, thread_name_prefix="wait")
@@ -183,6 +197,11 @@ class KernelTransport:
         if nodes.writable is not None:
             self._handlers[Opcode.LISTXATTR] = self._listxattr
 
+    @property
+    def passes_through(self) -> bool:
+        """Whether the kernel reads files of this host itself."""
+        return Opcode.OPEN in self._handlers
+
     def ask_again(self) -> None:
         """Have the kernel send again what a killed server had read and not answered.
 
@@ -204,7 +223,8 @@ class KernelTransport:
 
     def serve(self) -> None:
         """Answer requests until the mount is gone."""
-        buffer = memoryview(bytearray(REQUEST_BYTES))
+        most = REQUEST_BYTES + (MAX_WRITE_BYTES if self._nodes.writable else 0)
+        buffer = memoryview(bytearray(most))
         unpack = protocol.IN_HEADER.unpack_from
         body = protocol.IN_HEADER.size
         while True:
@@ -217,7 +237,7 @@ class KernelTransport:
                 if error.errno in (errno.EINTR, errno.EAGAIN, errno.ENOENT):
                     continue
                 raise
-            _, opcode, unique, node, *_ = unpack(buffer)
+            _, opcode, unique, node, self._uid, self._gid, *_ = unpack(buffer)
             handler = self._handlers.get(opcode)
             if handler is None:
                 self._refuse(unique, errno.ENOSYS)
@@ -239,9 +259,7 @@ class KernelTransport:
             return
         found = self._nodes.lookup(node, bytes(body[:-1]))
         if found is None:
-            # Node 0: the kernel remembers that there is nothing of that name.
-            missing = protocol.ENTRY.pack(0, 0, FOREVER, 0, 0, 0)
-            self._answer(unique, missing + bytes(protocol.ATTR.size))
+            self._answer_missing(unique)
         else:
             self._answer(unique, entry_out(self._nodes.attributes(found)))
 
@@ -405,12 +423,10 @@ class KernelTransport:
         changes = self._changes
         listing = self._listings.get(node)
         if listing is None or listing[2] != changes:
-            # "." and "..": the kernel looks up nothing for a node 0.
-            nothing = bytes(protocol.ENTRY.size + protocol.ATTR.size)
             pieces, ends, end = [], [], 0
             for position, (name, found) in enumerate(self._names(node), start=1):
                 attributes = self._nodes.attributes(found)
-                known = nothing if name in (b".", b"..") else entry_out(attributes)
+                known = NOTHING if name in (b".", b"..") else entry_out(attributes)
                 piece = known + self._dirent(position, name, found, attributes.mode)
                 pieces.append(piece)
                 end += len(piece)
@@ -419,6 +435,11 @@ class KernelTransport:
             if len(self._listings) > LISTINGS:
                 self._listings.popitem(last=False)
         return listing[0], listing[1]
+
+    def _answer_missing(self, unique: int) -> None:
+        """Have the kernel remember that there is nothing of that name: it is node 0."""
+        missing = protocol.ENTRY.pack(0, 0, FOREVER, 0, 0, 0)
+        self._answer(unique, missing + bytes(protocol.ATTR.size))
 
     def _answer(self, unique: int, data: bytes | memoryview) -> None:
         header = protocol.OUT_HEADER.pack(protocol.OUT_HEADER.size + len(data), 0, unique)

@@ -1,0 +1,363 @@
+"""The directory that holds what is written: how things lie in it, and how they change.
+
+Everything is reached from a descriptor of the directory it is in, and no link is followed: a path
+never leaves the upper directory. What is made under a name that means something already is made in
+the work directory first and brought in by one rename, so whoever is killed leaves the old or the
+new. A file that has lost its last name, but is still open, lies in the work directory as
+`gone-<node>` until it is let go.
+
+Concurrency: whoever calls holds the overlay's lock; a `Descriptor` stays open for as long as
+somebody has it.
+"""
+
+import ctypes
+import errno
+import os
+import stat
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from agent_plugin.content.errors import LocalWriteError, local_write_error
+from agent_plugin.content.overlay_marks import (
+    HAS_WHITEOUT_FILES,
+    OPAQUE,
+    TRUSTED_MARKS,
+    USER_MARKS,
+    Marks,
+    note_marks,
+    read_mark,
+)
+from vfs.nodes import RENAME_EXCHANGE, RENAME_NOREPLACE, Caller
+
+# Descriptors that are kept of each kind, files and directories.
+KEPT_OPEN: Final = 256
+NEW: Final = b"new"
+_GONE: Final = "gone-"
+_NO_LINK: Final = os.O_NOFOLLOW | os.O_CLOEXEC
+_PRIVILEGES: Final = stat.S_ISUID | stat.S_ISGID
+
+# A name in a directory.
+Place = tuple[int, bytes]
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Descriptor:
+    """Something open, closed when the last who has it lets go."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+class Upper:
+    """An upper directory and its work directory, on one file system.
+
+    Attributes:
+        root, work: Both, open.
+        marks: Which attributes are used.
+        node_mark: On what came from an input: which node it is, for a server's successor.
+        has_devices: Whether a whiteout may be a character device.
+
+    Args:
+        upper: Exists.
+        work: Beside it; exists, and is this overlay's own.
+        privileged: False to keep to what needs no privilege, on a host of any kind.
+
+    Raises:
+        LocalWriteError: The file system lacks what can not be done without.
+        NoSpaceError: It is full.
+    """
+
+    def __init__(self, upper: Path, work: Path, *, privileged: bool = True) -> None:
+        try:
+            self.root = open_directory(os.fspath(upper))
+            self.work = open_directory(os.fspath(work))
+            self.clear(NEW)
+            self.clear(b"probe")
+            self.has_devices = privileged and self._allows_devices()
+            self.marks = self._find_marks(upper, privileged=privileged)
+        except OSError as error:
+            raise local_write_error(error, os.fspath(upper)) from error
+        self.node_mark = f"{self.marks.space}.propmaster.node"
+        note_marks(upper, self.marks)
+
+    # ------------------------------------------------------------------ marks
+
+    def whiteout(self, at: Place) -> None:
+        """Make a whiteout, in place of the file or whiteout that may be there."""
+        self.stage_whiteout(NEW, at[0])
+        os.rename(NEW, at[1], src_dir_fd=self.work.fd, dst_dir_fd=at[0])
+
+    def stage_whiteout(self, name: bytes, directory: int) -> None:
+        """Make a whiteout in the work directory, that is to go to a directory."""
+        self.clear(name)
+        if self.has_devices:
+            os.mknod(name, stat.S_IFCHR, 0, dir_fd=self.work.fd)
+            return
+        with_mark = self.make_regular(name, 0o600)
+        os.setxattr(with_mark.fd, self.marks.whiteout, OPAQUE)
+        if read_mark(directory, self.marks.opaque) is None:
+            os.setxattr(directory, self.marks.opaque, HAS_WHITEOUT_FILES)
+
+    def mark_opaque(self, directory: Descriptor) -> None:
+        """Have a directory hide what is below it."""
+        os.setxattr(directory.fd, self.marks.opaque, OPAQUE)
+
+    def mark_origin(self, opened: Descriptor, path: str) -> None:
+        """Note which input something is, wherever it stands; `path` is below the root."""
+        os.setxattr(opened.fd, self.marks.redirect, b"/" + os.fsencode(path))
+
+    def is_private(self, name: bytes) -> bool:
+        """Whether an attribute's name is one of ours, that nobody else may see or set."""
+        return name.startswith((b"user.overlay.", b"user.propmaster."))
+
+    # ------------------------------------------------------------------ making
+
+    def make_regular(self, name: bytes, mode: int, directory: int = -1) -> Descriptor:
+        """Make a file, in the work directory unless another is named."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_LINK
+        where = self.work.fd if directory < 0 else directory
+        return Descriptor(os.open(name, flags, mode, dir_fd=where))
+
+    def make(
+        self, at: Place, mode: int, caller: Caller, *, rdev: int = 0, target: bytes = b""
+    ) -> os.stat_result:
+        """Make a file, directory or link of an owner, with exactly that mode, in the place given.
+
+        Args:
+            at: A directory's descriptor, and a name that nothing has.
+            mode: Type and permissions.
+            caller: The owner.
+            rdev: Of a device.
+            target: Of a symbolic link.
+
+        Returns:
+            Its status.
+
+        Raises:
+            OSError: Nothing was made.
+        """
+        directory, name = at
+        try:
+            if stat.S_ISDIR(mode):
+                os.mkdir(name, 0o700, dir_fd=directory)
+            elif stat.S_ISLNK(mode):
+                os.symlink(target, name, dir_fd=directory)
+            elif stat.S_ISREG(mode):
+                self.make_regular(name, stat.S_IMODE(mode), directory)
+            else:
+                os.mknod(name, stat.S_IFMT(mode) | 0o600, rdev, dir_fd=directory)
+            return self.give(at, mode, caller)
+        except FileExistsError:
+            raise
+        except OSError:
+            with suppress(OSError):
+                remove(directory, name)
+            raise
+
+    def give(self, at: Place, mode: int, caller: Caller) -> os.stat_result:
+        """Set owner and permissions of what was just made; return its status."""
+        directory, name = at
+        status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        if (status.st_uid, status.st_gid) != caller:
+            os.chown(name, caller.uid, caller.gid, dir_fd=directory, follow_symlinks=False)
+            status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        if not stat.S_ISLNK(mode) and stat.S_IMODE(status.st_mode) != stat.S_IMODE(mode):
+            change_mode(directory, name, stat.S_IMODE(mode))
+            status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        return status
+
+    # ------------------------------------------------------------------ what is gone
+
+    def gone_name(self, node: int) -> bytes:
+        """Return the name, in the work directory, of what has no other any more."""
+        return b"%s%d" % (_GONE.encode(), node)
+
+    def gone(self) -> Iterator[tuple[int, bytes, os.stat_result]]:
+        """Yield what a killed server kept for those who have it open: node, name and status."""
+        for name in os.listdir(self.work.fd):  # noqa: PTH208 - a descriptor
+            digits = name.removeprefix(_GONE)
+            if digits != name and digits.isdecimal():
+                raw = os.fsencode(name)
+                yield int(digits), raw, os.stat(raw, dir_fd=self.work.fd, follow_symlinks=False)
+
+    def clear_work(self) -> None:
+        """Remove what an earlier mount left."""
+        for name in os.listdir(self.work.fd):  # noqa: PTH208 - a descriptor
+            remove(self.work.fd, os.fsencode(name))
+
+    def open_new(self) -> Descriptor:
+        """Open a directory that was made as NEW."""
+        return open_directory(NEW, self.work.fd)
+
+    def destroy(self, name: bytes) -> None:
+        """Remove something from the work directory; of a directory, the whiteouts in it too."""
+        remove(self.work.fd, name)
+
+    def clear(self, name: bytes) -> None:
+        """Remove something from the work directory if it is there."""
+        with suppress(FileNotFoundError):
+            remove(self.work.fd, name)
+
+    # ------------------------------------------------------------------ what the disk can do
+
+    def _allows_devices(self) -> bool:
+        try:
+            os.mknod(b"probe", stat.S_IFCHR, 0, dir_fd=self.work.fd)
+        except PermissionError:
+            return False
+        remove(self.work.fd, b"probe")
+        return True
+
+    def _find_marks(self, upper: Path, *, privileged: bool) -> Marks:
+        try:
+            probe = self.make_regular(b"probe", 0o600)
+            self.make_regular(NEW, 0o600)
+            rename_at((self.work.fd, b"probe"), (self.work.fd, NEW), RENAME_EXCHANGE)
+            marks = TRUSTED_MARKS if privileged else USER_MARKS
+            try:
+                os.setxattr(probe.fd, marks.metacopy, b"")
+            except PermissionError:
+                marks = USER_MARKS
+                os.setxattr(probe.fd, marks.metacopy, b"")
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+            raise LocalWriteError(
+                f"{upper}: its file system has no extended attributes, or can not exchange files",
+                hint="put it on ext4, XFS, btrfs or tmpfs",
+            ) from error
+        else:
+            return marks
+        finally:
+            self.clear(b"probe")
+            self.clear(NEW)
+
+
+class Kept:
+    """The descriptors that were used last, by node."""
+
+    def __init__(self, most: int = KEPT_OPEN) -> None:
+        self._most = most
+        self._kept: OrderedDict[int, Descriptor] = OrderedDict()
+
+    def get(self, node: int, open_it: Callable[[], Descriptor]) -> Descriptor:
+        """Return a node's descriptor."""
+        found = self._kept.get(node)
+        if found is None:
+            found = self._kept[node] = open_it()
+            if len(self._kept) > self._most:
+                self._kept.popitem(last=False)
+        else:
+            self._kept.move_to_end(node)
+        return found
+
+    def find(self, node: int) -> Descriptor | None:
+        """Return a node's descriptor if there is one."""
+        return self._kept.get(node)
+
+    def drop(self, node: int) -> None:
+        """Let go of a node."""
+        self._kept.pop(node, None)
+
+
+def open_directory(name: str | bytes, directory: int | None = None) -> Descriptor:
+    """Open a directory, in another one if that is given.
+
+    Raises:
+        OSError: It is none, or a link.
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY | _NO_LINK
+    return Descriptor(os.open(name, flags, dir_fd=directory))
+
+
+def open_regular(at: Place) -> Descriptor:
+    """Open a file for reading and writing, whatever its mode allows its owner.
+
+    Raises:
+        OSError: It is a link, or can not be opened.
+    """
+    directory, name = at
+    flags = os.O_RDWR | os.O_NONBLOCK | _NO_LINK
+    try:
+        return Descriptor(os.open(name, flags, dir_fd=directory))
+    except PermissionError:
+        # Ours, but read-only: whoever opened it when it was not may go on writing.
+        mode = stat.S_IMODE(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
+        change_mode(directory, name, mode | stat.S_IRUSR | stat.S_IWUSR)
+        try:
+            return Descriptor(os.open(name, flags, dir_fd=directory))
+        finally:
+            change_mode(directory, name, mode)
+
+
+def change_mode(directory: int, name: bytes, mode: int) -> None:
+    """Set the permissions of something that is no link.
+
+    Raises:
+        OSError: It is one, or not ours.
+    """
+    path = os.open(name, os.O_PATH | _NO_LINK, dir_fd=directory)
+    try:
+        if stat.S_ISLNK(os.fstat(path).st_mode):
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        # fchmod does not take such a descriptor, and by its name it is followed to nothing else.
+        os.chmod(f"/proc/self/fd/{path}", mode)  # noqa: PTH101 - not a file's path
+    finally:
+        os.close(path)
+
+
+def kill_privileges(fd: int) -> None:
+    """Take set-user-ID and, of what a group may run, set-group-ID from an open file."""
+    mode = os.fstat(fd).st_mode
+    killed = mode & ~stat.S_ISUID
+    if mode & stat.S_IXGRP:
+        killed &= ~stat.S_ISGID
+    if killed != mode:
+        os.fchmod(fd, stat.S_IMODE(killed))
+
+
+def remove(directory: int, name: bytes) -> None:
+    """Remove a file, or a directory with all that is in it, without following a link.
+
+    Raises:
+        OSError: It is not there, or can not be removed.
+    """
+    try:
+        os.unlink(name, dir_fd=directory)
+    except IsADirectoryError:
+        opened = open_directory(name, directory)
+        for inside in os.listdir(opened.fd):  # noqa: PTH208 - a descriptor
+            remove(opened.fd, os.fsencode(inside))
+        os.rmdir(name, dir_fd=directory)
+
+
+def rename_at(at: Place, to: Place, flags: int) -> None:
+    """renameat2(2): RENAME_NOREPLACE or RENAME_EXCHANGE.
+
+    Raises:
+        OSError: As the system call.
+    """
+    assert flags in (RENAME_NOREPLACE, RENAME_EXCHANGE)  # noqa: S101 - the others are os.rename's
+    if _libc.renameat2(at[0], at[1], to[0], to[1], flags):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def allocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """Reserve space or make a hole, as fallocate(2).
+
+    Raises:
+        OSError: As the system call.
+    """
+    if _libc.fallocate(fd, mode, ctypes.c_long(offset), ctypes.c_long(length)):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
