@@ -8,14 +8,11 @@ import importlib.metadata
 import os
 import platform
 import resource
-import shutil
-import stat
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from threading import Timer
 from typing import Final, TypeVar
 from urllib.parse import unquote_to_bytes, urlsplit
 
@@ -23,8 +20,10 @@ from agent_plugin import settings as host_settings
 from agent_plugin.content.digest import Digest
 from agent_plugin.content.errors import (
     BlobNotFoundError,
+    CancelledError,
     PropmasterError,
     SettingsInvalidError,
+    StoreUnavailableError,
 )
 from agent_plugin.content.flight import Lanes
 from agent_plugin.content.open_store import build_store
@@ -34,11 +33,11 @@ from agent_plugin.content.store import Cancellation, Store
 from agent_plugin.doctor_files import (
     Probe,
     file_probes,
-    nearest_existing,
     privacy_fault,
     privacy_of,
     writing_fault,
 )
+from agent_plugin.doctor_mounts import mount_probes
 from agent_plugin.settings import Settings
 
 __all__ = ["Probe", "examine"]
@@ -52,25 +51,11 @@ MACHINES: Final = ("x86_64", "aarch64")
 LEAST_OPEN_FILES: Final = 512
 # 2025-01-01: this program is younger, and a clock before its birth is wrong.
 _YOUNGEST: Final = 1735689600
-_STORE_POLICY: Final = RetryPolicy(attempts=2, deadline_seconds=10.0, read_timeout=10.0)
+_STORE_POLICY: Final = RetryPolicy(attempts=2, deadline_seconds=5.0, read_timeout=4.0)
+# For each request with all its attempts; a listing alone is otherwise given half a minute.
+_STORE_SECONDS: Final = 10.0
+_SILENT: Final = "no answer"
 _PROBE_KEY: Final = "propmaster-doctor/write-probe"
-_MOUNT_SECONDS: Final = 20.0
-# In a mount namespace of its own: whatever happens to the process, no mount is left.
-# 0x20000 is CLONE_NEWNS; 0x44000 is MS_REC | MS_PRIVATE: linux/sched.h, linux/mount.h.
-_TRY_OVERLAY: Final = """
-import ctypes, os, sys
-libc = ctypes.CDLL(None, use_errno=True)
-def call(function, *arguments):
-    if function(*arguments):
-        sys.exit(os.strerror(ctypes.get_errno()))
-call(libc.unshare, 0x20000)
-call(libc.mount, b"none", b"/", None, 0x44000, None)
-os.chdir(sys.argv[1])
-options = b"lowerdir=lower,upperdir=upper,workdir=work"
-call(libc.mount, b"overlay", b"merged", b"overlay", 0, options)
-open("merged/file", "a").close()
-call(libc.umount2, b"merged", 0)
-"""
 
 
 def examine(
@@ -102,7 +87,7 @@ def examine(
     if settings is not None:
         yield _state_directory(settings.paths.state_dir)
         yield from file_probes(settings, session_dir)
-    yield from _mount_probes(session_dir)
+    yield from mount_probes(session_dir)
     yield _credentials(environment, needed=(store_url or "").startswith("s3:"))
     yield _endpoint(environment)
     if store_url is not None:
@@ -193,56 +178,6 @@ def _state_directory(directory: Path) -> Probe:
     )
 
 
-def _mount_probes(session_dir: Path) -> Iterator[Probe]:
-    virtual = "VIRTUAL sessions (not in this version) need it; COPIED does not"
-    try:
-        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
-    except OSError as error:
-        yield Probe("dev_fuse", False, f"/dev/fuse: {error.strerror}", virtual)
-    else:
-        yield Probe("dev_fuse", True, "/dev/fuse can be opened", virtual)
-    yield _fusermount(virtual)
-    yield _overlayfs(nearest_existing(session_dir))
-
-
-def _fusermount(consequence: str) -> Probe:
-    name = "fusermount"
-    program = shutil.which("fusermount3") or shutil.which("fusermount")
-    if program is None:
-        reason = "neither fusermount3 nor fusermount is in PATH"
-        if os.geteuid() == 0:
-            reason += "; root can mount without it"
-        return Probe(name, False, reason, consequence)
-    setuid = bool(Path(program).stat().st_mode & stat.S_ISUID)
-    if not setuid and os.geteuid() != 0:
-        return Probe(name, False, f"{program} is not setuid root", consequence)
-    return Probe(name, True, program, consequence)
-
-
-def _overlayfs(place: Path) -> Probe:
-    name, consequence = "overlayfs", "VIRTUAL sessions write through it if they can; not COPIED"
-    known = "\toverlay\n" in Path("/proc/filesystems").read_text()
-    if os.geteuid() != 0:
-        reason = f"only root can try; the kernel {'has' if known else 'has not loaded'} it"
-        return Probe(name, "unknown", reason, consequence)
-    try:
-        with tempfile.TemporaryDirectory(prefix=".propmaster-doctor-", dir=place) as scratch:
-            for part in ("lower", "upper", "work", "merged"):
-                Path(scratch, part).mkdir()
-            tried = subprocess.run(  # noqa: S603 - our own argv, no shell
-                [sys.executable, "-I", "-S", "-c", _TRY_OVERLAY, scratch],
-                capture_output=True,
-                text=True,
-                timeout=_MOUNT_SECONDS,
-                check=False,
-            )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return Probe(name, "unknown", f"it could not be tried in {place}: {error}", consequence)
-    if tried.returncode:
-        return Probe(name, False, f"in {place}: {tried.stderr.strip()}", consequence)
-    return Probe(name, True, f"mounted, written and unmounted in {place}", consequence)
-
-
 def _credentials(environment: Mapping[str, str], *, needed: bool) -> Probe:
     consequence = "no s3:// store can be used; file:// stores need none"
     try:
@@ -279,7 +214,13 @@ def _store_probes(
         yield _new_store(directory, consequence)
     else:
         yield Probe("store", True, f"{store.url} is a store's address", consequence, needed=True)
-        yield _request("store_list", lambda: _list(store), "outputs of other tasks are not found")
+        listed = _request("store_list", lambda: _list(store), "outputs of others are not found")
+        yield listed
+        if listed.reason.startswith(_SILENT):
+            for name in ("store_get", "store_put"):
+                reason = "not tried: the store does not answer"
+                yield Probe(name, "unknown", reason, consequence, needed=True)
+            return
         yield _request("store_get", lambda: _get(store), consequence)
     if write_probe:
         yield _request("store_put", lambda: _put(store), "no outputs can be stored")
@@ -298,13 +239,28 @@ def _new_store(directory: Path, consequence: str) -> Probe:
 def _request(name: str, request: Callable[[], str], consequence: str) -> Probe:
     try:
         return Probe(name, True, _waited_for(request), consequence, needed=True)
+    except StoreUnavailableError as error:
+        return Probe(name, False, f"{_SILENT}: {_why(error)}", consequence, needed=True)
     except PropmasterError as error:
         return Probe(name, False, _why(error), consequence, needed=True)
 
 
 def _waited_for(request: Callable[[], T]) -> T:
-    """Return what a request returns; another thread makes it, since none that waits is stopped."""
-    return Lanes(1).run(request, Cancellation())
+    """Return what a request returns; another thread makes it, since none that waits is stopped.
+
+    Raises:
+        StoreUnavailableError: Nothing came within _STORE_SECONDS.
+        PropmasterError: It failed.
+    """
+    patience = Cancellation()
+    timer = Timer(_STORE_SECONDS, patience.cancel)
+    timer.start()
+    try:
+        return Lanes(1).run(request, patience)
+    except CancelledError as error:
+        raise StoreUnavailableError(f"nothing came within {_STORE_SECONDS:.0f} s") from error
+    finally:
+        timer.cancel()
 
 
 def _list(store: Store) -> str:

@@ -55,7 +55,11 @@ def file_probes(settings: Settings, session_dir: Path) -> Iterator[Probe]:
         yield _session_directory(session_dir, None)
         yield _folding(scratch)
         yield _try("o_tmpfile", lambda: _o_tmpfile(scratch), "nothing: names are used instead")
-        yield _try("user_xattr", lambda: _user_xattr(scratch), "only VIRTUAL sessions use them")
+        yield _try(
+            "user_xattr",
+            lambda: _user_xattr(scratch),
+            "only a mount that is written to without overlayfs uses them",
+        )
         try:
             cached = _scratch(cache_dir, stack)
         except OSError as error:

@@ -26,7 +26,10 @@ MAY_IMPORT = {
     "agent_plugin/schema.py": CONTENT,
     "agent_plugin/settings.py": SETTINGS,
     "agent_plugin/services.py": [*SETTINGS, *TRANSFER],
-    "agent_plugin/doctor": [*SETTINGS, *TRANSFER, "agent_plugin.doctor_files"],
+    "agent_plugin/doctor": [
+        *(*SETTINGS, *TRANSFER, "agent_plugin.session.mounts"),
+        *("agent_plugin.doctor_files", "agent_plugin.doctor_mounts"),
+    ],
     "agent_plugin/cli/": ["agent_plugin"],
     "agent_plugin/__init__.py": [],
     "agent_plugin/__main__.py": ["agent_plugin.cli"],

@@ -15,10 +15,11 @@ AGENT_SESSIONS = Path("/sessions")
 
 
 class DoctorResult(msgspec.Struct):
-    """What `doctor` prints; `copied` is whether COPIED sessions can run here."""
+    """What `doctor` prints; `copied` and `virtual` are whether such sessions can run here."""
 
     version: str
     copied: bool
+    virtual: bool
     probes: list[Probe]
 
 
@@ -49,7 +50,7 @@ def command(
         raise click.UsageError("--write-probe needs --store")
     if session_dir is None:
         session_dir = AGENT_SESSIONS if AGENT_SESSIONS.is_dir() else Path(tempfile.gettempdir())
-    result = DoctorResult(__version__, True, [])
+    result = DoctorResult(__version__, True, False, [])
     for probe in examine(
         config, session_dir=session_dir, store_url=store_url, write_probe=write_probe
     ):
@@ -57,14 +58,17 @@ def command(
         if not as_json:
             _print(probe)
     result.copied = not any(probe.needed and probe.ok is False for probe in result.probes)
+    found = {probe.name: probe for probe in result.probes}
+    result.virtual = result.copied and found["virtual"].ok is True
     if as_json:
         print_json(result)
+    elif result.copied:
+        click.echo("\nCOPIED sessions can run here.")
+        reason = escaped(found["virtual"].reason)
+        can = "can run here" if result.virtual else "are COPIED here"
+        click.echo(f"VIRTUAL sessions {can}: {reason}.")
     else:
-        click.echo(
-            "\nCOPIED sessions can run here."
-            if result.copied
-            else "\nCOPIED sessions can not run here: see what is marked FAILS."
-        )
+        click.echo("\nNo session can run here: see what is marked FAILS.")
     if not result.copied:
         raise click.exceptions.Exit(1)
 

@@ -1,6 +1,8 @@
 """`propmaster doctor` says what the host can do, changes nothing, and tells no secret."""
 
+import os
 import resource
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +19,9 @@ from tests.servers.s3_server import S3Server
 NAMES = {
     *("platform", "python", "libraries", "settings", "clock", "open_files", "state_directory"),
     *("cache_directory", "cache_space", "session_directory", "name_folding", "o_tmpfile"),
-    *("user_xattr", "reflink", "copy_file_range", "dev_fuse", "fusermount", "overlayfs"),
-    *("credentials", "endpoint"),
+    *("user_xattr", "reflink", "copy_file_range", "credentials", "endpoint"),
+    *("dev_fuse", "cap_sys_admin", "fusermount", "user_allow_other", "user_namespaces"),
+    *("kernel_transport", "fusepy_transport", "overlayfs", "virtual"),
 }
 STORE_NAMES = {"store", "store_list", "store_get", "store_put", "store_owner"}
 
@@ -50,6 +53,12 @@ def test_a_fresh_host_is_fit_and_is_left_as_it_was(
     assert all(probe["reason"] and probe["consequence"] for probe in probes.values())
     assert {probe["ok"] for probe in probes.values()} <= {True, False, "unknown"}
     assert probes["copy_file_range"]["ok"] is True
+    assert done.json["virtual"] == probes["virtual"]["ok"]
+    if os.geteuid() == 0:
+        mounting = ("kernel_transport", "overlayfs", "virtual")
+        assert [probes[name]["ok"] for name in mounting] == [True, True, True]
+        assert "a file was mounted and read" in probes["kernel_transport"]["reason"]
+        assert probes["virtual"]["reason"].startswith("transport kernel (it is the faster one")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["sessions"]
 
 
@@ -59,10 +68,9 @@ def test_the_text_gives_each_probe_a_line_and_the_verdict_last(
     done = command("doctor", "--session-dir", sessions)
 
     lines = done.text.splitlines()
-    assert lines[-1] == "COPIED sessions can run here."
-    assert {line.split()[1] for line in lines if not line.startswith((" ", "COPIED")) and line} == (
-        NAMES
-    )
+    assert lines[-2] == "COPIED sessions can run here."
+    assert lines[-1].startswith("VIRTUAL sessions ")
+    assert {line.split()[1] for line in lines[:-2] if line and not line.startswith(" ")} == NAMES
 
 
 def test_a_state_directory_that_others_can_write_fails(command: Command, sessions: Path) -> None:
@@ -84,7 +92,7 @@ def test_a_cache_directory_that_is_a_link_fails(
 
     assert done.code == 1
     assert "FAILS   cache_directory" in done.text
-    assert "COPIED sessions can not run here" in done.text
+    assert "No session can run here" in done.text
 
 
 def test_a_wrong_settings_file_is_named_and_the_other_probes_go_on(
@@ -226,6 +234,20 @@ def test_a_store_that_nobody_serves_fails_and_needs_no_credentials_if_it_is_a_di
     absent = f"file://{tmp_path}/not/mounted"
     done = command("doctor", "--session-dir", sessions, "--store", absent, "--json")
     assert (done.code, _probes(done)["store"]["ok"]) == (1, False)
+
+
+@pytest.mark.slow
+def test_a_store_that_hangs_is_asked_once(sessions: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+        command = Command(tmp_path / "host", {**keys, "AWS_ENDPOINT_URL_S3": endpoint})
+        done = command("doctor", "--session-dir", sessions, "--store", "s3://bucket/p", "--json")
+
+    probes = _probes(done)
+    assert (done.code, probes["store_list"]["ok"]) == (1, False)
+    assert {probes[name]["ok"] for name in ("store_get", "store_put")} == {"unknown"}
+    assert "does not answer" in probes["store_get"]["reason"]
 
 
 def test_a_store_in_a_directory_that_can_still_be_made_is_well_and_is_not_made(

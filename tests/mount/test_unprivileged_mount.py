@@ -4,10 +4,12 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from string import ascii_letters
 
+import psutil
 import pytest
 
 from agent_plugin.content.digest import Digest
@@ -45,14 +47,13 @@ def mounted(user: Unprivileged) -> Path:
 def servers(user: Unprivileged) -> list[int]:
     """Return the processes that serve, the supervisor first."""
     found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (process / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if b"vfs" in words and any(os.fsencode(user.home) in word for word in words):
-            found.append(int(process.name))
-    return sorted(found)
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            words = process.cmdline()
+            if "vfs" in words and any(str(user.home) in word for word in words):
+                found.append((process.ppid(), process.pid))
+    pids = {pid for _, pid in found}
+    return [pid for _, pid in sorted(found, key=lambda both: both[0] in pids)]
 
 
 def is_replaced(user: Unprivileged, server: int) -> bool:
@@ -71,6 +72,16 @@ def test_a_user_mounts_reads_and_unmounts_without_root(user: Unprivileged) -> No
     # Not even root enters what /etc/fuse.conf does not let others into.
     assert "Permission denied" in user.run("ls", at, user=0).stderr
     assert user.propmaster("unmount", at).startswith("unmounted")
+    assert (user.mounts(), servers(user)) == ([], [])
+
+
+def test_the_doctor_of_who_is_not_root_tries_it(user: Unprivileged) -> None:
+    told = json.loads(user.propmaster("doctor", "--session-dir", user.home, "--json"))
+
+    found = {probe["name"]: probe for probe in told["probes"]}
+    assert found["kernel_transport"]["ok"] is True
+    for absent in ("cap_sys_admin", "overlayfs", "user_allow_other"):
+        assert found[absent]["ok"] is False
     assert (user.mounts(), servers(user)) == ([], [])
 
 
@@ -101,11 +112,15 @@ def test_a_killed_server_is_replaced_without_root_and_readers_see_a_pause(
 ) -> None:
     at = mounted(user)
     reader = user.popen("sh", "-c", f"for i in 1 2 3 4 5; do cat {at}/tex/*.tx; sleep 0.1; done")
-    for _ in range(3):
-        _, server = servers(user)
-        os.kill(server, signal.SIGKILL)
-        until(partial(is_replaced, user, server))
-    stdout, stderr = reader.communicate(timeout=60)
+    try:
+        for _ in range(3):
+            _, server = servers(user)
+            os.kill(server, signal.SIGKILL)
+            until(partial(is_replaced, user, server))
+        stdout, stderr = reader.communicate(timeout=60)
+    finally:
+        reader.kill()
+        reader.communicate()
 
     assert stderr == ""
     assert stdout == "".join(LETTERS[number] * SIZE for number in sorted(range(20), key=str)) * 5
