@@ -17,7 +17,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import xxhash
@@ -84,7 +84,7 @@ class Overlay:
         # Inputs that were removed while they were in use, since the server started.
         self._removed: set[int] = set()
         # With the tree's names, which are others after an update.
-        self._listings: dict[int, tuple[dict[bytes, int], list[Listed]]] = {}
+        self._listings: dict[int, tuple[Mapping[bytes, int], list[Listed]]] = {}
         self._subdirectories: dict[int, int] = {}
 
     @property
@@ -729,7 +729,7 @@ def _moment(wished: int | None, now: int, before: int) -> int:
     return now if wished == NOW else wished
 
 
-def _list(below: dict[bytes, int], names: dict[bytes, int]) -> list[Listed]:
+def _list(below: Mapping[bytes, int], names: dict[bytes, int]) -> list[Listed]:
     shown = [
         (position, name, names.get(name, node))
         for position, (name, node) in enumerate(below.items(), start=1)

@@ -14,7 +14,7 @@ from typing import Final
 
 from agent_plugin.content.overlay_marks import OPAQUE, read_mark, redirected
 from vfs.overlay_upper import Descriptor, Place, Upper, open_directory, open_regular
-from vfs.tree import ROOT, Tree
+from vfs.tree import ROOT, Names
 
 # Nodes that were made here; below are the tree's.
 MADE: Final = 1 << 62
@@ -57,7 +57,7 @@ class Index:
         again: Whether there was a server before, whose nodes the kernel knows.
     """
 
-    def __init__(self, tree: Tree, upper: Upper, instance: str, *, again: bool) -> None:
+    def __init__(self, tree: Names, upper: Upper, instance: str, *, again: bool) -> None:
         self._tree = tree
         self._upper = upper
         self._instance = instance

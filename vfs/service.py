@@ -25,7 +25,7 @@ from vfs.error_ledger import ErrorLedger
 from vfs.nodes import Attributes, Listed, Notifier, Space, WritableNodes
 from vfs.reader import BlobReader, OpenBlob
 from vfs.statistics import Statistics
-from vfs.tree import ROOT, Tree
+from vfs.tree import ROOT, Names
 
 XATTR_HASH: Final = b"user.propmaster.hash"
 XATTR_STATE: Final = b"user.propmaster.state"
@@ -65,7 +65,7 @@ class NodeService:
         notifier: Set by a transport that can tell the kernel something.
 
     Args:
-        tree: The names.
+        tree: The names: a manifest's, or those of all blobs by their hash.
         reader: The bytes.
         errors: Where failed reads are kept.
         statistics: What is counted.
@@ -74,7 +74,7 @@ class NodeService:
 
     def __init__(
         self,
-        tree: Tree,
+        tree: Names,
         reader: BlobReader,
         errors: ErrorLedger,
         statistics: Statistics,

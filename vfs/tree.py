@@ -10,14 +10,58 @@ reader that runs beside it sees each directory as it was before or as it is afte
 """
 
 from array import array
-from collections.abc import Iterator, Sequence
-from typing import Final
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final, Protocol
 
 from agent_plugin.content.digest import Digest
 from agent_plugin.content.errors import PathClashError
 from agent_plugin.content.manifest import FileEntry, Manifest
 
 ROOT: Final = 1
+
+
+class Names(Protocol):
+    """A tree of names that never change what they mean; as `Tree` has them."""
+
+    def __len__(self) -> int:
+        """How many nodes there are."""
+
+    def exists(self, node: int) -> bool:
+        """Whether there is such a node."""
+
+    def is_directory(self, node: int) -> bool:
+        """Whether the node is a directory; otherwise it is a file."""
+
+    def lookup(self, directory: int, name: bytes) -> int | None:
+        """Return the node of a name in a directory, None if there is none."""
+
+    def names(self, directory: int) -> Mapping[bytes, int]:
+        """Return a directory's names and their nodes."""
+
+    def find(self, path: str) -> int | None:
+        """Return the node at a path below the root, None if there is none."""
+
+    def parent(self, node: int) -> int:
+        """Return the node of the directory above; that of the root is the root."""
+
+    def entry(self, node: int) -> FileEntry:
+        """Return the manifest's entry of a file."""
+
+    def digest(self, node: int) -> Digest:
+        """Return what blob a file is."""
+
+    def size(self, node: int) -> int:
+        """Return the bytes of a file, 0 for a directory."""
+
+    def mtime_ns(self, node: int) -> int:
+        """Return when the content changed, in nanoseconds since the epoch."""
+
+    def nodes_of(self, hash_: str) -> list[int]:
+        """Return the nodes of all files with a content."""
+
+    @property
+    def bytes(self) -> int:
+        """Of all files."""
 
 
 class Tree:

@@ -45,7 +45,7 @@ from vfs.reader import WRONG_SECONDS, BlobReader
 from vfs.service import NodeService, Ownership
 from vfs.statistics import Statistics
 from vfs.streaming import StreamPolicy
-from vfs.tree import Tree
+from vfs.tree import ROOT, Tree
 
 PLENTY = 1 << 40
 KIBIBYTE = 1024
@@ -424,7 +424,7 @@ def test_a_missing_blob_is_an_error_with_one_line_in_the_ledger(
     rig.put(there, data)
     name = os.fsdecode(b"lost-\xff.tx")
     service, errors = served({name: missing, "there.tx": there})
-    lost, found = service.tree.find(name), service.tree.find("there.tx")
+    lost, found = service.lookup(ROOT, os.fsencode(name)), service.lookup(ROOT, b"there.tx")
     assert lost is not None
     assert found is not None
 
@@ -444,7 +444,7 @@ def test_a_missing_blob_is_an_error_with_one_line_in_the_ledger(
 def test_a_read_past_the_end_is_empty_and_needs_no_blob(served: Serve) -> None:
     missing, _ = blob(22, 300)
     service, errors = served({"a": missing})
-    node = service.tree.find("a")
+    node = service.lookup(ROOT, b"a")
     assert node is not None
     assert service.read(node, 300, 10, Cancellation()) == b""
     assert service.read_now(node, 1000, memoryview(bytearray(10))) == 0
@@ -454,7 +454,7 @@ def test_a_read_past_the_end_is_empty_and_needs_no_blob(served: Serve) -> None:
 def test_whoever_is_gone_is_counted_and_is_no_failure(rig: Rig, served: Serve) -> None:
     missing, _ = blob(23, 300)
     service, errors = served({"a": missing})
-    node = service.tree.find("a")
+    node = service.lookup(ROOT, b"a")
     assert node is not None
     gone = Cancellation()
     gone.cancel()
@@ -500,7 +500,7 @@ def test_a_read_that_is_refused_is_asked_for_again_at_once_and_not_tried_again(
     digest, data = blob(27)
     rig.put(*blob(28))
     service, _ = served({"late.tx": digest})
-    node = service.tree.find("late.tx")
+    node = service.lookup(ROOT, b"late.tx")
     assert node is not None
 
     with pytest.raises(BlobNotFoundError):
@@ -664,7 +664,7 @@ def test_a_corrupt_large_blob_fails_once_it_is_complete_and_is_not_published(
     cache = rig.cache()
     reader = rig.reader(cache)
     service, errors = served({"big.abc": digest, "copies/big.abc": digest}, reader)
-    node = service.tree.find("big.abc")
+    node = service.lookup(ROOT, b"big.abc")
     assert node is not None
 
     assert service.read(node, 0, 1000, Cancellation()) == data[:1000], "that much is known later"
@@ -689,7 +689,7 @@ def test_what_came_wrong_is_verified_whole_before_it_is_read_again(
     stored = rig.home / "store" / blob_key(digest)
     flip_a_bit(stored, 0)
     service, _ = served({"big.abc": digest}, rig.reader(rig.cache()))
-    node = service.tree.find("big.abc")
+    node = service.lookup(ROOT, b"big.abc")
     assert node is not None
     with pytest.raises(BlobCorruptError):
         service.read(node, 0, LARGE, Cancellation())
@@ -717,7 +717,7 @@ def test_what_was_read_before_it_turned_out_wrong_is_in_the_ledger_for_each_of_i
     flip_a_bit(rig.home / "store" / blob_key(digest), 0)
     reader = rig.reader(rig.cache())
     service, errors = served({"big.abc": digest, "copies/big.abc": digest}, reader)
-    node = service.tree.find("big.abc")
+    node = service.lookup(ROOT, b"big.abc")
     assert node is not None
     part = SMALL_PARTS.part_bytes
     # From the end on, so that nothing is fetched ahead, but in the end the one that is missing.
@@ -742,7 +742,7 @@ def test_a_damaged_large_blob_in_the_cache_is_found_beside_the_reading(
     flip_a_bit(rig.cached(digest), LARGE // 2)
     reader = rig.reader(cache)
     service, errors = served({"big.abc": digest}, reader)
-    node = service.tree.find("big.abc")
+    node = service.lookup(ROOT, b"big.abc")
     assert node is not None
 
     assert service.read(node, 0, 100, Cancellation()) == data[:100]
@@ -779,7 +779,7 @@ def test_a_disk_that_fills_while_a_large_blob_comes_is_an_error_of_this_host(
         rig.spool = disk
         reader = rig.reader(None)
         service, errors = served({"big.abc": digest}, reader)
-        node = service.tree.find("big.abc")
+        node = service.lookup(ROOT, b"big.abc")
         assert node is not None
         assert service.read(node, 0, 10, Cancellation()) == data[:10]
         with pytest.raises(PropmasterError, match="space"):
