@@ -212,7 +212,7 @@ class Server:
         spec = self._spec
         if session is None:
             at = spec.staged if again and may_administer() else spec.lower
-            return _fusepy_transport(service, spec, at), "the transport is fusepy"
+            return _fusepy_transport(overlay or service, spec, at), "the transport is fusepy"
         if overlay is not None:
             return WritableKernelTransport(fd, overlay), self.plan.reason
         passthrough, why = start_passthrough(

@@ -144,11 +144,6 @@ class Supervisor:
         """
         self._choice = choose_transport(self._spec.transport)
         if self._choice.transport == FUSEPY:
-            if self._spec.writes == OVERLAY:
-                raise MountFailedError(
-                    "our own overlay can not be served through fusepy"
-                    f" ({self._choice.reason}; {self._spec.writes_reason})"
-                )
             return
         writable = self._spec.writes == OVERLAY
         self._fd = mount_fuse(self._spec.lower, self._spec.name, writable=writable)

@@ -15,7 +15,7 @@ from agent_plugin.content import events
 from agent_plugin.content.errors import MountFailedError, MountReadFailedError, local_write_error
 from agent_plugin.content.leftovers import partial_name
 from agent_plugin.content.manifest import Manifest
-from agent_plugin.content.mount_probe import kernel_obstacle
+from agent_plugin.content.mount_probe import fusepy_obstacle, kernel_obstacle
 from agent_plugin.content.mount_table import is_mounted
 from agent_plugin.content.writes_probe import AUTO as WRITES_AUTO
 from agent_plugin.content.writes_probe import choose_writes
@@ -40,11 +40,9 @@ class Choice:
 
 
 def mount_obstacle() -> str:
-    """Return why this host can not mount, or that it may not; empty if nothing is known to stop it.
-
-    Source: proc_filesystems(5).
-    """
-    return kernel_obstacle()
+    """Return why this host can not mount, or may not; empty if nothing is known to stop it."""
+    obstacle = kernel_obstacle()
+    return obstacle if obstacle and fusepy_obstacle() else ""
 
 
 def choose(wished: str, root: RootState, manifest: Manifest | None, state: SessionState) -> Choice:

@@ -39,4 +39,5 @@ _OF_OVERLAYFS = {
 STACKS = [
     Stack("kernel", "overlayfs", differs=_OF_OVERLAYFS),
     Stack("fusepy", "overlayfs", differs=_OF_OVERLAYFS),
+    Stack("fusepy", "overlay"),
 ]
