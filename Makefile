@@ -12,6 +12,12 @@ VENV_PACKAGES := python3-venv
 # For the tests: a real renderer, and the file systems that some of them make and mount.
 TEST_PACKAGES := povray povray-examples xfsprogs btrfs-progs e2fsprogs exfatprogs exfat-fuse libfuse2
 
+# For the suites of others that `make test-mount` runs in mounts.
+MOUNT_PACKAGES := fio git rsync stress-ng
+# Debian also splits off Python's own tests.
+PYTHON_TESTS = $(shell "$(PYTHON)" -c 'import test.test_os' 2>/dev/null \
+  || "$(PYTHON)" -c 'import sys; print("libpython%d.%d-testsuite" % sys.version_info[:2])')
+
 # $(call install_packages,PACKAGES): those that are missing, or else the exact command to run.
 define install_packages
 @missing=; for package in $(1); do \
@@ -34,7 +40,7 @@ endef
 # The stamps below are made once each, whatever -j says.
 .NOTPARALLEL:
 
-.PHONY: demo test test-slow check bench install peers system system-venv clean lock
+.PHONY: demo test test-slow test-mount check bench install peers system system-venv clean lock
 
 demo: $(VENV)/.installed
 	$(BIN)/propmaster demo
@@ -44,6 +50,11 @@ test: system $(VENV)/.installed peers check
 
 test-slow: system $(VENV)/.installed peers
 	$(BIN)/python -m pytest -m slow
+
+# Mounting needs root.
+test-mount: system $(VENV)/.installed
+	$(call install_packages,$(MOUNT_PACKAGES) $(PYTHON_TESTS))
+	$(BIN)/python -m pytest tests/mount -m "slow or not slow"
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -103,8 +103,10 @@ def mount_overlay(lower: Path, upper: Path, work: Path, at: Path, name: str) -> 
         if set(os.fspath(directory)) & SPECIAL_CHARACTERS:
             raise _refused(f"{directory} has a character that overlayfs takes for its own")
     _forget_origins(upper)
+    # xino: otherwise a file gets another number and device when it is changed for the first time.
     options = (
-        f"lowerdir={lower},upperdir={upper},workdir={work},metacopy=on,redirect_dir=on,index=off"
+        f"lowerdir={lower},upperdir={upper},workdir={work}"
+        ",metacopy=on,redirect_dir=on,index=off,xino=on"
     )
     _mount(name, at, "overlay", _MS_NOSUID | _MS_NODEV, options)
 
