@@ -47,8 +47,22 @@ OUTPUTS: dict[str | bytes, bytes] = {
 
 
 @pytest.fixture
-def hosts(tmp_path: Path) -> Iterator[dict[str, Host]]:
-    hosts = {kind: Host(tmp_path / kind, f"file://{tmp_path}/store") for kind in ("V", "C")}
+def transport() -> str:
+    return "kernel"
+
+
+@pytest.fixture
+def writes() -> str:
+    return "overlayfs"
+
+
+@pytest.fixture
+def hosts(tmp_path: Path, transport: str) -> Iterator[dict[str, Host]]:
+    settings = {"mounts": {"transport": transport}}
+    hosts = {
+        kind: Host(tmp_path / kind, f"file://{tmp_path}/store", settings=settings)
+        for kind in ("V", "C")
+    }
     yield hosts
     for mount in reversed(read_mounts()):
         if mount.mountpoint.startswith(f"{tmp_path}/"):
@@ -72,8 +86,10 @@ def job(tmp_path: Path, hosts: dict[str, Host]) -> JobDocument:
 
 
 @pytest.fixture
-def virtual(tmp_path: Path, hosts: dict[str, Host]) -> Sessions:
-    return Sessions(tmp_path / "virtual", hosts["V"])
+def virtual(tmp_path: Path, hosts: dict[str, Host], writes: str) -> Sessions:
+    # A comma is overlayfs's own, so that our own overlay takes its place.
+    name = "virtual" if writes == "overlayfs" else "virtual, with our own overlay"
+    return Sessions(tmp_path / name, hosts["V"])
 
 
 @pytest.fixture
@@ -138,8 +154,12 @@ def after_the_sync(root: Path) -> None:
     (root / "scene.usd").unlink()
 
 
+@pytest.mark.parametrize(
+    ("transport", "writes"),
+    [("kernel", "overlayfs"), ("fusepy", "overlayfs"), ("kernel", "overlay")],
+)
 def test_a_steps_outputs_come_as_to_a_copied_session_and_are_nobodys(
-    virtual: Sessions, copied: Sessions, job: JobDocument
+    virtual: Sessions, copied: Sessions, job: JobDocument, transport: str, writes: str
 ) -> None:
     results: list[list[object]] = []
     for at, (sessions, kind) in enumerate(((virtual, "VIRTUAL"), (copied, "COPIED"))):
@@ -150,6 +170,10 @@ def test_a_steps_outputs_come_as_to_a_copied_session_and_are_nobodys(
         sync(sessions)
         if kind == "VIRTUAL":
             assert fetched(sessions, root) == 0
+            assert (status(sessions, root)["transport"], status(sessions, root)["writes"]) == (
+                transport,
+                writes,
+            )
         found.append(files_below(root))
         for number, edit in enumerate((None, after_the_sync, None)):
             if edit is not None:
