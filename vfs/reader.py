@@ -13,9 +13,11 @@ reading. Whatever is wrong goes to quarantine and is fetched anew.
 What the cache has is looked at by threads of their own: those that fetch may all be waiting for a
 store that hangs, and what is on this host is read all the same.
 
-Concurrency: any thread may call anything. `read_now` never waits for a store or another process.
+Concurrency: any thread may call anything. `read_now` never waits for a store, another process or
+a disk.
 """
 
+import errno
 import os
 import resource
 import tempfile
@@ -31,7 +33,7 @@ from typing import Final
 
 from agent_plugin.content import events
 from agent_plugin.content.blob_cache import BlobCache, Claim
-from agent_plugin.content.digest import EMPTY_HASH, Digest, hash_fd
+from agent_plugin.content.digest import EMPTY_HASH, Digest, hash_fd, hash_of
 from agent_plugin.content.errors import (
     BlobCorruptError,
     CancelledError,
@@ -48,6 +50,8 @@ from vfs.waiting import result_of
 
 # Above, a blob may be read before all of it is here and verified.
 STRICT_BYTES: Final = 64 * 1024 * 1024
+# What is read of the cache at once and not kept open: as much as the kernel asks for at once.
+SMALL_BYTES: Final = 1024 * 1024
 # As long as another process's fetch is waited for; it may have been stopped.
 SINGLE_FLIGHT_SECONDS: Final = 60.0
 # How long who opens a large blob waits for it to be hashed, so that the kernel can read it itself;
@@ -55,6 +59,8 @@ SINGLE_FLIGHT_SECONDS: Final = 60.0
 VERIFY_SECONDS: Final = 0.25
 # Threads that fetch: with 30 ms to the store, 32 bring 1,000 small files a second.
 FETCHES_AT_ONCE: Final = 32
+# As many blobs that were used are told to the cache at once.
+USES_AT_ONCE: Final = 256
 # Threads that look for blobs on this host, and hash them.
 LOOKS_AT_ONCE: Final = 8
 # How often the cache is told what was used, in seconds; it evicts what was used least recently, by
@@ -88,17 +94,23 @@ class OpenBlob:
         self.kept_at = time.monotonic()
         self.was_read = self.is_wrong = False
 
-    def read(self, buffer: memoryview, offset: int) -> int:
+    def read(self, buffer: memoryview, offset: int, *, waits: bool = True) -> int:
         """Read by position; return the number of bytes, or -1 if they are wrong.
+
+        Args:
+            buffer: As long as what is wanted.
+            offset: In bytes.
+            waits: For the disk; otherwise less may come, or EAGAIN.
 
         Raises:
             OSError: The disk does not give them.
         """
-        if self.is_verified:
-            return os.preadv(self.fd, [buffer], offset)
-        # Noted before and looked at after: one of both sees what the other does.
-        self.was_read = True
-        count = os.preadv(self.fd, [buffer], offset)
+        if not self.is_verified:
+            # Noted before and looked at after: one of both sees what the other does.
+            self.was_read = True
+        count = (
+            os.preadv(self.fd, [buffer], offset) if waits else _in_memory(self.fd, buffer, offset)
+        )
         return -1 if self.is_wrong else count
 
     def __del__(self) -> None:
@@ -118,6 +130,17 @@ class WrongBlob:
     streamed: Streamed
     error: PropmasterError
     until: float
+
+
+def _in_memory(fd: int, buffer: memoryview, offset: int) -> int:
+    """Read what is in the page cache; fewer bytes, or EAGAIN, if that is not all."""
+    try:
+        return os.preadv(fd, [buffer], offset, os.RWF_NOWAIT)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        # A file system that can not tell, such as an old overlayfs.
+        return os.preadv(fd, [buffer], offset)
 
 
 def _tell_nobody(_digest: Digest, _error: PropmasterError) -> None:
@@ -172,6 +195,8 @@ class BlobReader:
     def close(self) -> None:
         """Stop fetching; descriptors are closed as their readers let go of them."""
         self._halt.cancel()
+        if self._cache is not None:
+            self._cache.note_uses()
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._disk.shutdown(wait=False, cancel_futures=True)
         with self._lock:
@@ -196,10 +221,12 @@ class BlobReader:
         blob = self._open.get(digest.hex)
         if blob is not None:
             self._note_use(digest)
-            return blob.read(buffer, offset)
+            return blob.read(buffer, offset, waits=False)
         streamed = self._streamed.get(digest.hex)
         if streamed is not None:
             return streamed.read_now(offset, buffer)
+        if len(buffer) == digest.size <= SMALL_BYTES and digest.hex not in self._under_way:
+            return self._read_small_now(digest, buffer)
         return -1
 
     def read(self, digest: Digest, offset: int, length: int, cancellation: Cancellation) -> bytes:
@@ -218,6 +245,8 @@ class BlobReader:
             streamed = self._stream(digest, cancellation)
             if streamed is not None:
                 return streamed.read(offset, length, cancellation)
+        if length == digest.size <= SMALL_BYTES and (small := self._read_small(digest)) is not None:
+            return small
         data = bytearray(length)
         count = -1
         while count < 0:
@@ -254,6 +283,8 @@ class BlobReader:
         A blob that is open is not looked for again; without this it would seem to have been used
         when it was opened, and make room for what others fetch.
         """
+        if self._cache is not None:
+            self._cache.note_uses()
         used, self._used = self._used, set()
         for hex_ in used:
             blob = self._open.get(hex_)
@@ -303,6 +334,46 @@ class BlobReader:
                 with self._lock:
                     del self._checks[digest.hex]
         return future.result()
+
+    def _read_small_now(self, digest: Digest, buffer: memoryview) -> int:
+        """Read a small blob whole, verified, if cache and page cache have it; otherwise -1."""
+        cache = self._cache
+        fd = cache.open_blob_now(digest) if cache is not None else None
+        if fd is None or cache is None:
+            return -1
+        try:
+            count = _in_memory(fd, buffer, 0)
+        finally:
+            os.close(fd)
+        if count != digest.size or hash_of(buffer) != digest.hex:
+            return -1
+        self._statistics.count(blobs_from_cache=1, bytes_from_cache=count)
+        if cache.uses_to_note >= USES_AT_ONCE:
+            self._disk.submit(cache.note_uses)
+        return count
+
+    def _read_small(self, digest: Digest) -> bytes | None:
+        """Return a small blob whole and verified if the cache has it, read by this thread.
+
+        Hashing it again when more of it is asked for costs less than another thread and a
+        descriptor do.
+        """
+        if self._cache is None or digest.hex in self._open or digest.hex in self._under_way:
+            return None
+        try:
+            fd = self._cache.open_blob(digest)
+            if fd is None:
+                return None
+            try:
+                data = os.pread(fd, digest.size, 0)
+            finally:
+                os.close(fd)
+        except (LocalError, OSError):
+            return None
+        if hash_of(data) != digest.hex:
+            return None  # Found once more, by who throws it out.
+        self._statistics.count(blobs_from_cache=1, bytes_from_cache=digest.size)
+        return data
 
     def _note_use(self, digest: Digest) -> None:
         self._used.add(digest.hex)

@@ -193,6 +193,23 @@ class BlobCache:
         """
         return self._files.open_blob(digest)
 
+    def open_blob_now(self, digest: Digest) -> int | None:
+        """As `open_blob`, but None too when the disk would have to be waited for.
+
+        What is wrong with a blob is left to `open_blob`. That it was used is written later, by
+        `note_uses`.
+        """
+        return self._files.open_blob_now(digest)
+
+    @property
+    def uses_to_note(self) -> int:
+        """How many blobs have been used that `note_uses` has not told of."""
+        return self._files.uses_to_note
+
+    def note_uses(self) -> None:
+        """Write down which blobs `open_blob_now` has opened, so that others are evicted first."""
+        self._files.note_uses()
+
     def read_by_hash(self, hash_: str, *, max_bytes: int) -> bytes | None:
         """Return a blob of which only the hash is known, verified; None when it is not here.
 

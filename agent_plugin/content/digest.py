@@ -66,6 +66,11 @@ def hash_name(name: str) -> str:
     return xxhash.xxh3_128_hexdigest(os.fsencode(name))
 
 
+def hash_of(data: "bytes | bytearray | memoryview") -> str:
+    """Return the 32 hex digits of the xxh128 of bytes."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
 def hash_fd(fd: int, *, offset: int = 0, cancellation: "Cancellation | None" = None) -> Digest:
     """Return the digest of a file from `offset` to its end, without moving its position.
 

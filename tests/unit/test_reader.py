@@ -238,6 +238,61 @@ def test_a_cached_blob_is_verified_once_and_not_for_each_read(rig: Rig) -> None:
     assert rig.count("blobs_quarantined") == 0
 
 
+def read_at_once(reader: BlobReader, digest: Digest) -> bytes | None:
+    """Read all of a blob without waiting.
+
+    Again, by waiting, if the disk would have been needed: to look at the cache's directory for the
+    first time, or because somebody has just dropped what the kernel has in memory.
+    """
+    for _ in range(10):
+        data = read_now(reader, digest, 0, digest.size)
+        if data is not None:
+            return data
+        read(reader, digest)
+    return None
+
+
+def test_a_small_blob_is_read_whole_at_once_and_verified_each_time(
+    rig: Rig, expected_events: set[str]
+) -> None:
+    expected_events.add(events.CACHE_QUARANTINED)
+    digest, data = blob(4)
+    rig.put(digest, data)
+    rig.cache().add(digest, data)
+    reader = rig.reader(rig.cache())
+    assert read_at_once(reader, digest) == data
+    assert list(reader._open) == []
+    flip_a_bit(rig.cached(digest), 4999)
+    assert read_now(reader, digest, 0, len(data)) is None
+    assert read(reader, digest) == data
+    assert rig.count("blobs_quarantined") == 1
+    assert rig.count("blobs_fetched") == 1
+
+
+def test_what_is_read_at_once_counts_as_used(rig: Rig) -> None:
+    digest, data = blob(4)
+    rig.cache().add(digest, data)
+    reader = rig.reader(rig.cache())
+    assert read(reader, digest) == data
+    os.utime(rig.cached(digest), (1, 1))
+    assert read_at_once(reader, digest) == data
+    reader.close()
+    assert rig.cached(digest).stat().st_mtime > 1_000_000_000
+
+
+def test_what_was_read_least_recently_is_closed_first(rig: Rig) -> None:
+    reader = rig.reader(rig.cache())
+    reader._most_open = 2
+    blobs = [blob(60 + number) for number in range(3)]
+    for digest, data in blobs[:2]:
+        rig.put(digest, data)
+        assert read(reader, digest, 0, 10) == data[:10]
+    assert read_now(reader, blobs[0][0], 0, 10) is not None
+    rig.put(*blobs[2])
+    read(reader, blobs[2][0], 0, 10)
+    assert list(reader._open) == [blobs[0][0].hex, blobs[2][0].hex]
+
+
 def test_sixteen_readers_share_one_fetch(s3_rig: Rig, fault_proxy: FaultProxy) -> None:
     digest, data = blob(5)
     s3_rig.put(digest, data)
@@ -820,7 +875,7 @@ def test_descriptors_are_closed_when_the_last_reader_lets_go(rig: Rig) -> None:
     digest, data = blobs[0]
     kept = reader.open(digest, Cancellation())
     for other, _ in blobs[1:]:
-        read(reader, other)
+        read(reader, other, 0, 10)
     assert hash_fd(kept.fd) == digest
     fd = kept.fd
     del kept
@@ -892,7 +947,7 @@ def test_a_large_blob_is_begun_once_and_holds_nobody_else_up(rig: Rig) -> None:
         firsts = [threads.submit(read, reader, digest, at, 10) for at in range(4)]
         until(lambda: len(opened) == 1)
         try:
-            assert read(reader, small) == small_data
+            assert read(reader, small, 0, 10) == small_data[:10]
             assert read_now(reader, small, 0, 10) == small_data[:10]
             assert read_now(reader, digest, 0, 10) is None
         finally:
