@@ -32,7 +32,7 @@ from agent_plugin.content.mount_probe import (
     kernel_obstacle,
     may_allow_other,
 )
-from agent_plugin.content.mount_spec import Ready
+from agent_plugin.content.mount_spec import NO_WRITES, OVERLAY, OVERLAYFS, Ready
 from agent_plugin.content.store import Cancellation
 from agent_plugin.doctor_files import Probe, nearest_existing
 from agent_plugin.session.mounts import CachePlace, MountRequest, Mounts, ask_mount
@@ -96,11 +96,11 @@ def mount_probes(session_dir: Path) -> Iterator[Probe]:
     yield _user_namespaces()
     place = nearest_existing(session_dir)
     overlayfs = _overlayfs(place)
-    tried = _try_mount(place, AUTO, "overlayfs" if overlayfs.ok is True else "none")
+    tried = _try_mount(place, AUTO, OVERLAYFS if overlayfs.ok is True else OVERLAY)
     yield _kernel_transport(place, tried)
     yield _fusepy_transport(tried)
     yield overlayfs
-    yield _virtual(place, overlayfs, tried)
+    yield _virtual(place, tried)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +174,7 @@ def _kernel_transport(place: Path, tried: Tried) -> Probe:
     consequence = "mounts go through libfuse 2 (fusepy_transport), or not at all"
     obstacle = kernel_obstacle()
     if not obstacle and tried.transport != KERNEL:
-        tried = _try_mount(place, KERNEL, "none")
+        tried = _try_mount(place, KERNEL, NO_WRITES)
         obstacle = tried.failure
     if obstacle:
         return Probe(name, False, obstacle, consequence)
@@ -192,7 +192,10 @@ def _fusepy_transport(tried: Tried) -> Probe:
 
 
 def _overlayfs(place: Path) -> Probe:
-    name, consequence = "overlayfs", "VIRTUAL sessions need it to be written to"
+    name, consequence = (
+        "overlayfs",
+        "what is written to a mount is kept by our own overlay, slower",
+    )
     known = "\toverlay\n" in Path("/proc/filesystems").read_text()
     if not fusermount.may_administer():
         reason = f"it needs CAP_SYS_ADMIN; the kernel {'has' if known else 'has not loaded'} it"
@@ -210,12 +213,10 @@ def _overlayfs(place: Path) -> Probe:
     return Probe(name, True, f"mounted, written and unmounted in {place}", consequence)
 
 
-def _virtual(place: Path, overlayfs: Probe, tried: Tried) -> Probe:
+def _virtual(place: Path, tried: Tried) -> Probe:
     name, consequence = "virtual", "VIRTUAL and AUTO sessions are COPIED, and say so"
     if tried.ready is None:
         return Probe(name, False, tried.failure, consequence)
-    if overlayfs.ok is not True:
-        return Probe(name, False, f"overlayfs: {overlayfs.reason}", consequence)
     reason = (
         f"transport {tried.transport} ({tried.ready.reason}), writes {tried.ready.writes};"
         f" mounted, read and written in {place}"
@@ -259,7 +260,7 @@ def _mounted(place: Path, transport: str, writes: str) -> Tried:
         except CancelledError as error:
             raise TimeoutError(f"it was not mounted within {_MOUNT_SECONDS:.0f} s") from error
         try:
-            writable = "read-only" if writes == "none" else "writable"
+            writable = "read-only" if writes == NO_WRITES else "writable"
             refusal = _run(_USE_MOUNT, os.fspath(scratch / "mnt"), _CONTENT.decode(), writable)
             if refusal:
                 raise OSError(f"it was mounted, but {refusal}")

@@ -14,7 +14,7 @@ from typing import Final
 from agent_plugin.content.errors import local_write_error
 from agent_plugin.content.mount_spec import OVERLAY, OVERLAYFS
 from agent_plugin.content.mount_table import unmount
-from agent_plugin.content.overlay_marks import USER_MARKS, marks_of
+from agent_plugin.content.overlay_marks import OPAQUE, TRUSTED_MARKS, USER_MARKS, marks_of
 
 AUTO: Final = "auto"
 # What overlayfs takes for its own in a path among its options.
@@ -72,6 +72,12 @@ def _try(scratch: Path) -> str:
         f"lowerdir={scratch}/lower,upperdir={scratch}/upper,workdir={scratch}/work"
         ",metacopy=on,redirect_dir=on,index=off"
     )
+    try:
+        os.setxattr(scratch / "upper", TRUSTED_MARKS.opaque, OPAQUE)
+        os.removexattr(scratch / "upper", TRUSTED_MARKS.opaque)
+    except OSError as error:
+        # In a user namespace overlayfs mounts all the same, and then forgets what was removed.
+        return f"overlayfs's marks can not be set: {error.strerror}"
     libc = ctypes.CDLL(None, use_errno=True)
     at = os.fsencode(scratch / "at")
     if libc.mount(b"probe", at, b"overlay", ctypes.c_ulong(0), os.fsencode(options)):

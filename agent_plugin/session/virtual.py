@@ -1,11 +1,12 @@
 """Which roots of a session are mounted instead of copied, why, and how they are.
 
-A root can be mounted when the host can (CAP_SYS_ADMIN, /dev/fuse, overlayfs), when it has inputs,
-and when it is a directory of the session that no other root is in. Everything else is copied, and
-the result says why.
+A root can be mounted when the host can (/dev/fuse, and CAP_SYS_ADMIN or fusermount3), when it has
+inputs, and when it is a directory of the session that no other root is in. Everything else is
+copied, and the result says why.
 """
 
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import Final
 
 from agent_plugin.content import events
 from agent_plugin.content.errors import MountFailedError, MountReadFailedError, local_write_error
+from agent_plugin.content.fusermount import may_administer
 from agent_plugin.content.leftovers import partial_name
 from agent_plugin.content.manifest import Manifest
-from agent_plugin.content.mount_probe import fusepy_obstacle, kernel_obstacle
+from agent_plugin.content.mount_probe import fusepy_obstacle, kernel_obstacle, may_allow_other
 from agent_plugin.content.mount_table import is_mounted
 from agent_plugin.content.writes_probe import AUTO as WRITES_AUTO
 from agent_plugin.content.writes_probe import choose_writes
@@ -39,10 +41,24 @@ class Choice:
     reason: str = ""
 
 
-def mount_obstacle() -> str:
-    """Return why this host can not mount, or may not; empty if nothing is known to stop it."""
+def mount_obstacle(session_dir: Path) -> str:
+    """Return why this host can not mount, or that it may not; empty if nothing is known to stop it.
+
+    Without root a mount may be for its user alone. That is no obstacle where only that user gets to
+    the session directory; where it is open to others, jobs are run by another user.
+    """
     obstacle = kernel_obstacle()
-    return obstacle if obstacle and fusepy_obstacle() else ""
+    if obstacle and fusepy_obstacle():
+        return obstacle
+    if may_administer() or may_allow_other():
+        return ""
+    mode = os.stat(session_dir).st_mode  # noqa: PTH116 - its mode, of a path as text
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        return (
+            f"{session_dir} is open to others, whom a mount made without root lets in only with"
+            " user_allow_other in /etc/fuse.conf"
+        )
+    return ""
 
 
 def choose(wished: str, root: RootState, manifest: Manifest | None, state: SessionState) -> Choice:
@@ -81,7 +97,7 @@ def _obstacle(root: RootState, manifest: Manifest | None, state: SessionState) -
             Path(other.local_root).is_relative_to(place) or place.is_relative_to(other.local_root)
         ):
             return f"{other.local_root} is nested with it"
-    return mount_obstacle()
+    return mount_obstacle(Path(state.session_dir))
 
 
 def mount(

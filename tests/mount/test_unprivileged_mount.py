@@ -14,12 +14,15 @@ import pytest
 
 from agent_plugin.content.digest import Digest
 from tests.mount.conftest import END_SECONDS, Mounter
+from tests.servers.hooks import FARM, JOB, QUEUE, step, task
 from tests.servers.other_user import NOBODY
 from tests.servers.proxied_object import until
+from tests.servers.trees import write_files
 from tests.servers.unprivileged import Unprivileged, unprivileged
 
 SOMEBODY_ELSE = NOBODY - 1
 SIZE = 300_000
+ACTION = f"sessionaction-{1:032x}-0"
 LETTERS = ascii_letters
 
 
@@ -75,14 +78,103 @@ def test_a_user_mounts_reads_and_unmounts_without_root(user: Unprivileged) -> No
     assert (user.mounts(), servers(user)) == ([], [])
 
 
+@pytest.mark.slow
+def test_the_root_of_a_user_namespace_mounts_and_writes(
+    user: Unprivileged,
+) -> None:
+    at = mounted(user)
+    user.propmaster("unmount", at)
+    inside = " ".join(
+        [
+            f"cd {user.home}; export PROPMASTER_CONFIG={user.host.config}; exec 2>&1",
+            f'; p() {{ {user.words()} "$@"; }}',
+            f"; p mount job.manifest {at} --store {user.host.store_url} --work-dir work",
+            f"&& rm -r {at}/tex && mkdir {at}/tex && echo new > {at}/tex/new && ls {at}/tex",
+            f"; p unmount {at}",
+        ]
+    )
+    done = user.run("unshare", "--user", "--map-root-user", "--mount", "sh", "-c", inside)
+
+    lines = done.stdout.splitlines()
+    assert "writable" in lines[0], done.stdout
+    assert lines[1:] == ["new", f"unmounted {at}"]
+
+
 def test_the_doctor_of_who_is_not_root_tries_it(user: Unprivileged) -> None:
     told = json.loads(user.propmaster("doctor", "--session-dir", user.home, "--json"))
 
     found = {probe["name"]: probe for probe in told["probes"]}
     assert found["kernel_transport"]["ok"] is True
+    assert (told["virtual"], "writes overlay;" in found["virtual"]["reason"]) == (True, True)
     for absent in ("cap_sys_admin", "overlayfs", "user_allow_other"):
         assert found[absent]["ok"] is False
     assert (user.mounts(), servers(user)) == ([], [])
+
+
+def start(user: Unprivileged) -> dict[str, str]:
+    """Start a VIRTUAL session of two files; return what is told of its root."""
+    write_files(
+        user.home / "show", {"tex/wood.tx": SIZE, "tex/old.tx": b"old", "a": b"a"}, mtime_ns=0
+    )
+    user.own()
+    ids = ["--store", user.host.store_url, "--farm-id", FARM, "--queue-id", QUEUE]
+    told = user.propmaster(
+        "submit",
+        user.home / "show",
+        *ids,
+        "--output-dir",
+        "renders",
+        "--output-dir",
+        "tex",
+        "--json",
+    )
+    job = {"farmId": FARM, "queueId": QUEUE, "jobId": JOB, **json.loads(told)}
+    (user.home / "job.json").write_text(json.dumps(job))
+    user.own()
+    job_file = user.home / "job.json"
+    words: list[str | Path] = [
+        "session",
+        "start",
+        "--session-dir",
+        user.home / "session",
+        "--job",
+        job_file,
+    ]
+    told = user.propmaster(*words, "--file-system", "VIRTUAL", "--json")
+    root: dict[str, str] = json.loads(told)["roots"][0]
+    return root
+
+
+def test_a_virtual_session_of_who_is_not_root_is_written_to_and_stores_its_outputs(
+    user: Unprivileged,
+) -> None:
+    root = start(user)
+    assert (root["fileSystem"], root["reason"]) == ("VIRTUAL", "")
+    at = root["localRoot"]
+    edits = f"cd {at} && cat tex/wood.tx >/dev/null && echo done > renders/1.exr"
+    edits += " && rm tex/old.tx && mv tex/wood.tx renders/w.tx && echo more >> a"
+    done = user.run("sh", "-c", f"mkdir -p {at}/renders && {edits}")
+    assert done.returncode == 0, done.stderr
+
+    session: list[str | Path] = ["--session-dir", user.home / "session"]
+    ids = ["--step-id", step(1), "--task-id", task(1), "--session-action-id", ACTION]
+    result = json.loads(user.propmaster("session", "finish-task", *session, *ids, "--json"))
+
+    assert (result["files"], sorted(result["deleted"])) == (2, ["tex/old.tx", "tex/wood.tx"])
+    user.propmaster("session", "end", *session)
+    assert (user.mounts(), servers(user)) == ([], [])
+    assert not any((user.home / "session").iterdir())
+
+
+def test_a_session_that_others_are_to_enter_is_copied_where_a_mount_would_keep_them_out(
+    user: Unprivileged,
+) -> None:
+    (user.home / "session").mkdir()
+    (user.home / "session").chmod(0o2770)
+    root = start(user)
+
+    assert root["fileSystem"] == "COPIED"
+    assert "user_allow_other" in root["reason"]
 
 
 def test_others_enter_where_fuse_conf_lets_them() -> None:
@@ -93,6 +185,7 @@ def test_others_enter_where_fuse_conf_lets_them() -> None:
         user.propmaster("unmount", at)
 
 
+@pytest.mark.slow
 def test_a_busy_mount_goes_and_its_reader_with_an_error(user: Unprivileged) -> None:
     at = mounted(user)
     holder = user.popen("sh", "-c", f"exec < {at}/tex/1.tx; echo open; exec sleep 600")

@@ -77,6 +77,10 @@ class Unprivileged:
             text=True,
         )
 
+    def words(self) -> str:
+        """Return how a shell of the user calls propmaster."""
+        return f"{self._python} -m agent_plugin"
+
     def propmaster(self, *words: str | Path, user: int = NOBODY) -> str:
         """Run a propmaster command that succeeds; return what it printed."""
         done = self.run(self._python, *self.host.argv(*words)[1:], user=user)
