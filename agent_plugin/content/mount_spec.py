@@ -6,6 +6,7 @@ be used (`Ready`), and serves until it is unmounted.
 
 import json
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -182,8 +183,14 @@ def write_spec(spec: MountSpec, path: Path) -> None:
 def leave_only_upper(spec: MountSpec) -> None:
     """Remove from the work directory what was ours, when nothing is mounted any more.
 
-    One by one and only what is empty, since the directory is one that a user may have named.
+    One by one and only what is empty, since the directory is one that a user may have named, and
+    the marks that overlayfs keeps there: they mean nothing by themselves.
     """
+    with suppress(OSError):
+        for kept in Path(spec.work_dir, "work", "work").iterdir():
+            status = kept.lstat()
+            if stat.S_ISCHR(status.st_mode) and status.st_rdev == 0:
+                kept.unlink()
     for name in ("lower", "spool", "work/work", "work"):
         with suppress(OSError):
             Path(spec.work_dir, name).rmdir()
