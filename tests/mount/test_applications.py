@@ -137,8 +137,8 @@ def test_a_path_may_be_as_long_as_paths_may_be(tree: Path) -> None:
         os.close(here)
 
 
-def test_directories_are_as_deep_as_somebody_goes(tree: Path) -> None:
-    depth = 500
+def test_directories_are_as_deep_as_somebody_goes(tree: Path, stack: Stack) -> None:
+    depth = 50 if "depth" in stack.lacks else 500
     fd = os.open(tree / "tex/deep", os.O_RDONLY)
     for _ in range(depth):
         os.mkdir("d", dir_fd=fd)
@@ -565,6 +565,8 @@ def stalled(
 def test_whoever_waits_for_a_store_that_hangs_can_be_killed(
     stalled: Mounter, source: Path, s3: S3Server, fault_proxy: FaultProxy, stack: Stack, how: str
 ) -> None:
+    if stack.writes == "overlay" and how in ("change", "append"):
+        pytest.skip("opening fetches nothing there")
     at = stalled.mount(stalled.stored(source, past_the_proxy=s3), writes=stack.writes)
     stall = fault_proxy.inject(Fault.STALL)
     program = (

@@ -1,8 +1,7 @@
 """What libfuse asks by path, put to the nodes: the part of a mount by fusepy that it gets right.
 
-Paths and names come as latin-1, each byte a character, so that none is refused or changed. A path
-is looked up from the root each time: libfuse tells its own paths, and holds them while they are
-asked about.
+Paths and names come as latin-1, each byte a character, so that none is refused or changed. They are
+libfuse's own, which holds them while they are asked about.
 
 A file that is removed while somebody has it open is not removed by libfuse, but renamed to a name
 that it thinks nobody knows (`.fuse_hidden...`), and removed with the last who closes it. Such a
@@ -23,6 +22,8 @@ from vfs.nodes import Attributes, Caller, Changes, Nodes, WritableNodes
 from vfs.tree import ROOT
 
 NAME_BYTES: Final = 255
+# Paths of directories that are remembered.
+DIRECTORIES: Final = 10_000
 
 # Of libfuse 2.9, lib/fuse.c, hidden_name().
 _HIDDEN: Final = re.compile(rb"\.fuse_hidden[0-9a-f]{16}")
@@ -47,6 +48,8 @@ class ReadingOperations(fuse.Operations):  # type: ignore[misc]  # fusepy has no
     def __init__(self, nodes: Nodes, *, xattrs: bool) -> None:
         self.nodes = nodes
         self.halt = Cancellation()
+        # Directories by path, so that who goes deep does not pay for each level each time.
+        self._directories: dict[bytes, int] = {b"": ROOT}
         for name in () if xattrs else ("getxattr",):
             # libfuse says once that there are none, and is not asked again.
             setattr(self, name, None)
@@ -57,15 +60,31 @@ class ReadingOperations(fuse.Operations):  # type: ignore[misc]  # fusepy has no
         Raises:
             OSError: ENOENT, ENAMETOOLONG.
         """
-        node = ROOT
-        for name in path.split(b"/"):
-            if name:
-                found = self.lookup(node, name)
-                if found is None:
-                    too_long = len(name) > NAME_BYTES
-                    raise OSError(errno.ENAMETOOLONG if too_long else errno.ENOENT, "not there")
-                node = found
-        return node
+        above, _, name = path.rpartition(b"/")
+        unknown = []
+        while (directory := self._directories.get(above)) is None:
+            unknown.append(above)
+            above = above.rpartition(b"/")[0]
+        for place in reversed(unknown):
+            directory = self._below(directory, place.rpartition(b"/")[2])
+            self._directories[place] = directory
+        if len(self._directories) > DIRECTORIES:
+            self.forget_paths()
+        return self._below(directory, name) if name else directory
+
+    def _below(self, directory: int, name: bytes) -> int:
+        found = self.lookup(directory, name)
+        if found is None:
+            too_long = len(name) > NAME_BYTES
+            raise OSError(errno.ENAMETOOLONG if too_long else errno.ENOENT, "not there")
+        return found
+
+    def forget_paths(self) -> None:
+        """Look all directories up again: some mean something else now.
+
+        Nobody asks about the old ones meanwhile: libfuse lets go of no path that is asked about.
+        """
+        self._directories = {b"": ROOT}
 
     def opened(self, path: bytes, _file: FileInfo) -> int:
         """Return the node of what is open, which is known by its path alone.
@@ -263,6 +282,7 @@ class WritingOperations(ReadingOperations):
     def rmdir(self, path: str) -> int:
         """Remove an empty directory."""
         self._writable.rmdir(*self._place(path))
+        self.forget_paths()
         return 0
 
     def rename(self, old: str, new: str) -> int:
@@ -272,6 +292,7 @@ class WritingOperations(ReadingOperations):
             self._hide(source, target)
         else:
             self._writable.rename(*source, *target)
+            self.forget_paths()
         return 0
 
     def _hide(self, source: tuple[int, bytes], alias: tuple[int, bytes]) -> None:
