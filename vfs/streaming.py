@@ -5,8 +5,9 @@ Its parts go to one file at their places. Until all are there nothing can be ver
 has come the whole is hashed; if it is right the file becomes the blob in the cache, if not every
 later read fails, and the error ledger says so.
 
-A reader that goes on where it stopped gets twice as much fetched ahead each time, up to
-`ahead_bytes`; one that jumps gets only what it asks for.
+A reader that goes on where it stopped has half as much fetched ahead as it has read, up to
+`ahead_bytes`; one that jumps gets only what it asks for (read_ahead.py). Parts are small, for those
+that jump; whatever is missing side by side comes with one request.
 """
 
 import os
@@ -31,6 +32,7 @@ from agent_plugin.content.errors import (
 )
 from agent_plugin.content.parts import write_all
 from agent_plugin.content.store import Cancellation, Store
+from vfs.read_ahead import ReadAhead
 from vfs.statistics import Statistics
 from vfs.waiting import result_of
 
@@ -44,11 +46,13 @@ class StreamPolicy:
     Attributes:
         may_stream: Before they are verified, and verified when complete; else only whole.
         part_bytes: What is fetched at least, aligned to multiples of itself.
+        request_bytes: What is fetched at most with one request, a multiple of `part_bytes`.
         ahead_bytes: What is fetched at most beyond what a sequential reader has asked for.
     """
 
     may_stream: bool = True
-    part_bytes: int = 4 * 1024 * 1024
+    part_bytes: int = 256 * 1024
+    request_bytes: int = 4 * 1024 * 1024
     ahead_bytes: int = 64 * 1024 * 1024
 
 
@@ -97,8 +101,11 @@ class Streamed:
         self._left = parts
         self._under_way: dict[int, Future[None]] = {}
         self._failure: PropmasterError | None = None
-        self._expected = 0
-        self._window = 0
+        self._read_ahead = ReadAhead(
+            part_bytes=policy.part_bytes,
+            request_bytes=policy.request_bytes,
+            most_bytes=policy.ahead_bytes,
+        )
         self._is_closed = False
         self._files = ExitStack()
         self._staged: Staged | None = None
@@ -113,7 +120,7 @@ class Streamed:
         first, last = self._parts(offset, len(buffer))
         if self._failure is not None or not all(self._here[first : last + 1]):
             return -1
-        self._fetch_ahead(offset, len(buffer))
+        self._want(last + 1, self._last_ahead(offset, len(buffer)))
         return os.preadv(self._fd, [buffer], offset)
 
     def read(self, offset: int, length: int, cancellation: Cancellation) -> bytes:
@@ -125,8 +132,9 @@ class Streamed:
             PropmasterError: A part could not be had.
         """
         first, last = self._parts(offset, length)
-        futures = [future for at in range(first, last + 1) if (future := self._want(at))]
-        self._fetch_ahead(offset, length)
+        ahead = self._last_ahead(offset, length)
+        futures = self._want(first, last)
+        self._want(last + 1, ahead)
         for future in futures:
             result_of(future, cancellation)
         if self._failure is not None:
@@ -147,38 +155,41 @@ class Streamed:
         size = self._policy.part_bytes
         return offset // size, (offset + length - 1) // size
 
-    def _want(self, part: int) -> Future[None] | None:
-        """Return what brings a part, None when it is here."""
+    def _last_ahead(self, offset: int, length: int) -> int:
+        """Return the last part that is worth fetching, now that this was asked for."""
         with self._lock:
-            if self._here[part]:
-                return None
-            future = self._under_way.get(part)
-            if future is None:
-                future = self._threads.submit(self._fetch, part)
-                self._under_way[part] = future
-            return future
+            end = self._read_ahead.after(offset, length)
+        return min(-(-end // self._policy.part_bytes), len(self._here)) - 1
 
-    def _fetch_ahead(self, offset: int, length: int) -> None:
+    def _want(self, first: int, last: int) -> list[Future[None]]:
+        """Return what brings those of the parts that are not here, in order."""
+        futures: dict[Future[None], None] = {}
+        most = self._policy.request_bytes // self._policy.part_bytes
         with self._lock:
-            # Several requests of one reader may arrive in any order.
-            near = abs(offset - self._expected) <= self._policy.part_bytes
-            self._expected = offset + length
-            if not near:
-                self._window = 0
-                return
-            self._window = min(
-                self._policy.ahead_bytes, max(self._policy.part_bytes, 2 * self._window)
-            )
-            first, last = self._parts(offset + length, self._window)
-        for part in range(first, min(last + 1, len(self._here))):
-            self._want(part)
+            missing: list[int] = []
+            for part in range(first, last + 1):
+                future = self._under_way.get(part)
+                if future is not None:
+                    futures[future] = None
+                elif not self._here[part]:
+                    missing.append(part)
+            while missing:
+                count = 1
+                while count < min(most, len(missing)) and missing[count] == missing[0] + count:
+                    count += 1
+                future = self._threads.submit(self._fetch, missing[0], count)
+                self._under_way.update(dict.fromkeys(missing[:count], future))
+                futures[future] = None
+                del missing[:count]
+        return list(futures)
 
-    def _fetch(self, part: int) -> None:
+    def _fetch(self, first: int, count: int) -> None:
+        parts = range(first, first + count)
         is_here = False
         try:
-            self._bring(part)
+            self._bring(first, count)
             with self._lock:
-                self._left -= 1
+                self._left -= count
                 complete = not self._left
             if complete:
                 # The last part is not given out before all is verified, so nobody gets the whole of
@@ -188,12 +199,13 @@ class Streamed:
         finally:
             with self._lock:
                 # Both at once: whoever saw neither would fetch it a second time.
-                del self._under_way[part]
-                self._here[part] = is_here
+                for part in parts:
+                    del self._under_way[part]
+                    self._here[part] = is_here
 
-    def _bring(self, part: int) -> None:
-        offset = part * self._policy.part_bytes
-        length = min(self._policy.part_bytes, self._digest.size - offset)
+    def _bring(self, first: int, count: int) -> None:
+        offset = first * self._policy.part_bytes
+        length = min(count * self._policy.part_bytes, self._digest.size - offset)
         data = self._from_cache(offset, length)
         if data is None:
             data = self._store.read_range(self._digest, offset, length)

@@ -51,7 +51,9 @@ PLENTY = 1 << 40
 KIBIBYTE = 1024
 # A blob is large from 64 KiB on in these tests, and comes in parts of 16 KiB.
 LARGE_BYTES = 64 * KIBIBYTE
-SMALL_PARTS = StreamPolicy(part_bytes=16 * KIBIBYTE, ahead_bytes=64 * KIBIBYTE)
+SMALL_PARTS = StreamPolicy(
+    part_bytes=16 * KIBIBYTE, request_bytes=32 * KIBIBYTE, ahead_bytes=64 * KIBIBYTE
+)
 # A store that asks to come later is asked until the deadline.
 QUICK = RetryPolicy(attempts=2, deadline_seconds=0.5, initial_seconds=0.01, damaged_retries=1)
 
@@ -590,11 +592,12 @@ LARGE = PARTS * SMALL_PARTS.part_bytes - 777
 
 def ranges_asked(proxy: FaultProxy, digest: Digest) -> list[int]:
     """Return the numbers of the parts that were asked for, in order."""
-    found = []
+    found: list[int] = []
     for request in proxy.requests:
         if request.method == "GET" and digest.hex in request.key:
-            first = request.headers["range"].removeprefix("bytes=").partition("-")[0]
-            found.append(int(first) // SMALL_PARTS.part_bytes)
+            bounds = request.headers["range"].removeprefix("bytes=").split("-")
+            first, last = (int(bound) // SMALL_PARTS.part_bytes for bound in bounds)
+            found.extend(range(first, last + 1))
     return found
 
 
@@ -647,13 +650,32 @@ def test_a_sequential_reader_has_more_and_more_fetched_ahead(
     reader = s3_rig.reader(s3_rig.cache())
     part = SMALL_PARTS.part_bytes
     ahead = []
-    for at in range(4):
+    for at in range(8):
         assert read(reader, digest, at * part, part) == data[at * part : (at + 1) * part]
         until(lambda: not reader._streamed[digest.hex]._under_way)
         ahead.append(max(ranges_asked(fault_proxy, digest)) - at)
 
-    assert ahead[0] < ahead[1] < ahead[2]
+    assert ahead[0] < ahead[2] < ahead[7]
     assert max(ahead) <= SMALL_PARTS.ahead_bytes // part + 1
+
+
+@pytest.mark.usefixtures("large")
+def test_what_is_missing_side_by_side_comes_with_few_requests(
+    s3_rig: Rig, fault_proxy: FaultProxy
+) -> None:
+    digest, data = blob(64, LARGE)
+    s3_rig.put(digest, data)
+    reader = s3_rig.reader(s3_rig.cache())
+    part = SMALL_PARTS.part_bytes
+    read(reader, digest, 3 * part, 10)
+    before = len(fault_proxy.requests)
+
+    assert read(reader, digest, 0, 8 * part) == data[: 8 * part]
+    asked = fault_proxy.requests[before:]
+    assert sorted(request.headers["range"] for request in asked) == [
+        f"bytes={first * part}-{last * part + part - 1}"
+        for first, last in ((0, 1), (2, 2), (4, 5), (6, 7))
+    ]
 
 
 @pytest.mark.usefixtures("large")
@@ -776,10 +798,11 @@ def test_what_was_read_before_it_turned_out_wrong_is_in_the_ledger_for_each_of_i
     assert node is not None
     part = SMALL_PARTS.part_bytes
     # From the end on, so that nothing is fetched ahead, but in the end the one that is missing.
-    for at in range(PARTS - 1, 1, -1):
+    for at in range(PARTS - 1, 2, -1):
         service.read(node, at * part, part, Cancellation())
     service.read(node, 0, 100, Cancellation())
-    assert service.read(node, 100, 100, Cancellation()) == data[100:200]
+    service.read(node, part, part, Cancellation())
+    assert service.read(node, 100, part - 100, Cancellation()) == data[100:part]
 
     until(lambda: errors.exists() and len(lines_of(errors)) == 2)
     assert {line["path"] for line in lines_of(errors)} == {"big.abc", "copies/big.abc"}
