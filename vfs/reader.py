@@ -61,8 +61,10 @@ VERIFY_SECONDS: Final = 0.25
 FETCHES_AT_ONCE: Final = 32
 # As many blobs that were used are told to the cache at once.
 USES_AT_ONCE: Final = 256
-# Threads that look for blobs on this host, and hash them.
+# Threads that look for blobs on this host, and hash them; large ones apart, since a few of them
+# keep a disk busy for long.
 LOOKS_AT_ONCE: Final = 8
+LARGE_LOOKS_AT_ONCE: Final = 4
 # How often the cache is told what was used, in seconds; it evicts what was used least recently, by
 # the minute.
 USE_SECONDS: Final = 60.0
@@ -190,6 +192,7 @@ class BlobReader:
         self._tells_use = False
         self._threads = ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="fetch")
         self._disk = ThreadPoolExecutor(LOOKS_AT_ONCE, thread_name_prefix="look")
+        self._large = ThreadPoolExecutor(LARGE_LOOKS_AT_ONCE, thread_name_prefix="look-large")
         self._halt = Cancellation()
 
     def close(self) -> None:
@@ -199,6 +202,7 @@ class BlobReader:
             self._cache.note_uses()
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._disk.shutdown(wait=False, cancel_futures=True)
+        self._large.shutdown(wait=False, cancel_futures=True)
         with self._lock:
             for streamed in (
                 *self._streamed.values(),
@@ -274,7 +278,8 @@ class BlobReader:
             if future is None:
                 future = self._under_way[digest.hex] = Future()
         if is_first:
-            self._disk.submit(self._obtain, digest, future, self._from_cache)
+            looks = self._large if digest.size > STRICT_BYTES else self._disk
+            looks.submit(self._obtain, digest, future, self._from_cache)
         return result_of(future, cancellation)
 
     def note_uses(self) -> None:
@@ -437,7 +442,7 @@ class BlobReader:
             threading.Thread(target=self._tell_use, name="use", daemon=True).start()
         if not blob.is_verified:
             # Not before it is kept, or a wrong one would be kept after it was thrown out.
-            blob.verifying = self._disk.submit(self._verify_beside, digest, blob)
+            blob.verifying = self._large.submit(self._verify_beside, digest, blob)
 
     def _from_cache(self, digest: Digest) -> OpenBlob | None:
         if self._cache is None:

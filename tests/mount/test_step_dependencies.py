@@ -11,7 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from agent_plugin.content.errors import MountFailedError, PathClashError, UnsafePathError
+from agent_plugin.content import events
+from agent_plugin.content.errors import (
+    MountFailedError,
+    MountReadFailedError,
+    PathClashError,
+    UnsafePathError,
+)
 from agent_plugin.content.mount_table import read_mounts
 from agent_plugin.session.job import JobDocument
 from agent_plugin.session.mounts import ask_mount
@@ -259,6 +265,21 @@ def test_what_can_not_come_is_told_and_then_nothing_has_come(
     assert (root / "scene.usd").read_bytes() == INPUTS["scene.usd"]
     assert sorted(path.name for path in root.iterdir()) == ["renders", "scene.usd"]
     assert virtual.finish().files == 0
+
+
+@pytest.mark.expected_events(events.MOUNT_READ_FAILED)
+def test_an_output_that_can_not_be_had_is_named_as_the_job_knows_it(
+    tmp_path: Path, virtual: Sessions, job: JobDocument
+) -> None:
+    root = start(virtual, job)
+    sync(virtual)
+    for blob in (tmp_path / "store/Data").iterdir():
+        if blob.read_bytes() == OUTPUTS["renders/new/3.exr"]:
+            blob.unlink()
+    with pytest.raises(OSError, match="Input/output error"):
+        (root / "renders/new/3.exr").read_bytes()
+    with pytest.raises(MountReadFailedError, match=r"^renders/new/3\.exr could not be read"):
+        virtual.finish()
 
 
 def test_a_session_that_lost_its_mount_is_not_written_to(

@@ -977,3 +977,35 @@ def test_a_large_blob_is_begun_once_and_holds_nobody_else_up(rig: Rig) -> None:
             may_open.set()
         assert [first.result(20) for first in firsts] == [data[at : at + 10] for at in range(4)]
     assert len(opened) == 1
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("may_stream", [True, False])
+def test_large_blobs_that_are_hashed_for_long_hold_up_no_small_one(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, may_stream: bool
+) -> None:
+    """Seen to fail with one set of threads for all. The slow disk is a hash that waits."""
+    cache = rig.cache()
+    small, small_data = blob(70)
+    cache.add(small, small_data)
+    blobs = [blob(71 + number, LARGE) for number in range(12)]
+    for digest, data in blobs:
+        cache.add(digest, data)
+    may_hash = threading.Event()
+
+    def slowly(fd: int) -> Digest:
+        if os.fstat(fd).st_size > LARGE_BYTES:
+            assert may_hash.wait(60)
+        return hash_fd(fd)
+
+    monkeypatch.setattr(vfs.reader, "hash_fd", slowly)
+    reader = rig.reader(cache, policy=replace(SMALL_PARTS, may_stream=may_stream))
+    with ThreadPoolExecutor(12) as threads:
+        reads = [threads.submit(read, reader, digest, 0, 10) for digest, _ in blobs]
+        try:
+            until(lambda: len(reader._open if may_stream else reader._under_way) == 12)
+            with ThreadPoolExecutor(1) as another:
+                assert another.submit(read, reader, small).result(20) == small_data
+        finally:
+            may_hash.set()
+        assert [done.result(20) for done in reads] == [data[:10] for _, data in blobs]
