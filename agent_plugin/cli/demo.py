@@ -16,7 +16,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -24,8 +24,9 @@ from typing import Any, Final
 
 import click
 
-from agent_plugin.cli.demo_screen import DemoResult, Screen, Step
+from agent_plugin.cli.demo_screen import DemoResult, Mounted, Screen, Step
 from agent_plugin.cli.demo_store import DemoStore
+from agent_plugin.cli.mounting import open_mounts
 from agent_plugin.cli.options import escaped, print_json
 from agent_plugin.content import events
 from agent_plugin.content.errors import (
@@ -35,8 +36,12 @@ from agent_plugin.content.errors import (
     PropmasterError,
     local_write_error,
 )
+from agent_plugin.content.mount_spec import read_spec
 from agent_plugin.content.safe_path import Root
 from agent_plugin.content.snapshot import walk
+from agent_plugin.session.mounts import Mounts, ask_mount
+from agent_plugin.session.state import VIRTUAL
+from agent_plugin.settings import CACHE_VARIABLE, load
 from agent_plugin.transfer.progress import format_bytes
 
 BUCKET: Final = "demo"
@@ -52,6 +57,10 @@ _IN_STORE: Final = ["--store", STORE, "--farm-id", FARM, "--queue-id", QUEUE]
 # The input is copied, stored, cached and placed; the fifth is for outputs and room to spare.
 _SPACE_FACTOR: Final = 5
 _COMMAND_SECONDS: Final = 3600.0
+_SETTINGS: Final = "propmaster.toml"
+# Of the inputs, what the task of the VIRTUAL session reads: 6 %.
+_EVERY: Final = 16
+_PART_COPIED: Final = "part-copied"
 _COMPARED_BYTES: Final = 1024 * 1024
 _SKIPPED_SHOWN: Final = 3
 # Other people's packages, compiled files, and tests, which are more than half of the library.
@@ -71,7 +80,8 @@ def command(input_dir: Path | None, keep: bool, as_json: bool) -> None:
     """Show the whole main job on this machine: no account, no network, nothing left behind.
 
     Starts a real S3 server on loopback, submits a directory, runs a task on it in each of two
-    sessions, downloads what they left, and compares and counts it all.
+    copied sessions and one that is mounted, downloads what they left, and compares and counts it
+    all.
     """
     # The commands' own events are read from them, and told in words.
     events.configure(level=logging.ERROR)
@@ -137,6 +147,7 @@ class _Demo:
         self._screen.title("The artist downloads what the task left")
         self._get_outputs(local_root, output_dir)
         self._session(root, output_dir, 2)
+        self._virtual_session(output_dir)
         self._screen.title("The artist submits the same files again: the store has their content")
         self._submit(root, output_dir, "submit again")
         return self._result
@@ -197,6 +208,9 @@ class _Demo:
         local_root = Path(started["localRoot"])
         self._result.inputs_identical = compare(root, local_root)
         self._screen.say(f"  {self._result.inputs_identical} files are identical to the input.")
+        if number > 1:
+            self._screen.say(f"  A task that reads one file in {_EVERY}, to compare with later:")
+            self._run_part(local_root, Path(_PART_COPIED))
         self._task(local_root, output_dir, number)
         self._finish_task(session, number)
         if number > 1:
@@ -222,10 +236,12 @@ class _Demo:
             " last"
             if number == 1
             else "The worker stores what the task left: its content is in the store already"
+            if number == 2  # noqa: PLR2004 - the second session
+            else "The worker stores what the task left: only what was written is looked at"
         )
         ids = ["--step-id", STEP, "--task-id", f"{TASK}-{number}"]
         output = self._propmaster(
-            "finish-task" + " again" * (number > 1),
+            ("finish-task", "finish-task again", "finish-task VIRTUAL")[number - 1],
             *("session", "finish-task", *session, *ids),
             *("--session-action-id", f"{ACTION}-{number}"),
         )
@@ -233,6 +249,72 @@ class _Demo:
         output.step.bytes_moved = output.document["bytesUploaded"]
         output.step.bytes_saved = output.document["bytesReused"]
         self._tell(output.step, "uploaded", "in the store already")
+
+    def _virtual_session(self, output_dir: str) -> None:
+        """Run a session of the job with an empty cache, and a task that needs a part of it."""
+        self._screen.title(
+            "A worker with an empty cache starts the job VIRTUAL: what a task reads comes when it"
+            " is read"
+        )
+        copied = next(step for step in self._result.steps if step.title == "session start")
+        used = self._environment
+        self._environment = {**used, CACHE_VARIABLE: os.fspath(self._directory / "cache-2")}
+        session = ["--session-dir", "session-3"]
+        output = self._propmaster(
+            "session start VIRTUAL",
+            *("session", "start", *session, "--job", "job.json", "--file-system", "VIRTUAL"),
+        )
+        [started] = output.document["roots"]
+        self._result.virtual = virtual = Mounted(
+            started["fileSystem"],
+            started["reason"],
+            output.step.seconds,
+            copied.seconds,
+            started["bytesFetched"],
+            copied.bytes_moved,
+        )
+        local_root = Path(started["localRoot"])
+        output.step.files, output.step.bytes_moved = started["files"], started["bytesFetched"]
+        self._tell(output.step, "fetched", "in the cache already")
+        if virtual.file_system == VIRTUAL:
+            self._screen.title(f"A task reads one file in {_EVERY}: nothing else moves")
+        else:
+            self._screen.say(f"  This host can not mount: {virtual.reason}. It was copied.")
+        step = self._run_part(local_root, local_root / output_dir)
+        if virtual.file_system == VIRTUAL:
+            virtual.bytes_moved = step.bytes_moved = self._fetched(local_root)
+            self._tell(step, "fetched", "in the cache already")
+        virtual.outputs_identical = self._compare_part(local_root / output_dir)
+        self._screen.say(
+            f"  {virtual.outputs_identical} outputs are identical to those of a copied session."
+        )
+        self._finish_task(session, 3)
+        self._propmaster("session end", "session", "end", *session)
+        self._environment = used
+
+    def _run_part(self, inputs: Path, outputs: Path) -> Step:
+        where = [self._shown(inputs), self._shown(outputs), str(_EVERY)]
+        words = ["-m", "agent_plugin.cli.demo_task", *where]
+        step = self._run(f"task, 1 file in {_EVERY}", ["python", *words], words).step
+        step.files = -(-self._result.files // _EVERY)
+        return step
+
+    def _fetched(self, local_root: Path) -> int:
+        control = _mounts_below(self._directory).control_of(local_root)
+        status = json.loads(ask_mount(control, {"ask": "status"}))
+        count: int = status["counts"]["bytes_fetched"]
+        return count
+
+    def _compare_part(self, outputs: Path) -> int:
+        expected = self._directory / _PART_COPIED
+        names = sorted(path.name for path in expected.iterdir())
+        for name in names:
+            if (expected / name).read_bytes() != (outputs / name).read_bytes():
+                raise BlobCorruptError(
+                    f"{outputs}/{name} is not what a copied session has",
+                    hint="this is a defect of propmaster",
+                )
+        return len(names)
 
     def _get_outputs(self, local_root: Path, output_dir: str) -> None:
         output = self._propmaster(
@@ -352,13 +434,25 @@ def _directory(*, keep: bool) -> Iterator[Path]:
     try:
         yield directory
     finally:
+        _end_mounts(directory)
         if not keep:
             shutil.rmtree(directory)
 
 
+def _mounts_below(directory: Path) -> Mounts:
+    return open_mounts(load(directory / _SETTINGS, environment={}))
+
+
+def _end_mounts(directory: Path) -> None:
+    """End what a demonstration that was stopped has left mounted."""
+    for spec in (directory / "state" / "mounts").glob("*/spec.json"):
+        with suppress(PropmasterError):
+            _mounts_below(directory).end(Path(read_spec(spec).mountpoint))
+
+
 def _write_environment(directory: Path, store: DemoStore) -> dict[str, str]:
     """Return the commands' environment, and write down what differs from the user's."""
-    settings = directory / "propmaster.toml"
+    settings = directory / _SETTINGS
     paths = {"cache_dir": directory / "cache", "state_dir": directory / "state"}
     lines = [f"{key} = {json.dumps(os.fspath(path))}\n" for key, path in paths.items()]
     settings.write_text("[paths]\n" + "".join(lines))

@@ -33,6 +33,26 @@ class Step(msgspec.Struct, rename="camel"):
     bytes_saved: int = 0
 
 
+class Mounted(msgspec.Struct, rename="camel"):
+    """The VIRTUAL session beside the COPIED one, each with an empty cache; sizes in bytes.
+
+    Attributes:
+        file_system: `VIRTUAL`, or `COPIED` where the host can not mount.
+        reason: Why it was copied.
+        seconds_to_task, seconds_to_task_copied: Until a task can run.
+        bytes_moved, bytes_moved_copied: For the task that reads a part of the inputs.
+        outputs_identical: Files that it wrote as in a copied session.
+    """
+
+    file_system: str
+    reason: str
+    seconds_to_task: float
+    seconds_to_task_copied: float
+    bytes_moved: int
+    bytes_moved_copied: int
+    outputs_identical: int = 0
+
+
 class DemoResult(msgspec.Struct, rename="camel"):
     """What the demonstration found; printed by `demo --json`.
 
@@ -41,6 +61,7 @@ class DemoResult(msgspec.Struct, rename="camel"):
         files, bytes: What is in it.
         inputs_identical, outputs_identical: Files that were compared byte for byte; one that
             differs ends the demonstration with an error.
+        virtual: The job once more, mounted.
         directory: Where everything is, when it was kept.
     """
 
@@ -50,6 +71,7 @@ class DemoResult(msgspec.Struct, rename="camel"):
     inputs_identical: int = 0
     outputs_identical: int = 0
     steps: list[Step] = []
+    virtual: Mounted | None = None
     seconds: float = 0.0
     directory: str | None = None
 
@@ -108,10 +130,24 @@ class Screen:
             "moved: sent to the store or fetched from it; saved: needed, and not moved because it"
             " was there\nalready; seconds: of the whole command, from start to end."
         )
+        if result.virtual is not None:
+            self._compare(result.virtual)
         self.say(
             f"\nAll well: {result.inputs_identical} inputs and {result.outputs_identical} outputs"
             f" arrived byte for byte as they were. {result.seconds} s in all.",
             "bold green",
+        )
+
+    def _compare(self, virtual: Mounted) -> None:
+        if virtual.file_system == "COPIED":
+            self.say(f"\nThis host can not mount: {virtual.reason}. VIRTUAL sessions are copied.")
+            return
+        share = 100 * virtual.bytes_moved / max(1, virtual.bytes_moved_copied)
+        self.say(
+            f"\nCOPIED: a task could begin after {virtual.seconds_to_task_copied:.1f} s, when"
+            f" {format_bytes(virtual.bytes_moved_copied)} had moved.\nVIRTUAL: after"
+            f" {virtual.seconds_to_task:.1f} s, and {format_bytes(virtual.bytes_moved)} moved"
+            f" ({share:.0f} %) for the task that needed a part."
         )
 
     def how_to_repeat(self, directory: Path, endpoint_url: str) -> None:

@@ -1,6 +1,8 @@
 """The task of `propmaster demo`, in the place of a render: reads every input, writes outputs.
 
-    python -m agent_plugin.cli.demo_task INPUT OUTPUT
+    python -m agent_plugin.cli.demo_task INPUT OUTPUT [EVERY]
+
+With EVERY it reads one file in so many, as a task that needs a part of its job's inputs.
 
 It writes a table of all files, the words that are used most, and a picture. What it writes depends
 on the inputs alone, so that a second run leaves the same bytes.
@@ -13,6 +15,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -22,13 +25,13 @@ _BRIGHTNESS_PER_DOUBLING: Final = 10
 _WHITE: Final = 255
 
 
-def main(inputs: Path, outputs: Path) -> None:
-    """Read every file below `inputs` but those below `outputs`, and write the outputs."""
+def main(inputs: Path, outputs: Path, every: int = 1) -> None:
+    """Read one file in `every` below `inputs` but those below `outputs`, and write the outputs."""
     outputs.mkdir(parents=True, exist_ok=True)
     words: Counter[bytes] = Counter()
     rows: list[bytes] = [b"lines,words,bytes,path"]
     sizes: list[int] = []
-    for path in _files(inputs, outputs):
+    for path in islice(_files(inputs, outputs), 0, None, every):
         data = path.read_bytes()
         split = data.split() if b"\0" not in data else []
         words.update(split)
@@ -78,4 +81,4 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:]))

@@ -69,6 +69,14 @@ def test_the_second_time_nothing_moves_and_nothing_is_left_behind(
     assert moved["submit again"] == (0, wanted)
     assert outputs > 0
     assert moved["finish-task again"] == (0, outputs)
+    virtual = told["virtual"]
+    assert (virtual["outputsIdentical"], virtual["bytesMovedCopied"]) == (3, wanted)
+    assert virtual["fileSystem"] == ("VIRTUAL" if os.geteuid() == 0 else virtual["fileSystem"])
+    if virtual["fileSystem"] == "VIRTUAL":
+        # One of the seven files, the first by name.
+        only = (tree / "report").stat().st_size
+        assert (virtual["reason"], virtual["bytesMoved"]) == ("", only)
+        assert steps["session start VIRTUAL"]["bytesMoved"] == 0
     assert (told["directory"], list(temporary.iterdir())) == (None, [])
     assert files_below(tree) == before
 
@@ -81,6 +89,9 @@ def test_it_tells_a_newcomer_each_command_and_how_it_went(tree: Path, temporary:
         assert f"$ propmaster {verb} " in done.text
     assert "skipped" in done.text
     assert "--output-dir report-2" in done.text
+    if os.geteuid() == 0:
+        assert "--file-system VIRTUAL" in done.text
+        assert re.search(r"VIRTUAL: after .* moved \(", done.text)
     assert re.search(r"All well: 7 inputs and 3 outputs arrived byte for byte", done.text)
     assert done.stderr == ""
 
