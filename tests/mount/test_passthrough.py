@@ -392,10 +392,11 @@ class Reader(threading.Thread):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("writes", ["none", "overlayfs"])
 def test_readers_that_open_and_close_while_servers_are_killed_see_nothing_of_it(
     mounter: Mounter, stored: Manifest, writes: str
 ) -> None:
-    """Seen to catch: counting again what was sent again; giving a number back while it is open."""
+    """Seen to catch: a number that is given back while it is open."""
     at = mounter.mount(stored, writes=writes)
     files = Files(mounter, at)
     readers = [Reader(mounter, at, seed, seconds=12) for seed in range(8)]
