@@ -831,6 +831,29 @@ def test_a_damaged_large_blob_in_the_cache_is_found_beside_the_reading(
 
 
 @pytest.mark.usefixtures("large")
+def test_a_large_blob_is_not_passed_through_before_it_is_verified(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vfs.reader, "VERIFY_SECONDS", 0.05)
+    digest, data = blob(40, LARGE)
+    rig.cache().add(digest, data)
+    reader = rig.reader(rig.cache())
+    may_go_on = threading.Event()
+    for _ in range(vfs.reader.LOOKS_AT_ONCE):
+        reader._disk.submit(may_go_on.wait, 20)
+    try:
+        assert reader.verified_cached(digest) is None
+        assert reader.verified_now(digest) is None
+        assert read_now(reader, digest, 0, 100) == data[:100]
+    finally:
+        may_go_on.set()
+    until(lambda: reader.verified_now(digest) is not None)
+    passed = reader.verified_cached(digest)
+    assert passed is not None
+    assert hash_fd(passed.fd) == digest
+
+
+@pytest.mark.usefixtures("large")
 def test_a_part_that_could_not_be_had_fails_its_readers_and_is_asked_for_again(
     s3_rig: Rig, fault_proxy: FaultProxy, expected_events: set[str]
 ) -> None:
