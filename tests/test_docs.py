@@ -17,7 +17,7 @@ import msgspec
 import pytest
 from msgspec import inspect
 
-from agent_plugin.cli import cache, doctor, manifest
+from agent_plugin.cli import cache, doctor, manifest, queue
 from agent_plugin.cli.demo_screen import DemoResult
 from agent_plugin.cli.main import COMMANDS, propmaster
 from agent_plugin.content import errors, events
@@ -253,6 +253,7 @@ RESULTS: dict[str, Any] = {
     "cache show": cache.ShowResult,
     "cache verify": cache.VerifyResult,
     "cache collect": cache.CollectResult,
+    "queue show": queue.QueuesResult,
     "doctor": doctor.DoctorResult,
     "demo": DemoResult,
 }

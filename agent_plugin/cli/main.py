@@ -34,6 +34,7 @@ COMMANDS: Final = {
     "manifest": ("agent_plugin.cli.manifest", "Show, check, compare and make manifests."),
     "mount": ("agent_plugin.cli.mount", "Mount a manifest as a file system that fetches lazily."),
     "outputs": ("agent_plugin.cli.outputs", "List or download what a job's tasks left behind."),
+    "queue": ("agent_plugin.cli.queue", "Show or set what this host does for a queue's jobs."),
     "session": ("agent_plugin.cli.session", "What the worker agent calls around tasks."),
     "submit": ("agent_plugin.cli.submit", "Upload a directory as a job's inputs."),
     "unmount": ("agent_plugin.cli.unmount", "End a mount."),

@@ -16,6 +16,7 @@ from agent_plugin.services import open_records, open_services, state_directory
 from agent_plugin.session.end import end
 from agent_plugin.session.finish_task import TaskAction, finish_task
 from agent_plugin.session.job import MAX_JOB_BYTES, JobDocument, check_id
+from agent_plugin.session.queues import read_queue
 from agent_plugin.session.roots import LAST_SECOND
 from agent_plugin.session.start import StartResult, start, sync_step
 from agent_plugin.session.state import StateFile, locked_state
@@ -50,7 +51,7 @@ def command() -> None:
 @click.option(
     "--file-system",
     type=click.Choice(["COPIED", "VIRTUAL", "AUTO"]),
-    help="How inputs are brought in; otherwise what the job says.",
+    help="How inputs are brought in; otherwise what is set for the queue, or what the job says.",
 )
 @common_options
 def start_command(
@@ -59,6 +60,8 @@ def start_command(
     """Bring the job's inputs to the session directory. Start it again to go on after a kill."""
     settings = load(config)
     job = _read_job(job_file)
+    if file_system is None:
+        file_system = read_queue(state_directory(settings), job.queue_id).file_system
     with (
         cancel_on_signals() as cancellation,
         locked_state(state_directory(settings), session_dir) as state_file,
