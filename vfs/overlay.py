@@ -86,6 +86,8 @@ class Overlay:
         # With the tree's names, which are others after an update.
         self._listings: dict[int, tuple[Mapping[bytes, int], list[Listed]]] = {}
         self._subdirectories: dict[int, int] = {}
+        # Of directories of inputs, when their attributes were changed, since the server started.
+        self._touched: dict[int, int] = {}
 
     @property
     def writable(self) -> WritableNodes:
@@ -229,6 +231,10 @@ class Overlay:
         if self.can_write(node):
             return
         below = self._below(node)
+        if not self._tree.size(below):
+            with self._lock:
+                self._resize(self._copy.file(node), 0)
+            return
         blob = self._lower.content(below, cancellation)
         try:
             self._copy.fill(node, blob, cancellation)
@@ -299,6 +305,7 @@ class Overlay:
                 change_mode(above.fd, name, stat.S_IMODE(changes.mode))
             if changes.atime_ns is not None or changes.mtime_ns is not None:
                 self._set_times(found, (above.fd, name), changes)
+            self._touch(found)
             return self._attributes(found)
 
     def getxattr(self, node: int, name: bytes) -> bytes | None:
@@ -307,7 +314,7 @@ class Overlay:
         Raises:
             OSError: EOPNOTSUPP: none of that kind can be.
         """
-        if not name.startswith(b"user."):
+        if not self._upper.may_be(name):
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
         with self._lock:
             found = self._index.objects.get(node)
@@ -330,16 +337,18 @@ class Overlay:
             if found is None or not _may_have_xattrs(found):
                 return []
             names = map(os.fsencode, os.listxattr(self._copy.open(found).fd))
-            return [n for n in names if n.startswith(b"user.") and not self._upper.is_private(n)]
+            upper = self._upper
+            return [name for name in names if upper.may_be(name) and not upper.is_private(name)]
 
     def setxattr(self, node: int, name: bytes, value: bytes, flags: int) -> None:
-        """Set an extended attribute of the kind that users have.
+        """Set an extended attribute.
 
         Raises:
             OSError: EOPNOTSUPP: it is of another kind. EPERM: it is one of ours.
         """
         with self._lock:
             os.setxattr(self._for_xattr(node, name), name, value, flags)
+            self._touch(self._index.objects[node])
 
     def removexattr(self, node: int, name: bytes) -> None:
         """Take away an extended attribute.
@@ -349,6 +358,7 @@ class Overlay:
         """
         with self._lock:
             os.removexattr(self._for_xattr(node, name), name)
+            self._touch(self._index.objects[node])
 
     # ------------------------------------------------------------------ making
 
@@ -437,7 +447,7 @@ class Overlay:
             else:
                 status = self._upper.make((above.fd, name), mode, caller, rdev=rdev, target=target)
             made = self._index.made(status, (directory, name))
-            self._changed(directory, subdirectories=made.is_directory)
+            self._changed(directory, subdirectories=int(made.is_directory))
             return made.node
 
     def _make_over(
@@ -539,8 +549,9 @@ class Overlay:
                 self._settle(gone)
         self._index.take(found, place, hides=hides)
         self._index.put(found, to_place)
-        self._changed(place[0], subdirectories=True)
-        self._changed(to_place[0], subdirectories=True)
+        self._touch(found)
+        self._changed(place[0], subdirectories=-int(found.is_directory))
+        self._changed(to_place[0], subdirectories=int(found.is_directory))
 
     def _keep_gone(self, gone: Object, place: Place) -> None:
         """Have a file that is about to be replaced stay for those who have it open."""
@@ -572,11 +583,11 @@ class Overlay:
         else:
             os.unlink(name, dir_fd=above.fd)
         self._index.take(found, place, hides=hides)
+        self._changed(directory, subdirectories=-int(self._is_directory(node)))
         if found is None:
             self._removed.add(node)
         else:
             self._settle(found)
-        self._changed(directory, subdirectories=True)
 
     def _settle(self, found: Object) -> None:
         """Destroy what has lost its last name, unless somebody has it."""
@@ -635,10 +646,15 @@ class Overlay:
         if found.lower and (found.is_directory or found.shows):
             self._upper.mark_origin(self._copy.open(found), self._lower.path(found.lower))
 
-    def _changed(self, directory: int, *, subdirectories: bool = False) -> None:
+    def _touch(self, found: Object) -> None:
+        if found.is_directory and found.lower:
+            self._touched[found.node] = time.clock_gettime_ns(_KERNEL_CLOCK)
+
+    def _changed(self, directory: int, *, subdirectories: int = 0) -> None:
+        """Note that a directory's names have changed, and how many subdirectories came or went."""
         self._listings.pop(directory, None)
-        if subdirectories:
-            self._subdirectories.pop(directory, None)
+        if directory in self._subdirectories:
+            self._subdirectories[directory] += subdirectories
 
     def _count_subdirectories(self, directory: int) -> int:
         count = self._subdirectories.get(directory)
@@ -649,14 +665,19 @@ class Overlay:
 
     def _attributes(self, found: Object) -> Attributes:
         status = self._status(found)
-        nlink, blocks = len(found.places), status.st_blocks
+        nlink, size, blocks = len(found.places), status.st_size, status.st_blocks
+        ctime_ns = status.st_ctime_ns
         if found.is_directory:
             nlink = 2 + self._count_subdirectories(found.node) if found.places else 0
+            if found.lower:
+                # As if it had not been brought in, of which the kernel knows nothing.
+                size = blocks = 0
+                ctime_ns = max(status.st_mtime_ns, self._touched.get(found.node, 0))
         elif found.shows:
-            blocks = -(-status.st_size // BLOCK_BYTES)
+            blocks = -(-size // BLOCK_BYTES)
         return Attributes(
             found.node, status.st_mode, nlink, status.st_uid, status.st_gid, status.st_rdev,
-            status.st_size, blocks, status.st_atime_ns, status.st_mtime_ns, status.st_ctime_ns,
+            size, blocks, status.st_atime_ns, status.st_mtime_ns, ctime_ns,
         )  # fmt: skip
 
     def _status(self, found: Object) -> os.stat_result:
@@ -691,6 +712,8 @@ class Overlay:
         opened = self._copy.open(found)
         if found.shows and size:
             if size == os.fstat(opened.fd).st_size:
+                above, name = self._copy.at(found)
+                self._set_times(found, (above.fd, name), Changes(mtime_ns=NOW))
                 return
             raise OSError(errno.EIO, "the content of an input was not prepared")
         os.ftruncate(opened.fd, size)
@@ -709,7 +732,7 @@ class Overlay:
         os.utime(at[1], ns=times, dir_fd=at[0], follow_symlinks=False)
 
     def _for_xattr(self, node: int, name: bytes) -> int:
-        if not name.startswith(b"user."):
+        if not self._upper.may_be(name):
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
         if self._upper.is_private(name):
             raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))

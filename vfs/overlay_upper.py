@@ -117,7 +117,11 @@ class Upper:
 
     def is_private(self, name: bytes) -> bool:
         """Whether an attribute's name is one of ours, that nobody else may see or set."""
-        return name.startswith((b"user.overlay.", b"user.propmaster."))
+        return name.partition(b".")[2].startswith((b"overlay.", b"propmaster."))
+
+    def may_be(self, name: bytes) -> bool:
+        """Whether an attribute is of a kind that is kept; whose they are the kernel sees to."""
+        return name.startswith((b"user.", b"trusted.") if self.marks == TRUSTED_MARKS else b"user.")
 
     # ------------------------------------------------------------------ making
 

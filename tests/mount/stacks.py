@@ -42,8 +42,16 @@ _OF_LIBFUSE = {
     "O_TMPFILE": "libfuse 2 does not know it",
     "depth": "each level of a path costs a message each time, as the kernel may keep no attributes",
 }
+# Of our own overlay.
+_OF_OURS = {
+    "chown to nobody": "set-user-ID stays when an owner is set to what it is by leaving it out:"
+    " the kernel does not ask",
+    "exchange": "a request that comes again to a server's successor could be carried out twice",
+    "O_TMPFILE": "no request of a name would tell a successor of such a file",
+}
 STACKS = [
     Stack("kernel", "overlayfs", differs=_OF_OVERLAYFS),
     Stack("fusepy", "overlayfs", differs=_OF_OVERLAYFS),
     Stack("fusepy", "overlay", lacks=_OF_LIBFUSE),
+    Stack("kernel", "overlay", lacks=_OF_OURS),
 ]

@@ -536,8 +536,8 @@ READS: dict[str, str] = {
         " started(); mapped[:]"
     ),
     "copy": "started(); shutil.copyfile(path, path + '~')",
-    "change": "started(); open(path, 'r+b')",
-    "append": "started(); open(path, 'ab')",
+    "change": "started(); open(path, 'r+b', 0).write(b'x')",
+    "append": "started(); open(path, 'ab', 0).write(b'x')",
 }
 
 

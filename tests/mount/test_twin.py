@@ -357,7 +357,7 @@ class TwinMachine(RuleBasedStateMachine):
 
     @rule(user=USER, path=PATH, to=PATH)
     def exchange(self, user: str, path: Name, to: Name) -> None:
-        if not self.lacks("renameat2"):
+        if not (self.lacks("renameat2") or self.lacks("exchange")):
             self.both(user, "rename_with", path, to, RENAME_EXCHANGE)
 
     @rule(user=USER, path=PATH, to=TARGET, follow=st.booleans())
@@ -417,6 +417,8 @@ class TwinMachine(RuleBasedStateMachine):
 
     @rule(user=USER, path=PATH, uid=OWNER, gid=OWNING_GROUP, follow=st.booleans())
     def chown(self, user: str, path: Name, uid: int, gid: int, follow: bool) -> None:
+        if (uid, gid) == (-1, -1) and self.lacks("chown to nobody"):
+            return
         self.both(user, "chown", path, uid, gid, follow=follow)
 
     @rule(user=USER, path=PATH, times=st.tuples(MOMENT, MOMENT), follow=st.booleans())
@@ -553,6 +555,8 @@ class TwinMachine(RuleBasedStateMachine):
 
     @rule(handle=files, mode=MODE, uid=OWNER, gid=OWNING_GROUP)
     def change_open(self, handle: tuple[str, int], mode: int, uid: int, gid: int) -> None:
+        if (uid, gid) == (-1, -1) and self.lacks("chown to nobody"):
+            return
         self.both(handle[0], "change_open", handle[1], mode, uid, gid)
 
     @rule(handle=st.one_of(files, folders), ns=MOMENT.filter(lambda ns: ns >= 0))

@@ -269,6 +269,14 @@ class WritableKernelTransport(KernelTransport):
                 raise
         self._refuse(unique, 0)
 
+    def _listxattr(self, unique: int, node: int, body: memoryview) -> None:
+        [size, _] = protocol.GETXATTR.unpack_from(body)
+        names = self._writable.listxattr(node)
+        if self._uid:
+            # As on a disk; of who asks for one of them, the kernel sees to it itself.
+            names = [name for name in names if not name.startswith(b"trusted.")]
+        self._answer_xattr(unique, b"".join(name + b"\0" for name in names), size)
+
     def _removexattr(self, unique: int, node: int, body: memoryview) -> None:
         [name] = _names(body)
         try:
