@@ -18,6 +18,7 @@ from agent_plugin.content.errors import LocalError, LocalWriteError, local_write
 from agent_plugin.content.fusermount import may_administer
 from agent_plugin.content.mount_probe import may_allow_other
 from agent_plugin.content.mount_table import holders, is_mounted, read_mounts, unmount
+from agent_plugin.content.pinned import pinned
 from agent_plugin.content.writes_probe import SPECIAL_CHARACTERS
 from vfs.transports.kernel_transport import MAX_READ_BYTES
 
@@ -102,13 +103,17 @@ def mount_overlay(lower: Path, upper: Path, work: Path, at: Path, name: str) -> 
     for directory in (lower, upper, work):
         if set(os.fspath(directory)) & SPECIAL_CHARACTERS:
             raise _refused(f"{directory} has a character that overlayfs takes for its own")
-    _forget_origins(upper)
-    # xino: otherwise a file gets another number and device when it is changed for the first time.
-    options = (
-        f"lowerdir={lower},upperdir={upper},workdir={work}"
-        ",metacopy=on,redirect_dir=on,index=off,xino=on"
-    )
-    _mount(name, at, "overlay", _MS_NOSUID | _MS_NODEV, options)
+    try:
+        with pinned(lower) as below, pinned(upper) as above, pinned(work) as beside:
+            _forget_origins(above)
+            # xino: otherwise a file gets another number and device when it is changed first.
+            options = (
+                f"lowerdir={below},upperdir={above},workdir={beside}"
+                ",metacopy=on,redirect_dir=on,index=off,xino=on"
+            )
+            _mount(name, at, "overlay", _MS_NOSUID | _MS_NODEV, options)
+    except OSError as error:
+        raise _refused(f"{error.filename}: {error.strerror}") from error
 
 
 def _forget_origins(upper: Path) -> None:
@@ -185,9 +190,14 @@ def end_mount(at: Path, name: str) -> None:
 
 def _mount(source: str, at: Path, kind: str, flags: int, options: str) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    arguments = (source.encode(), os.fsencode(at), kind.encode())
-    if libc.mount(*arguments, ctypes.c_ulong(flags), os.fsencode(options)):
-        reason = os.strerror(ctypes.get_errno())
+    try:
+        with pinned(at) as place:
+            arguments = (source.encode(), os.fsencode(place), kind.encode())
+            failed = libc.mount(*arguments, ctypes.c_ulong(flags), os.fsencode(options))
+            reason = os.strerror(ctypes.get_errno())
+    except OSError as error:
+        failed, reason = True, str(error.strerror)
+    if failed:
         raise _refused(f"{kind} can not be mounted at {at}: {reason}")
 
 

@@ -41,6 +41,7 @@ from agent_plugin.content.mount_spec import (
     leave_only_upper,
 )
 from agent_plugin.content.mount_table import is_mounted, read_mounts, unmount
+from agent_plugin.content.pinned import own_directory
 from vfs.error_ledger import ErrorLedger
 from vfs.mount import FUSE_KIND, end_mount, mount_fuse, mount_overlay, raise_read_ahead, swap_in
 from vfs.transports.kernel_transport import ProtocolError, Session, negotiate
@@ -49,6 +50,8 @@ from vfs.transports.kernel_transport import ProtocolError, Session, negotiate
 RESTARTS_A_MINUTE: Final = 10
 # How long a server may go on for those who still read from a mount that is out of the tree.
 LAST_READERS_SECONDS: Final = 2.0
+# As a root of a session that is copied; the directory above is closed to others.
+_UPPER_MODE: Final = 0o755
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 # What a server writes when it serves.
@@ -175,12 +178,14 @@ class Supervisor:
     def _make_directories(self) -> None:
         spec = self._spec
         try:
-            for name in ("lower", "upper", "work", "spool"):
-                Path(spec.work_dir, name).mkdir(mode=0o700, parents=True, exist_ok=True)
-            if spec.writes != NO_WRITES:
-                # What is written belongs to the job's user, its root included.
-                os.chown(spec.upper, spec.uid, spec.gid)
-                spec.upper.chmod(0o755)
+            with own_directory(Path(spec.work_dir), make=True) as work_dir:
+                for name in ("lower", "upper", "work", "spool"):
+                    with suppress(FileExistsError):
+                        os.mkdir(name, 0o700, dir_fd=work_dir)
+                if spec.writes != NO_WRITES:
+                    # What is written belongs to the job's user, its root included.
+                    os.chown("upper", spec.uid, spec.gid, dir_fd=work_dir, follow_symlinks=False)
+                    os.chmod("upper", _UPPER_MODE, dir_fd=work_dir)
         except OSError as error:
             raise local_write_error(error, spec.work_dir) from error
 

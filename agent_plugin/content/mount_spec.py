@@ -15,6 +15,7 @@ import msgspec
 
 from agent_plugin.content.errors import SessionStateError, local_write_error
 from agent_plugin.content.leftovers import is_partial
+from agent_plugin.content.pinned import own_directory
 from agent_plugin.content.retry import RetryPolicy
 
 VERSION: Final = 1
@@ -186,14 +187,17 @@ def leave_only_upper(spec: MountSpec) -> None:
     One by one and only what is empty, since the directory is one that a user may have named, and
     the marks that overlayfs keeps there: they mean nothing by themselves.
     """
-    with suppress(OSError):
-        for kept in Path(spec.work_dir, "work", "work").iterdir():
-            status = kept.lstat()
-            if stat.S_ISCHR(status.st_mode) and status.st_rdev == 0:
-                kept.unlink()
-    for name in ("lower", "spool", "work/work", "work"):
+    with suppress(OSError), own_directory(Path(spec.work_dir)) as work_dir:
+        # Below a directory of ours that nobody else can write, names lead nowhere else.
+        place = Path(f"/proc/self/fd/{work_dir}")
         with suppress(OSError):
-            Path(spec.work_dir, name).rmdir()
+            for kept in (place / "work/work").iterdir():
+                status = kept.lstat()
+                if stat.S_ISCHR(status.st_mode) and status.st_rdev == 0:
+                    kept.unlink()
+        for name in ("lower", "spool", "work/work", "work"):
+            with suppress(OSError):
+                (place / name).rmdir()
 
 
 def read_spec(path: Path) -> MountSpec:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from agent_plugin.content import fusermount
+from agent_plugin.content.pinned import pinned
 
 _MNT_FORCE: Final = 1
 _MNT_DETACH: Final = 2
@@ -85,12 +86,16 @@ def unmount(at: Path, *, lazily: bool = False, force: bool = False) -> None:
         force: Fail the requests of those who wait for a FUSE server.
 
     Raises:
-        OSError: EBUSY: somebody uses it. EINVAL: nothing is mounted there.
+        OSError: EBUSY: somebody uses it. EINVAL: nothing is mounted there. ELOOP: a link leads
+            there.
     """
     flags = _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazily else 0) | (_MNT_FORCE if force else 0)
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.umount2(os.fsencode(at), flags):
+    # The directory above is looked at, which no server of ours can hang.
+    with pinned(at.parent) as above:
+        failed = libc.umount2(os.fsencode(above / at.name), flags)
         number = ctypes.get_errno()
+    if failed:
         if number == errno.EPERM and fusermount.find() is not None:
             fusermount.unmount(at, lazily=lazily or force)
             return

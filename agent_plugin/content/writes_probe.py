@@ -15,6 +15,7 @@ from agent_plugin.content.errors import local_write_error
 from agent_plugin.content.mount_spec import OVERLAY, OVERLAYFS
 from agent_plugin.content.mount_table import unmount
 from agent_plugin.content.overlay_marks import OPAQUE, TRUSTED_MARKS, USER_MARKS, marks_of
+from agent_plugin.content.pinned import own_directory
 
 AUTO: Final = "auto"
 # What overlayfs takes for its own in a path among its options.
@@ -58,14 +59,16 @@ def overlayfs_obstacle(work_dir: Path) -> str:
     if marks_of(work_dir / "upper") == USER_MARKS:
         return f"what is in {work_dir} was not written by way of overlayfs"
     try:
-        work_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=work_dir, prefix="probe-") as scratch:
-            return _try(Path(scratch))
+        with (
+            own_directory(work_dir, make=True) as fd,
+            tempfile.TemporaryDirectory(dir=f"/proc/self/fd/{fd}", prefix="probe-") as scratch,
+        ):
+            return _try(Path(scratch), work_dir / Path(scratch).name)
     except OSError as error:
         raise local_write_error(error, os.fspath(work_dir)) from error
 
 
-def _try(scratch: Path) -> str:
+def _try(scratch: Path, known_as: Path) -> str:
     for name in ("lower", "upper", "work", "at"):
         (scratch / name).mkdir()
     options = (
@@ -82,5 +85,5 @@ def _try(scratch: Path) -> str:
     at = os.fsencode(scratch / "at")
     if libc.mount(b"probe", at, b"overlay", ctypes.c_ulong(0), os.fsencode(options)):
         return f"overlayfs can not be mounted: {os.strerror(ctypes.get_errno())}"
-    unmount(scratch / "at")
+    unmount(known_as / "at")
     return ""

@@ -16,6 +16,7 @@ from agent_plugin.content.errors import LocalReadError
 from agent_plugin.content.leftovers import is_partial
 from agent_plugin.content.manifest import FileEntry
 from agent_plugin.content.overlay_marks import OPAQUE, Marks, marks_of, read_mark, redirected
+from agent_plugin.content.pinned import own_directory
 from agent_plugin.content.snapshot import FoundFile
 from agent_plugin.content.store import Cancellation
 from agent_plugin.session.roots import is_below
@@ -60,7 +61,9 @@ def find_written(
     """
     walk = _Walk(inputs, directories, cancellation, marks_of(upper))
     try:
-        fd = os.open(upper, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with own_directory(upper.parent) as above:
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+            fd = os.open(upper.name, flags, dir_fd=above)
     except OSError as error:
         raise LocalReadError(f"{upper}: {error.strerror}") from error
     walk.enter(fd, "", "")
