@@ -87,7 +87,8 @@ def examine(
     if settings is not None:
         yield _state_directory(settings.paths.state_dir)
         yield from file_probes(settings, session_dir)
-    yield from mount_probes(session_dir)
+    cache_dir = session_dir if settings is None else settings.paths.cache_dir
+    yield from mount_probes(session_dir, cache_dir)
     yield _credentials(environment, needed=(store_url or "").startswith("s3:"))
     yield _endpoint(environment)
     if store_url is not None:

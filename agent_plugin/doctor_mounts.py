@@ -87,7 +87,7 @@ if writable:
 """
 
 
-def mount_probes(session_dir: Path) -> Iterator[Probe]:
+def mount_probes(session_dir: Path, cache_dir: Path) -> Iterator[Probe]:
     """Yield what is to be known of mounting, and last whether a VIRTUAL session can run."""
     yield _dev_fuse()
     yield _rights()
@@ -96,10 +96,13 @@ def mount_probes(session_dir: Path) -> Iterator[Probe]:
     yield _user_namespaces()
     place = nearest_existing(session_dir)
     overlayfs = _overlayfs(place)
-    tried = _try_mount(place, AUTO, OVERLAYFS if overlayfs.ok is True else OVERLAY)
-    yield _kernel_transport(place, tried)
+    cache = nearest_existing(cache_dir)
+    cache = cache if os.access(cache, os.W_OK) else place
+    tried = _try_mount(place, cache, AUTO, OVERLAYFS if overlayfs.ok is True else OVERLAY)
+    yield _kernel_transport(place, cache, tried)
     yield _fusepy_transport(tried)
     yield overlayfs
+    yield _passthrough(cache, tried)
     yield _virtual(place, tried)
 
 
@@ -110,6 +113,8 @@ class Tried:
     failure: str
     ready: Ready | None = None
     protocol: str = ""
+    passes_through: bool = False
+    passthrough_reason: str = ""
 
     @property
     def transport(self) -> str:
@@ -169,12 +174,12 @@ def _user_namespaces() -> Probe:
     return Probe("user_namespaces", not refusal, reason, consequence)
 
 
-def _kernel_transport(place: Path, tried: Tried) -> Probe:
+def _kernel_transport(place: Path, cache: Path, tried: Tried) -> Probe:
     name = "kernel_transport"
     consequence = "mounts go through libfuse 2 (fusepy_transport), or not at all"
     obstacle = kernel_obstacle()
     if not obstacle and tried.transport != KERNEL:
-        tried = _try_mount(place, KERNEL, NO_WRITES)
+        tried = _try_mount(place, cache, KERNEL, NO_WRITES)
         obstacle = tried.failure
     if obstacle:
         return Probe(name, False, obstacle, consequence)
@@ -213,6 +218,14 @@ def _overlayfs(place: Path) -> Probe:
     return Probe(name, True, f"mounted, written and unmounted in {place}", consequence)
 
 
+def _passthrough(cache: Path, tried: Tried) -> Probe:
+    name, consequence = "passthrough", "large cached files are read through the mount's server"
+    if tried.passes_through:
+        reason = f"the kernel reads cached files of {cache} itself, where mounts have large ones"
+        return Probe(name, True, reason, consequence)
+    return Probe(name, False, tried.passthrough_reason or "nothing was mounted", consequence)
+
+
 def _virtual(place: Path, tried: Tried) -> Probe:
     name, consequence = "virtual", "VIRTUAL and AUTO sessions are COPIED, and say so"
     if tried.ready is None:
@@ -224,22 +237,23 @@ def _virtual(place: Path, tried: Tried) -> Probe:
     return Probe(name, True, reason, consequence)
 
 
-def _try_mount(place: Path, transport: str, writes: str) -> Tried:
+def _try_mount(place: Path, cache: Path, transport: str, writes: str) -> Tried:
     """Mount, use and unmount a file; whatever comes of it, nothing is left."""
     try:
-        return _mounted(place, transport, writes)
+        return _mounted(place, cache, transport, writes)
     except (OSError, PropmasterError) as error:
         return Tried(_why(error))
 
 
-def _mounted(place: Path, transport: str, writes: str) -> Tried:
+def _mounted(place: Path, cache: Path, transport: str, writes: str) -> Tried:
     with ExitStack() as stack:
         made = tempfile.TemporaryDirectory(prefix=".propmaster-doctor-", dir=place)
         scratch = Path(stack.enter_context(made)).resolve()
-        for name in ("cache", "state", "mnt"):
+        for name in ("state", "mnt"):
             (scratch / name).mkdir(mode=0o700)
-        cache = CachePlace(scratch / "cache", _FEW_BYTES, 0, shared=False)
-        mounts = Mounts(scratch / "state", cache, transport=transport)
+        made = tempfile.TemporaryDirectory(prefix=".propmaster-doctor-", dir=cache)
+        blobs = CachePlace(Path(stack.enter_context(made)).resolve(), _FEW_BYTES, 0, shared=False)
+        mounts = Mounts(scratch / "state", blobs, transport=transport, passthrough="on")
         request = MountRequest(
             manifest=_stored(scratch / "store"),
             mountpoint=scratch / "mnt",
@@ -267,7 +281,9 @@ def _mounted(place: Path, transport: str, writes: str) -> Tried:
             answer = ask_mount(mounts.control_of(scratch / "mnt"), {"ask": "status"})
         finally:
             mounts.end(scratch / "mnt")
-    return Tried("", ready, str(json.loads(answer)["protocol"]))
+    status = json.loads(answer)
+    passthrough = status.get("passthrough") or {"used": False, "reason": "not with fusepy"}
+    return Tried("", ready, str(status["protocol"]), passthrough["used"], passthrough["reason"])
 
 
 def _stored(directory: Path) -> Manifest:

@@ -21,7 +21,7 @@ NAMES = {
     *("cache_directory", "cache_space", "session_directory", "name_folding", "o_tmpfile"),
     *("user_xattr", "reflink", "copy_file_range", "credentials", "endpoint"),
     *("dev_fuse", "cap_sys_admin", "fusermount", "user_allow_other", "user_namespaces"),
-    *("kernel_transport", "fusepy_transport", "overlayfs", "virtual"),
+    *("kernel_transport", "fusepy_transport", "overlayfs", "passthrough", "virtual"),
 }
 STORE_NAMES = {"store", "store_list", "store_get", "store_put", "store_owner"}
 
