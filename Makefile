@@ -17,6 +17,8 @@ MOUNT_PACKAGES := fio git rsync stress-ng
 # Debian also splits off Python's own tests.
 PYTHON_TESTS = $(shell "$(PYTHON)" -c 'import test.test_os' 2>/dev/null \
   || "$(PYTHON)" -c 'import sys; print("libpython%d.%d-testsuite" % sys.version_info[:2])')
+# For the benchmarks: what their client is compiled with, and what mounts are compared with.
+BENCH_PACKAGES := gcc libc6-dev bindfs
 
 # $(call install_packages,PACKAGES): those that are missing, or else the exact command to run.
 define install_packages
@@ -63,6 +65,7 @@ check: $(VENV)/.installed
 	$(BIN)/codespell
 
 bench: $(VENV)/.installed peers
+	$(call install_packages,$(BENCH_PACKAGES))
 	$(BIN)/python -m pip install $(PIP_FLAGS) -c packaging/constraints.txt -e '.[bench]'
 	$(BIN)/python -m tests.benchmarks
 

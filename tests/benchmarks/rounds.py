@@ -59,3 +59,51 @@ def lines(
             line["mb_per_s"] = round(megabytes / medians[name], 1)
         line[f"ratio_to_{reference}"] = round(medians[reference] / medians[name], 2)
         yield line
+
+
+def sandwich(
+    reference: Callable[[], float], contender: Callable[[], float], *, rounds: int
+) -> list[tuple[float, float]]:
+    """Measure a contender between two runs of the reference, again and again.
+
+    So each of them comes after the other, whatever the one before leaves in the caches of the
+    machine and of its host, and what grows or shrinks steadily cancels out.
+
+    Returns:
+        For each round the mean seconds of the two references, and the contender's.
+    """
+    reference()
+    before = reference()
+    measured = []
+    for _ in range(rounds):
+        between = contender()
+        after = reference()
+        measured.append(((before + after) / 2, between))
+        before = after
+    return measured
+
+
+def ratio_line(
+    bench: str, peer: str, measured: Sequence[tuple[float, float]], *, reference: str
+) -> dict[str, object]:
+    """Return the line of one contender, measured by `sandwich`.
+
+    Args:
+        bench: What was measured.
+        peer: The contender.
+        measured: Seconds of the reference and of the contender, for each round.
+        reference: `ratio_to_<reference>` is the median of the rounds' ratios: how many times as
+            fast as the reference, so more is better; `ratio_low`, `ratio_high` are the quartiles.
+    """
+    ratios = sorted(before / after for before, after in measured)
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return {
+        "bench": bench,
+        "peer": peer,
+        "rounds": len(ratios),
+        "median_s": round(statistics.median(after for _, after in measured), 6),
+        f"{reference}_s": round(statistics.median(before for before, _ in measured), 6),
+        f"ratio_to_{reference}": round(middle, 3),
+        "ratio_low": round(low, 3),
+        "ratio_high": round(high, 3),
+    }
