@@ -40,7 +40,8 @@ _OF_LIBFUSE = {
     "fallocate": "libfuse 2 does not know it",
     "renameat2": "libfuse 2 knows no flags of rename",
     "O_TMPFILE": "libfuse 2 does not know it",
-    "depth": "each level of a path costs a message each time, as the kernel may keep no attributes",
+    "speed": "each level of a path costs a message each time, as the kernel may keep no attributes"
+    " of files that have several names",
 }
 # Of our own overlay.
 _OF_OURS = {

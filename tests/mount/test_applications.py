@@ -138,7 +138,7 @@ def test_a_path_may_be_as_long_as_paths_may_be(tree: Path) -> None:
 
 
 def test_directories_are_as_deep_as_somebody_goes(tree: Path, stack: Stack) -> None:
-    depth = 50 if "depth" in stack.lacks else 500
+    depth = 50 if "speed" in stack.lacks else 500
     fd = os.open(tree / "tex/deep", os.O_RDONLY)
     for _ in range(depth):
         os.mkdir("d", dir_fd=fd)
@@ -623,7 +623,8 @@ def test_what_was_changed_is_there_when_it_is_mounted_again(tmp_path: Path, sour
 @pytest.mark.slow
 def test_fifty_thousand_inputs_in_one_directory_are_changed(mounter: Mounter, stack: Stack) -> None:
     digest = Digest.of(b"the same")
-    names = [f"frame.{number:05}.exr" for number in range(50_000)]
+    many = 2000 if "speed" in stack.lacks else 50_000
+    names = [f"frame.{number:05}.exr" for number in range(many)]
     at = mounter.mount(
         Manifest.of(FileEntry(digest.hex, 0, f"in/{name}", digest.size) for name in names),
         writes=stack.writes,
@@ -631,12 +632,12 @@ def test_fifty_thousand_inputs_in_one_directory_are_changed(mounter: Mounter, st
     directory = at / "in"
     for name in names[::10]:
         (directory / name).unlink()
-    for number in range(5000):
+    for number in range(many // 10):
         (directory / f"new.{number:05}").touch()
     for name in names[1::10]:
         (directory / name).rename(directory / f"{name}.moved")
     left = {name for at, name in enumerate(names) if at % 10 > 1}
-    left |= {f"new.{number:05}" for number in range(5000)}
+    left |= {f"new.{number:05}" for number in range(many // 10)}
     left |= {f"{name}.moved" for name in names[1::10]}
     assert set(os.listdir(directory)) == left  # noqa: PTH208 - names
     with os.scandir(directory) as entries:
@@ -645,11 +646,14 @@ def test_fifty_thousand_inputs_in_one_directory_are_changed(mounter: Mounter, st
 
 
 @pytest.mark.slow
-def test_fifty_thousand_files_are_made_in_one_directory(mounter: Mounter, own: Path) -> None:
+def test_fifty_thousand_files_are_made_in_one_directory(
+    mounter: Mounter, own: Path, stack: Stack
+) -> None:
     directory = own / "geo"
-    for number in range(50_000):
+    many = 2000 if "speed" in stack.lacks else 50_000
+    for number in range(many):
         (directory / f"{number}").touch()
-    assert len(os.listdir(directory)) == 50_001  # noqa: PTH208 - names
+    assert len(os.listdir(directory)) == many + 1  # noqa: PTH208 - names
     shutil.rmtree(directory)
     assert not directory.exists()
     assert mounter.errors(own) == []
