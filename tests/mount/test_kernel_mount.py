@@ -130,7 +130,7 @@ def test_looking_at_a_tree_fetches_nothing(mounter: Mounter, inputs: Manifest, w
     assert mounter.fetched(at) == 50_080
 
 
-@by_each_transport
+@by_each_transport_in_time
 def test_a_directory_of_ten_thousand_files_is_listed_whole(mounter: Mounter, writes: str) -> None:
     names = {f"frame.{number:05}.{'x' * (number % 60)}exr" for number in range(10_000)}
     digest = Digest.of(b"the same")
@@ -147,7 +147,7 @@ def test_a_directory_of_ten_thousand_files_is_listed_whole(mounter: Mounter, wri
         assert len([*first, *second]) == 2 * 10_000 - 2
 
 
-@by_each_transport
+@by_each_transport_in_time
 def test_what_is_not_there_is_not_found(mounter: Mounter, inputs: Manifest, writes: str) -> None:
     at = mounter.mount(inputs, writes=writes)
     for missing in ("nothing", "tex/nothing", "tex/wood.txt", "TEX"):
@@ -568,7 +568,7 @@ def test_a_mount_that_nobody_uses_is_ended_at_once(
     mounter.assert_nothing_is_left()
 
 
-@by_each_transport
+@by_each_transport_in_time
 def test_what_a_killed_supervisor_left_is_cleared(
     mounter: Mounter, inputs: Manifest, writes: str
 ) -> None:
@@ -603,7 +603,7 @@ def test_what_killed_supervisor_and_server_left_is_cleared_without_touching_it(
     assert (again / "scene.usd").read_bytes() == b"#usda 1.0\n"
 
 
-@by_each_transport
+@by_each_transport_in_time
 def test_a_mount_goes_with_the_process_it_was_made_for(
     mounter: Mounter, inputs: Manifest, writes: str
 ) -> None:
