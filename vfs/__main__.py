@@ -2,13 +2,14 @@
 
 import gc
 import os
+import resource
 import secrets
 import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -46,6 +47,9 @@ from vfs.tree import Tree
 if TYPE_CHECKING:
     from vfs.transports.fusepy_transport import FusepyTransport
 
+# Descriptors are needed by large blobs that come in parts, and by each level of what is written.
+MOST_DESCRIPTORS: Final = 1 << 16
+
 log = events.get_logger()
 
 
@@ -57,6 +61,7 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write("usage: python -m vfs SPEC\n")
         return 2
     try:
+        _raise_descriptor_limit()
         path = Path(arguments[0])
         spec = read_spec(path)
         server = Server(spec, path)
@@ -138,7 +143,8 @@ class Server:
             statistics,
             Ownership(spec.uid, spec.gid),
         )
-        overlay = self._overlay(service, again=again)
+        # The kernel knows the nodes of a killed server only where the mount did not die with it.
+        overlay = self._overlay(service, again=again and session is not None)
         transport, why = self._transport(fd, session, service, overlay, statistics, again=again)
         used = isinstance(transport, KernelTransport) and transport.passes_through
         log.info(events.MOUNT_PASSTHROUGH, extra={"used": used, "reason": why})
@@ -280,6 +286,15 @@ def _fusepy_transport(nodes: Nodes, spec: MountSpec, at: Path) -> "FusepyTranspo
     except (ImportError, OSError) as error:
         raise MountFailedError(f"libfuse 2 can not be loaded: {error}") from error
     return FusepyTransport(nodes, at, spec.name, FUSE_KIND, xattrs=spec.xattrs, seen_at=spec.lower)
+
+
+def _raise_descriptor_limit() -> None:
+    """Have as many descriptors as the host gives; the usual 1024 are for who uses select(2)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # RLIM_INFINITY is below 0.
+    most = MOST_DESCRIPTORS if hard < 0 else min(hard, MOST_DESCRIPTORS)
+    if 0 <= soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _read(path: str) -> bytes:

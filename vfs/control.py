@@ -10,14 +10,17 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
+
+from agent_plugin.content import events
 
 _CREDENTIALS: Final = struct.Struct("iII")  # struct ucred: pid, uid, gid
 _PATIENCE_SECONDS: Final = 5.0
 # Room for all the paths of a large session.
 _MOST_BYTES: Final = 256 * 1024 * 1024
+
+log = events.get_logger()
 
 
 class ControlSocket:
@@ -47,11 +50,15 @@ class ControlSocket:
 
     def _serve(self) -> None:
         while True:
-            # All but OSError: what was asked is no question.
-            with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+            try:
                 connection, _ = self._listener.accept()
                 with connection:
                     self._answer(connection)
+            except (OSError, ValueError, LookupError, TypeError, AttributeError):
+                continue  # All but OSError: what was asked is no question.
+            except Exception:
+                # Whoever asks next is answered all the same.
+                log.exception(events.MOUNT_REQUEST_CRASHED)
 
     def _answer(self, connection: socket.socket) -> None:
         connection.settimeout(_PATIENCE_SECONDS)

@@ -27,6 +27,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -57,6 +58,8 @@ SINGLE_FLIGHT_SECONDS: Final = 60.0
 # How long who opens a large blob waits for it to be hashed, so that the kernel can read it itself;
 # what was hashed meanwhile is in memory and read the faster.
 VERIFY_SECONDS: Final = 0.25
+# Blobs that are kept open, whose space the disk does not get back when the cache lets go of them.
+MOST_OPEN: Final = 4096
 # Threads that fetch: with 30 ms to the store, 32 bring 1,000 small files a second.
 FETCHES_AT_ONCE: Final = 32
 # As many blobs that were used are told to the cache at once.
@@ -124,12 +127,11 @@ class WrongBlob:
     """What came wrong once: refused for a time, then read again, but only verified as a whole.
 
     Attributes:
-        streamed: Who had some of it.
-        error: What readers are told.
+        error: What readers are told, each by a copy: one that was raised keeps what its raisers
+            had, the blob's file with it.
         until: Monotonic seconds.
     """
 
-    streamed: Streamed
     error: PropmasterError
     until: float
 
@@ -182,7 +184,8 @@ class BlobReader:
         self._lock = threading.Lock()
         self._open: OrderedDict[str, OpenBlob] = OrderedDict()
         # A quarter of what this process may have open; the kernel's limit, not the job's.
-        self._most_open = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+        self._most_streamed = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+        self._most_open = min(self._most_streamed, MOST_OPEN)
         self._streamed: dict[str, Streamed] = {}
         self._wrong: dict[str, WrongBlob] = {}
         self._under_way: dict[str, Future[OpenBlob]] = {}
@@ -204,10 +207,7 @@ class BlobReader:
         self._disk.shutdown(wait=False, cancel_futures=True)
         self._large.shutdown(wait=False, cancel_futures=True)
         with self._lock:
-            for streamed in (
-                *self._streamed.values(),
-                *(wrong.streamed for wrong in self._wrong.values()),
-            ):
+            for streamed in self._streamed.values():
                 streamed.close()
             self._streamed.clear()
 
@@ -244,7 +244,7 @@ class BlobReader:
             return b""
         wrong = self._wrong.get(digest.hex)
         if wrong is not None and time.monotonic() < wrong.until:
-            raise wrong.error
+            raise copy(wrong.error)
         if self._may_stream(digest):
             streamed = self._stream(digest, cancellation)
             if streamed is not None:
@@ -559,6 +559,9 @@ class BlobReader:
             future = self._beginning.get(digest.hex)
             is_first = future is None
             if future is None:
+                # Each has a file open until all of it is here, which may be never.
+                if len(self._streamed) + len(self._beginning) >= self._most_streamed:
+                    return None
                 future = self._beginning[digest.hex] = Future()
         if is_first:
             self._disk.submit(self._begin, digest, future)
@@ -599,11 +602,10 @@ class BlobReader:
 
     def _came_wrong(self, digest: Digest, error: PropmasterError) -> None:
         with self._lock:
-            until = time.monotonic() + WRONG_SECONDS
-            # Open until the end: who has found it complete may be reading from it just now.
-            if digest.hex in self._streamed:
-                streamed = self._streamed.pop(digest.hex)
-                self._wrong[digest.hex] = WrongBlob(streamed, error, until)
+            # Its file goes with the last who reads of it just now.
+            if self._streamed.pop(digest.hex, None) is not None:
+                until = time.monotonic() + WRONG_SECONDS
+                self._wrong[digest.hex] = WrongBlob(copy(error), until)
         self.on_corrupt(digest, error)
 
     def _completed(self, digest: Digest, fd: int) -> None:

@@ -13,6 +13,7 @@ from tests.mount.test_fusepy_mount import DEAD, Tries, _kill_server
 from tests.servers.fault_proxy import FaultProxy
 from tests.servers.faults import Fault
 from tests.servers.other_user import NOBODY, being_nobody
+from tests.servers.proxied_object import until
 from tests.servers.s3_server import S3Server
 from tests.servers.trees import files_below, write_files
 
@@ -270,6 +271,10 @@ def test_what_was_written_outlives_a_server_and_nothing_hidden_is_left(
     assert (at / "before").read_bytes() == b"written before"
     assert files_below(at / "renamed") == files_below(source / "shots/03")
     assert not any("hidden" in path.name or path.name == "open" for path in upper.rglob("*"))
+    (at / "large").write_bytes(b"removed by who comes after")
+    (at / "large").unlink()
+    # Nor on the disk, whose space others need.
+    until(lambda: not list((mounter.home / "mnt-work/work").iterdir()))
     with pytest.raises(OSError, match=r"not connected|abort|Input/output"):
         os.read(held, 1)
     os.close(held)

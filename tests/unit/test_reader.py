@@ -3,9 +3,11 @@
 The store is a directory, or the S3 server behind a proxy that counts and breaks requests.
 """
 
+import gc
 import json
 import os
 import random
+import resource
 import tempfile
 import threading
 import time
@@ -785,6 +787,46 @@ def test_what_came_wrong_is_verified_whole_before_it_is_read_again(
 
 
 @pytest.mark.usefixtures("large")
+def test_what_came_wrong_is_not_kept(rig: Rig, served: Serve, expected_events: set[str]) -> None:
+    expected_events.add(events.MOUNT_READ_FAILED)
+    digest, data = blob(43, LARGE)
+    rig.put(digest, data)
+    flip_a_bit(rig.home / "store" / blob_key(digest), 0)
+    service, _ = served({"big.abc": digest}, rig.reader(rig.cache()))
+    node = service.lookup(ROOT, b"big.abc")
+    assert node is not None
+    for _ in range(3):
+        with pytest.raises(BlobCorruptError):
+            service.read(node, 0, LARGE, Cancellation())
+
+    def is_open() -> bool:
+        gc.collect()
+        return any(
+            str(rig.cache_dir / "") in os.fspath(fd.readlink()) and fd.stat().st_size == LARGE
+            for fd in Path("/proc/self/fd").iterdir()
+            if os.path.lexists(fd)
+        )
+
+    until(lambda: not is_open())
+
+
+@pytest.mark.usefixtures("large")
+def test_more_large_blobs_are_read_than_a_process_may_have_open(rig: Rig) -> None:
+    blobs = [blob(seed, LARGE) for seed in range(100, 180)]
+    for digest, data in blobs:
+        rig.put(digest, data)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 64, limits[1]))
+    try:
+        reader = rig.reader(rig.cache())
+        for digest, data in blobs:
+            assert read(reader, digest, 100, 50) == data[100:150]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.usefixtures("large")
 def test_what_was_read_before_it_turned_out_wrong_is_in_the_ledger_for_each_of_its_files(
     rig: Rig, served: Serve, expected_events: set[str]
 ) -> None:
@@ -839,8 +881,8 @@ def test_a_large_blob_is_not_passed_through_before_it_is_verified(
     rig.cache().add(digest, data)
     reader = rig.reader(rig.cache())
     may_go_on = threading.Event()
-    for _ in range(vfs.reader.LOOKS_AT_ONCE):
-        reader._disk.submit(may_go_on.wait, 20)
+    for _ in range(vfs.reader.LARGE_LOOKS_AT_ONCE):
+        reader._large.submit(may_go_on.wait, 20)
     try:
         assert reader.verified_cached(digest) is None
         assert reader.verified_now(digest) is None
