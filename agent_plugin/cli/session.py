@@ -225,9 +225,10 @@ def _print_started(result: StartResult, *, as_json: bool) -> None:
         print_json(result)
         return
     for root in result.roots:
+        why = f": {root.reason}" if root.reason else ""
         say(
             f"root {root.root_path} -> {root.local_root}: {root.files} files,"
             f" {format_bytes(root.bytes)}, {format_bytes(root.bytes_fetched)} fetched,"
-            f" {format_bytes(root.bytes_reused)} reused ({root.file_system})"
+            f" {format_bytes(root.bytes_reused)} reused ({root.file_system}{why})"
         )
     say(f"{result.seconds} s")

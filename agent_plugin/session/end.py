@@ -56,10 +56,11 @@ def end(
         _forget(key, "", records, state_file)
         raise
     removed = []
-    if state is not None:
-        for root in state.roots:
-            if root.file_system == VIRTUAL:
-                mounts.end(Path(root.local_root))
+    for root in state.roots if state is not None else ():
+        local = Path(root.local_root)
+        # A start that failed or was killed has mounted roots that the state calls copied.
+        if root.file_system == VIRTUAL or mounts.knows(local):
+            mounts.end(local)
     if state is not None and not keep_files:
         removed = _remove_roots(session_dir, state)
     _forget(key, state.job.store_url if state else "", records, state_file)

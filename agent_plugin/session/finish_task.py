@@ -40,7 +40,7 @@ from agent_plugin.session.state import (
     SessionState,
     StateFile,
 )
-from agent_plugin.session.virtual import refuse_failed_reads
+from agent_plugin.session.virtual import refuse_failed_reads, refuse_lost_mounts
 from agent_plugin.session.written import find_written
 from agent_plugin.transfer.context import TransferContext
 from agent_plugin.transfer.ledger import TransferSpec
@@ -118,6 +118,7 @@ def finish_task(
     Raises:
         SessionStateError: The session has not started, or the sync of a step did not finish.
         MountReadFailedError: The task was refused bytes of its inputs; nothing was stored.
+        MountFailedError: A root is not mounted any more; nothing was stored.
         FileChangedError: A file kept changing while it was read.
         PropmasterError: Any other of the tree; no manifest names what is not stored.
     """
@@ -133,6 +134,7 @@ def finish_task(
     except MountReadFailedError:
         state_file.write(state)
         raise
+    refuse_lost_mounts(state.roots, mounts)
     if failed and not upload_failed:
         result = _empty_result(state)
     else:

@@ -51,9 +51,9 @@ from agent_plugin.transfer.ledger import lease_owner
 READY_SECONDS: Final = 60.0
 # The process itself gives leavers 2 s and last readers 5 s; then it is killed.
 END_SECONDS: Final = 15.0
-# It answers from memory, but may have to wait for a core.
 # As the mount process gives them: a server that is left without it goes on as long as it is asked.
 LAST_READERS_SECONDS: Final = 2.0
+# A server answers from memory, but may have to wait for a core.
 ANSWER_SECONDS: Final = 30.0
 _POLL_SECONDS: Final = 0.02
 _LOG_TAIL_BYTES: Final = 2000
@@ -269,6 +269,14 @@ class Mounts:
         except FileNotFoundError:
             return []
         return [msgspec.convert(json.loads(line), FailedRead) for line in lines]
+
+    def knows(self, mountpoint: Path) -> bool:
+        """Whether a mount was begun there and not ended, whoever may have been told of it."""
+        return self._place(mountpoint).exists()
+
+    def is_there(self, mountpoint: Path) -> bool:
+        """Whether our mount is the one at a path; its supervisor may be gone."""
+        return is_mounted(mountpoint, f"propmaster:{self._place(mountpoint).name}")
 
     def is_served(self, mountpoint: Path) -> bool:
         """Whether a process of ours serves what is mounted there."""

@@ -282,6 +282,9 @@ def _mount(
     else:
         choice = choose(wish, root, manifest, state)
     if choice.file_system == COPIED or manifest is None:
+        if mounts.knows(Path(root.local_root)):
+            # Of a start that failed, when something else was wished.
+            mounts.end(Path(root.local_root))
         return choice.reason
     try:
         mount(root, manifest, state, context, mounts, environment)
@@ -311,7 +314,7 @@ def _carry_over(before: SessionState, state: SessionState) -> None:
                 root.baseline = same.baseline
                 root.file_system, root.written_to = same.file_system, same.written_to
                 root.control, root.gone = same.control, same.gone
-                root.layers = same.layers
+                root.layers, root.errors_told = same.layers, same.errors_told
 
 
 def _without_outputs(manifest: Manifest | None, root: RootState) -> Manifest | None:

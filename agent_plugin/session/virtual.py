@@ -121,6 +121,8 @@ def mount(
         return
     if is_mounted(place):
         mounts.end(place)
+    # Its error ledger is a new one.
+    root.errors_told = 0
     owner = os.stat(state.session_dir)  # noqa: PTH116 - of a path as text
     try:
         place.mkdir(exist_ok=True)
@@ -156,6 +158,22 @@ def fall_back(root: RootState, error: MountFailedError) -> str:
     root.file_system, root.written_to, root.control = COPIED, "", ""
     log.warning(events.MOUNT_FELL_BACK, extra={"root": root.local_root, "reason": error.message})
     return error.message
+
+
+def refuse_lost_mounts(roots: Sequence[RootState], mounts: Mounts) -> None:
+    """See that what tasks wrote to mounted roots went to the mounts.
+
+    Raises:
+        MountFailedError: A mount is gone: what was written since is in the bare directory, where
+            nobody looks for outputs.
+    """
+    for root in roots:
+        if root.file_system == VIRTUAL and not mounts.is_there(Path(root.local_root)):
+            raise MountFailedError(
+                f"{root.local_root} is not mounted any more: outputs of the task may be lost",
+                hint="start the session again, which keeps what was written to the mount, and run"
+                " the task again",
+            )
 
 
 def refuse_failed_reads(roots: Sequence[RootState], mounts: Mounts) -> None:

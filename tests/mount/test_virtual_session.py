@@ -8,10 +8,11 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from agent_plugin.content import events
-from agent_plugin.content.errors import MountReadFailedError
+from agent_plugin.content.errors import BlobNotFoundError, MountFailedError, MountReadFailedError
 from agent_plugin.content.mount_table import read_mounts
 from agent_plugin.session.job import JobDocument
 from agent_plugin.session.mounts import ask_mount
@@ -302,7 +303,49 @@ def test_a_task_that_was_refused_a_byte_has_failed_whatever_it_says(
 
     assert caught.value.exit_code == 87
     assert sessions.outputs() == {}
+    start(sessions, job)
     assert outputs_of(sessions.host, sessions.finish(1)).keys() == {"renders/new.exr"}
+
+
+def test_what_a_task_wrote_where_a_mount_was_is_not_taken_for_no_output(
+    sessions: Sessions, job: JobDocument
+) -> None:
+    root = start(sessions, job)
+    sessions.host.mounts.end(root)
+    (root / "renders").mkdir()
+    (root / "renders/late.exr").write_bytes(b"written to the bare directory")
+
+    with pytest.raises(MountFailedError, match="not mounted any more"):
+        sessions.finish()
+
+
+@pytest.mark.expected_events(events.SESSION_START_FAILED)
+@pytest.mark.parametrize("again", ["", "COPIED"])
+def test_what_a_failed_start_had_mounted_is_ended(
+    again: str, tmp_path: Path, sessions: Sessions, job: JobDocument
+) -> None:
+    """Of two roots one is mounted, and the other one, for it is small, can not be copied."""
+    many: dict[str | bytes, bytes | int] = {f"{at}.tx": 10 for at in range(600)}
+    [mounted] = sessions.submitted(many, "renders", root="many").attachments.manifests
+    [copied] = sessions.submitted({"gone.bin": 77_777}, "out", root="few").attachments.manifests
+    both = msgspec.structs.replace(
+        job, attachments=msgspec.structs.replace(job.attachments, manifests=[mounted, copied])
+    )
+    [blob] = (b for b in (tmp_path / "store/Data").iterdir() if b.stat().st_size == 77_777)
+    data = blob.read_bytes()
+    blob.unlink()
+    with pytest.raises(BlobNotFoundError):
+        sessions.host.start(both, sessions.session_dir, file_system="AUTO")
+    if again:
+        blob.write_bytes(data)
+        result = sessions.host.start(both, sessions.session_dir, file_system=again)
+        assert [len(files_below(Path(root.local_root))) for root in result.roots] == [600, 1]
+        assert [m for m in read_mounts() if m.mountpoint.startswith(f"{tmp_path}/")] == []
+
+    sessions.host.end(sessions.session_dir)
+
+    assert list(sessions.session_dir.iterdir()) == []
+    assert not any((sessions.host.state_dir / "mounts").iterdir())
 
 
 def test_auto_copies_what_is_small_and_says_so(sessions: Sessions, job: JobDocument) -> None:
@@ -328,3 +371,12 @@ def test_a_root_without_inputs_is_a_directory(sessions: Sessions) -> None:
     [root] = sessions.host.start(job, sessions.session_dir, file_system="VIRTUAL").roots
 
     assert (root.file_system, root.reason) == ("COPIED", "the root has no inputs")
+
+
+def test_a_person_is_told_why_a_root_is_not_mounted(sessions: Sessions) -> None:
+    job = job_with_outputs(sessions.host.store_url, "/mnt/show", "renders")
+    arguments = sessions.host.start_arguments(job, sessions.session_dir)
+
+    told = sessions.host.run(*arguments[:-1], "--file-system", "VIRTUAL")
+
+    assert "(COPIED: the root has no inputs)" in told.stderr + told.stdout
