@@ -46,6 +46,7 @@ from vfs.overlay_upper import (
     change_mode,
     kill_privileges,
     rename_at,
+    set_times,
 )
 from vfs.service import BLOCK_BYTES, XATTR_HASH, XATTR_STATE, NodeService
 from vfs.tree import ROOT
@@ -722,14 +723,9 @@ class Overlay:
             os.removexattr(opened.fd, self._upper.marks.metacopy)
 
     def _set_times(self, found: Object, at: Place, changes: Changes) -> None:
+        set_times(at, changes.atime_ns, changes.mtime_ns)
         status = os.stat(at[1], dir_fd=at[0], follow_symlinks=False)
-        now = time.clock_gettime_ns(_KERNEL_CLOCK)
-        times = (
-            _moment(changes.atime_ns, now, status.st_atime_ns),
-            _moment(changes.mtime_ns, now, status.st_mtime_ns),
-        )
-        self._copy.keeps_times(found.node, times)
-        os.utime(at[1], ns=times, dir_fd=at[0], follow_symlinks=False)
+        self._copy.keeps_times(found.node, (status.st_atime_ns, status.st_mtime_ns))
 
     def _for_xattr(self, node: int, name: bytes) -> int:
         if not self._upper.may_be(name):
@@ -744,12 +740,6 @@ class Overlay:
 
 def _may_have_xattrs(found: Object) -> bool:
     return found.mode in (stat.S_IFREG, stat.S_IFDIR)
-
-
-def _moment(wished: int | None, now: int, before: int) -> int:
-    if wished is None:
-        return before
-    return now if wished == NOW else wished
 
 
 def _list(below: Mapping[bytes, int], names: dict[bytes, int]) -> list[Listed]:

@@ -30,7 +30,7 @@ from agent_plugin.content.overlay_marks import (
     note_marks,
     read_mark,
 )
-from vfs.nodes import RENAME_EXCHANGE, RENAME_NOREPLACE, Caller
+from vfs.nodes import NOW, RENAME_EXCHANGE, RENAME_NOREPLACE, Caller
 
 # Descriptors that are kept of each kind, files and directories.
 KEPT_OPEN: Final = 256
@@ -42,7 +42,18 @@ _PRIVILEGES: Final = stat.S_ISUID | stat.S_ISGID
 # A name in a directory.
 Place = tuple[int, bytes]
 
+# Source: linux/stat.h and linux/fcntl.h.
+_UTIME_NOW: Final = (1 << 30) - 1
+_UTIME_OMIT: Final = (1 << 30) - 2
+_AT_SYMLINK_NOFOLLOW: Final = 0x100
+
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _Timespec(ctypes.Structure):
+    """struct timespec."""
+
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
 
 
 class Descriptor:
@@ -354,6 +365,31 @@ def rename_at(at: Place, to: Place, flags: int) -> None:
     if _libc.renameat2(at[0], at[1], to[0], to[1], flags):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
+
+
+def set_times(at: Place, atime_ns: int | None, mtime_ns: int | None) -> None:
+    """Set times, as utimensat(2): NOW is the kernel's, which no clock of ours is level with.
+
+    Args:
+        at: What gets them; not what a link leads to.
+        atime_ns: In nanoseconds since the epoch, NOW, or None to leave it as it is.
+        mtime_ns: The same.
+
+    Raises:
+        OSError: As the system call.
+    """
+    times = (_Timespec * 2)(_timespec(atime_ns), _timespec(mtime_ns))
+    if _libc.utimensat(at[0], at[1], times, _AT_SYMLINK_NOFOLLOW):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def _timespec(time_ns: int | None) -> _Timespec:
+    if time_ns is None:
+        return _Timespec(0, _UTIME_OMIT)
+    if time_ns == NOW:
+        return _Timespec(0, _UTIME_NOW)
+    return _Timespec(*divmod(time_ns, 1_000_000_000))
 
 
 def allocate(fd: int, mode: int, offset: int, length: int) -> None:

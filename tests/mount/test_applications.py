@@ -450,6 +450,18 @@ def test_a_file_is_the_same_file_after_it_was_changed(tree: Path) -> None:
             assert (numbers[name], tree.stat().st_dev) == (status.st_ino, status.st_dev)
 
 
+def test_no_touch_is_earlier_than_the_one_before(tree: Path) -> None:
+    times = []
+    for number in range(30):
+        file = tree / f"touched-{number}"
+        file.write_bytes(b"")
+        times.append(file.stat().st_mtime_ns)
+        for _ in range(2):
+            file.touch()
+            times.append(file.stat().st_mtime_ns)
+    assert times == sorted(times)
+
+
 def test_what_is_not_as_on_a_disk_is_as_it_is_said_to_be(tree: Path, stack: Stack) -> None:
     """So that what test_twin.py passes over, and docs/SEMANTICS.md names, is no more than that."""
     if stack.writes != "overlayfs":
