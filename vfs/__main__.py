@@ -144,7 +144,8 @@ class Server:
             Ownership(spec.uid, spec.gid),
         )
         # The kernel knows the nodes of a killed server only where the mount did not die with it.
-        overlay = self._overlay(service, again=again and session is not None)
+        resumes = again and session is not None and session.can_resend
+        overlay = self._overlay(service, again=resumes)
         transport, why = self._transport(fd, session, service, overlay, statistics, again=again)
         used = isinstance(transport, KernelTransport) and transport.passes_through
         log.info(events.MOUNT_PASSTHROUGH, extra={"used": used, "reason": why})
@@ -193,7 +194,7 @@ class Server:
 
         try:
             if isinstance(transport, KernelTransport):
-                if again:
+                if resumes:
                     transport.ask_again()
                 ready()
                 transport.serve()

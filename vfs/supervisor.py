@@ -3,7 +3,8 @@
 It mounts, answers the kernel's first request, and forks the server, which inherits /dev/fuse. A
 server that dies, however it dies, is replaced: requests wait in the kernel meanwhile, and those
 that were read and not answered are sent again, so a reader sees nothing but a pause. Where libfuse
-mounts, its mount dies with the server, and is made again at once, over what was written before. The
+mounts, or the kernel is older than that, the mount dies with the server, and is made again at once,
+over what was written before. The
 mount goes away with a signal, with the process it was made for, or when somebody else unmounts it.
 
 One thread, since it forks; it reads no file of the mount.
@@ -148,19 +149,79 @@ class Supervisor:
         self._choice = choose_transport(self._spec.transport)
         if self._choice.transport == FUSEPY:
             return
-        writable = self._spec.writes == OVERLAY
-        self._fd = mount_fuse(self._spec.lower, self._spec.name, writable=writable)
         try:
-            self._session = negotiate(self._fd, stack_depth=self._stack_depth, writable=writable)
+            self._mount_ours(self._spec.lower)
         except ProtocolError as error:
             self._take_away(self._spec.lower)
-            os.close(self._fd)
-            self._fd = -1
+            self._close_device()
             self._choice = choose_transport(self._spec.transport, kernel_refused=str(error))
 
+    def _mount_ours(self, at: Path) -> None:
+        writable = self._spec.writes == OVERLAY
+        self._fd = mount_fuse(at, self._spec.name, writable=writable)
+        self._session = negotiate(self._fd, stack_depth=self._stack_depth, writable=writable)
+
     def _mount_overlay(self, at: Path) -> None:
-        spec = self._spec
-        mount_overlay(spec.lower, spec.upper, Path(spec.work_dir, "work"), at, spec.name)
+        """Mount overlayfs by a process of its own: the kernel asks the server for it.
+
+        If the server is killed just then, this one has to be there to replace it.
+
+        Raises:
+            LocalWriteError: It could not be mounted.
+        """
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        mounting = os.fork()
+        if mounting == 0:
+            try:
+                signal.set_wakeup_fd(-1)
+                if self._fd >= 0:
+                    os.close(self._fd)
+                spec = self._spec
+                mount_overlay(spec.lower, spec.upper, Path(spec.work_dir, "work"), at, spec.name)
+            except BaseException as error:  # noqa: BLE001 - it is raised again by who waits
+                os.write(writer, str(error).encode("utf-8", "replace")[: select.PIPE_BUF])
+            finally:
+                os._exit(0)
+        os.close(writer)
+        try:
+            self._keep_a_server_until(reader)
+            told = os.read(reader, select.PIPE_BUF)
+        finally:
+            os.close(reader)
+            os.waitpid(mounting, 0)
+        if told:
+            raise LocalWriteError(
+                told.decode("utf-8", "replace"),
+                hint="`propmaster doctor` says what this host can do",
+            )
+
+    def _keep_a_server_until(self, ready: int) -> None:
+        """Replace servers that die before a descriptor is ready, if the kernel asks them again."""
+        while self._server:
+            server = os.pidfd_open(self._server)
+            try:
+                poll = select.poll()
+                for fd in (ready, server):
+                    poll.register(fd, select.POLLIN)
+                if server not in {fd for fd, _ in poll.poll()}:
+                    return
+            finally:
+                os.close(server)
+            _, status = os.waitpid(self._server, 0)
+            self._server = 0
+            if not self._resumes or not self._replace(os.waitstatus_to_exitcode(status)):
+                # Whoever waits for it is refused.
+                self._close_device()
+
+    def _close_device(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    @property
+    def _resumes(self) -> bool:
+        """Whether a server's successor is asked again what was not answered."""
+        return self._session is not None and self._session.can_resend
 
     def _take_away(self, at: Path) -> None:
         """Take a mount of ours that nobody serves out of the tree."""
@@ -271,21 +332,19 @@ class Supervisor:
             events.MOUNT_SERVER_DIED,
             extra={"mountpoint": self._spec.mountpoint, "exit_code": code},
         )
-        if self._session is not None and not self._session.can_resend:
-            return False
         while self._may_be_replaced():
             try:
-                if self._session is not None:
+                if self._resumes:
                     self._start(again=True)
                 else:
                     self._mount_again(self._deaths[-1])
-            except (PropmasterError, OSError) as error:
+            except (PropmasterError, ProtocolError, OSError) as error:
                 log.error(  # noqa: TRY400 - an expected failure: its text says all
                     events.MOUNT_SERVER_DIED,
                     extra={"mountpoint": self._spec.mountpoint, "reason": str(error)},
                 )
                 # Killed before it served, perhaps; what is half mounted is not mounted again.
-                if self._session is None:
+                if not self._resumes:
                     return False
             else:
                 return True
@@ -299,7 +358,9 @@ class Supervisor:
         return not many
 
     def _mount_again(self, since: float) -> None:
-        """Take away what died with libfuse's server, and mount in its place what is as before.
+        """Take away what died with its server, and mount in its place what is as before.
+
+        So does what libfuse mounts, and what we do where the kernel can not ask again (Linux 6.9).
 
         Args:
             since: When the server was found dead, monotonic seconds.
@@ -314,12 +375,12 @@ class Supervisor:
         if may_administer():
             # The dead one stays until then: nobody is to see, or write to, the directory below it.
             spec.staged.mkdir(mode=0o700, exist_ok=True)
-            self._start(again=True)
+            self._serve_again(spec.staged)
             raise_read_ahead(spec.staged)
             swap_in(spec.staged, spec.lower)
         else:
             self._take_away(spec.lower)
-            self._start(again=True)
+            self._serve_again(spec.lower)
         if spec.writes == OVERLAYFS:
             self._mount_overlay(spec.staged)
             swap_in(spec.staged, self._mountpoint)
@@ -327,6 +388,14 @@ class Supervisor:
             spec.staged.rmdir()
         seconds = round(time.monotonic() - since, 3)
         log.warning(events.MOUNT_REMADE, extra={"mountpoint": spec.mountpoint, "seconds": seconds})
+
+    def _serve_again(self, at: Path) -> None:
+        """Have a server whose mount the kernel knows nothing of; libfuse's mounts by itself."""
+        if self._session is not None:
+            # Whoever waits for the dead one is refused now.
+            self._close_device()
+            self._mount_ours(at)
+        self._start(again=True)
 
     def _end(self) -> None:
         """Take all mounts away, give last readers a moment, and end the server."""
@@ -342,9 +411,7 @@ class Supervisor:
                     break
                 time.sleep(0.02)
             self._server = 0
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._close_device()
         # Where the server was gone, the first try may have failed.
         for at in self._spec.mounted:
             with suppress(OSError):
