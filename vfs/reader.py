@@ -99,24 +99,30 @@ class OpenBlob:
         self.kept_at = time.monotonic()
         self.was_read = self.is_wrong = False
 
-    def read(self, buffer: memoryview, offset: int, *, waits: bool = True) -> int:
-        """Read by position; return the number of bytes, or -1 if they are wrong.
-
-        Args:
-            buffer: As long as what is wanted.
-            offset: In bytes.
-            waits: For the disk; otherwise less may come, or EAGAIN.
+    def part_now(self, offset: int, buffer: memoryview) -> int:
+        """Read what is in the page cache; return the number of bytes, or -1 if they are wrong.
 
         Raises:
-            OSError: The disk does not give them.
+            OSError: EAGAIN: nothing of it is there. Any other: the disk does not give it.
         """
+        self._note_reading()
+        count = _in_memory(self.fd, buffer, offset)
+        return -1 if self.is_wrong else count
+
+    def part(self, offset: int, length: int) -> bytes | None:
+        """Return a part, shorter at the end of the blob; None if it is wrong.
+
+        Raises:
+            OSError: The disk does not give it.
+        """
+        self._note_reading()
+        data = os.pread(self.fd, length, offset)
+        return None if self.is_wrong else data
+
+    def _note_reading(self) -> None:
         if not self.is_verified:
             # Noted before and looked at after: one of both sees what the other does.
             self.was_read = True
-        count = (
-            os.preadv(self.fd, [buffer], offset) if waits else _in_memory(self.fd, buffer, offset)
-        )
-        return -1 if self.is_wrong else count
 
     def __del__(self) -> None:
         os.close(self.fd)
@@ -225,7 +231,7 @@ class BlobReader:
         blob = self._open.get(digest.hex)
         if blob is not None:
             self._note_use(digest)
-            return blob.read(buffer, offset, waits=False)
+            return blob.part_now(offset, buffer)
         streamed = self._streamed.get(digest.hex)
         if streamed is not None:
             return streamed.read_now(offset, buffer)
@@ -251,16 +257,15 @@ class BlobReader:
                 return streamed.read(offset, length, cancellation)
         if length == digest.size <= SMALL_BYTES and (small := self._read_small(digest)) is not None:
             return small
-        data = bytearray(length)
-        count = -1
-        while count < 0:
+        data: bytes | None = None
+        while data is None:
             try:
-                count = self.open(digest, cancellation).read(memoryview(data), offset)
+                data = self.open(digest, cancellation).part(offset, length)
             except OSError as error:
                 raise LocalReadError(f"{digest} can not be read: {error.strerror}") from error
-        if count != length:
-            raise LocalReadError(f"{digest} ends at {offset + count}")
-        return bytes(data)
+        if len(data) != length:
+            raise LocalReadError(f"{digest} ends at {offset + len(data)}")
+        return data
 
     def open(self, digest: Digest, cancellation: Cancellation) -> OpenBlob:
         """Return a whole, verified blob, after fetching it if need be.
