@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from io import FileIO
 from pathlib import Path
 
@@ -160,6 +161,12 @@ def slow(
     mounter.close()
 
 
+def is_waiting(pid: int, command: str) -> bool:
+    """Whether a process has become that command and sleeps; source: proc_pid_stat(5)."""
+    name, state = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].split(") ", 1)
+    return name == command and state[0] in "DS"
+
+
 def test_opening_waits_for_no_store_and_a_reader_that_waits_can_be_killed(
     slow: Mounter, source: Path, s3: S3Server, fault_proxy: FaultProxy
 ) -> None:
@@ -174,6 +181,7 @@ def test_opening_waits_for_no_store_and_a_reader_that_waits_can_be_killed(
         reader = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         try:
             until(lambda: stall.hits >= 1)
+            until(partial(is_waiting, reader.pid, "cat"))
             reader.send_signal(end)
             assert wait_for(reader, seconds=10) < 10
         finally:
