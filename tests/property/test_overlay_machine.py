@@ -27,7 +27,7 @@ from agent_plugin.content.manifest import FileEntry
 from agent_plugin.content.store import Cancellation
 from agent_plugin.session.written import find_written
 from tests.mount.overlay_rig import US, OverlayRig, seen_by_overlay, seen_on_disk
-from vfs import overlay, overlay_copy, overlay_upper
+from vfs import overlay, overlay_copy, overlay_files, overlay_nodes, overlay_upper
 from vfs.nodes import RENAME_NOREPLACE, Changes
 
 FILES: Final[dict[str | bytes, bytes | int]] = {
@@ -336,7 +336,7 @@ class OverlayMachine(RuleBasedStateMachine):
         mortal = MortalOs(kill, os)
         library = MortalOs(0, overlay_upper._libc)
         library.die_a_little = mortal.die_a_little  # type: ignore[method-assign]
-        modules = (overlay, overlay_copy, overlay_upper)
+        modules = (overlay, overlay_copy, overlay_files, overlay_nodes, overlay_upper)
         with pytest.MonkeyPatch.context() as patch:
             for module in modules:
                 patch.setattr(module, "os", mortal)
