@@ -19,6 +19,7 @@ from agent_plugin.content.errors import BlobCorruptError
 from agent_plugin.content.parts import write_all
 from agent_plugin.content.store import Cancellation
 from vfs.nodes import RENAME_NOREPLACE, Caller
+from vfs.open_blob import OpenBlob
 from vfs.overlay_index import Index, Object
 from vfs.overlay_upper import (
     NEW,
@@ -30,7 +31,6 @@ from vfs.overlay_upper import (
     open_regular,
     rename_at,
 )
-from vfs.reader import OpenBlob
 from vfs.service import NodeService
 from vfs.tree import ROOT
 

@@ -17,10 +17,8 @@ Concurrency: any thread may call anything. `read_now` never waits for a store, a
 a disk.
 """
 
-import errno
 import os
 import resource
-import tempfile
 import threading
 import time
 from collections import OrderedDict
@@ -31,30 +29,28 @@ from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+from weakref import ref
 
 from agent_plugin.content import events
-from agent_plugin.content.blob_cache import BlobCache, Claim
-from agent_plugin.content.digest import EMPTY_HASH, Digest, hash_fd, hash_of
+from agent_plugin.content.blob_cache import BlobCache
+from agent_plugin.content.digest import EMPTY_HASH, Digest
 from agent_plugin.content.errors import (
     BlobCorruptError,
     CancelledError,
-    LocalError,
     LocalReadError,
     PropmasterError,
-    local_write_error,
 )
-from agent_plugin.content.parts import write_all
-from agent_plugin.content.store import WHOLE_BLOB_BYTES, Cancellation, Store
+from agent_plugin.content.store import Cancellation, Store
+from vfs.open_blob import OpenBlob
 from vfs.statistics import Statistics
 from vfs.streaming import Streamed, StreamPolicy
 from vfs.waiting import result_of
+from vfs.whole_blobs import WholeBlobs
 
 # Above, a blob may be read before all of it is here and verified.
 STRICT_BYTES: Final = 64 * 1024 * 1024
 # What is read of the cache at once and not kept open: as much as the kernel asks for at once.
 SMALL_BYTES: Final = 1024 * 1024
-# As long as another process's fetch is waited for; it may have been stopped.
-SINGLE_FLIGHT_SECONDS: Final = 60.0
 # How long who opens a large blob waits for it to be hashed, so that the kernel can read it itself;
 # what was hashed meanwhile is in memory and read the faster.
 VERIFY_SECONDS: Final = 0.25
@@ -79,78 +75,20 @@ WRONG_SECONDS: Final = 5.0
 log = events.get_logger()
 
 
-class OpenBlob:
-    """A blob's descriptor, closed when the last reader has let go of it.
-
-    Attributes:
-        is_verified: Its bytes have been hashed, and are right.
-        verifying: What hashes it beside the reading, if that is so.
-        kept_at: When that began, monotonic seconds.
-        was_read: Somebody has read of it before it was verified.
-        is_wrong: It was found to be damaged; what was read before one has seen that is none.
-    """
-
-    __slots__ = ("fd", "is_verified", "is_wrong", "kept_at", "verifying", "was_read")
-
-    def __init__(self, fd: int, *, is_verified: bool = True) -> None:
-        self.fd = fd
-        self.is_verified = is_verified
-        self.verifying: Future[None] | None = None
-        self.kept_at = time.monotonic()
-        self.was_read = self.is_wrong = False
-
-    def part_now(self, offset: int, buffer: memoryview) -> int:
-        """Read what is in the page cache; return the number of bytes, or -1 if they are wrong.
-
-        Raises:
-            OSError: EAGAIN: nothing of it is there. Any other: the disk does not give it.
-        """
-        self._note_reading()
-        count = _in_memory(self.fd, buffer, offset)
-        return -1 if self.is_wrong else count
-
-    def part(self, offset: int, length: int) -> bytes | None:
-        """Return a part, shorter at the end of the blob; None if it is wrong.
-
-        Raises:
-            OSError: The disk does not give it.
-        """
-        self._note_reading()
-        data = os.pread(self.fd, length, offset)
-        return None if self.is_wrong else data
-
-    def _note_reading(self) -> None:
-        if not self.is_verified:
-            # Noted before and looked at after: one of both sees what the other does.
-            self.was_read = True
-
-    def __del__(self) -> None:
-        os.close(self.fd)
-
-
 @dataclass(frozen=True, slots=True)
 class WrongBlob:
     """What came wrong once: refused for a time, then read again, but only verified as a whole.
 
     Attributes:
+        streamed: Who had some of it, as long as somebody reads of that.
         error: What readers are told, each by a copy: one that was raised keeps what its raisers
             had, the blob's file with it.
         until: Monotonic seconds.
     """
 
+    streamed: "ref[Streamed]"
     error: PropmasterError
     until: float
-
-
-def _in_memory(fd: int, buffer: memoryview, offset: int) -> int:
-    """Read what is in the page cache; fewer bytes, or EAGAIN, if that is not all."""
-    try:
-        return os.preadv(fd, [buffer], offset, os.RWF_NOWAIT)
-    except OSError as error:
-        if error.errno != errno.EOPNOTSUPP:
-            raise
-        # A file system that can not tell, such as an old overlayfs.
-        return os.preadv(fd, [buffer], offset)
 
 
 def _tell_nobody(_digest: Digest, _error: PropmasterError) -> None:
@@ -203,6 +141,7 @@ class BlobReader:
         self._disk = ThreadPoolExecutor(LOOKS_AT_ONCE, thread_name_prefix="look")
         self._large = ThreadPoolExecutor(LARGE_LOOKS_AT_ONCE, thread_name_prefix="look-large")
         self._halt = Cancellation()
+        self._whole = WholeBlobs(cache, open_store, spool, statistics, self._halt)
 
     def close(self) -> None:
         """Stop fetching; descriptors are closed as their readers let go of them."""
@@ -213,8 +152,10 @@ class BlobReader:
         self._disk.shutdown(wait=False, cancel_futures=True)
         self._large.shutdown(wait=False, cancel_futures=True)
         with self._lock:
-            for streamed in self._streamed.values():
-                streamed.close()
+            wrong = [blob.streamed() for blob in self._wrong.values()]
+            for streamed in (*self._streamed.values(), *wrong):
+                if streamed is not None:
+                    streamed.close()
             self._streamed.clear()
 
     def read_now(self, digest: Digest, offset: int, buffer: memoryview) -> int:
@@ -346,44 +287,18 @@ class BlobReader:
         return future.result()
 
     def _read_small_now(self, digest: Digest, buffer: memoryview) -> int:
-        """Read a small blob whole, verified, if cache and page cache have it; otherwise -1."""
-        cache = self._cache
-        fd = cache.open_blob_now(digest) if cache is not None else None
-        if fd is None or cache is None:
-            return -1
-        try:
-            count = _in_memory(fd, buffer, 0)
-        finally:
-            os.close(fd)
-        if count != digest.size or hash_of(buffer) != digest.hex:
-            return -1
-        self._statistics.count(blobs_from_cache=1, bytes_from_cache=count)
-        if cache.uses_to_note >= USES_AT_ONCE:
-            self._disk.submit(cache.note_uses)
+        count = self._whole.read_small_now(digest, buffer)
+        if count >= 0 and self._cache is not None and self._cache.uses_to_note >= USES_AT_ONCE:
+            self._disk.submit(self._cache.note_uses)
         return count
 
     def _read_small(self, digest: Digest) -> bytes | None:
-        """Return a small blob whole and verified if the cache has it, read by this thread.
+        is_known = digest.hex in self._open or digest.hex in self._under_way
+        return None if is_known else self._whole.read_small(digest)
 
-        Hashing it again when more of it is asked for costs less than another thread and a
-        descriptor do.
-        """
-        if self._cache is None or digest.hex in self._open or digest.hex in self._under_way:
-            return None
-        try:
-            fd = self._cache.open_blob(digest)
-            if fd is None:
-                return None
-            try:
-                data = os.pread(fd, digest.size, 0)
-            finally:
-                os.close(fd)
-        except (LocalError, OSError):
-            return None
-        if hash_of(data) != digest.hex:
-            return None  # Found once more, by who throws it out.
-        self._statistics.count(blobs_from_cache=1, bytes_from_cache=digest.size)
-        return data
+    def _from_cache(self, digest: Digest) -> OpenBlob | None:
+        # What may be read while it comes may be read while it is hashed.
+        return self._whole.from_cache(digest, is_verified=not self._may_stream(digest))
 
     def _note_use(self, digest: Digest) -> None:
         self._used.add(digest.hex)
@@ -412,7 +327,7 @@ class BlobReader:
         try:
             blob = obtain(digest)
             if blob is None:
-                self._threads.submit(self._obtain, digest, future, self._fetched)
+                self._threads.submit(self._obtain, digest, future, self._whole.fetched)
                 return
             self._keep(digest, blob)
         except BaseException as error:  # noqa: BLE001 - it is raised for those who wait
@@ -449,37 +364,8 @@ class BlobReader:
             # Not before it is kept, or a wrong one would be kept after it was thrown out.
             blob.verifying = self._large.submit(self._verify_beside, digest, blob)
 
-    def _from_cache(self, digest: Digest) -> OpenBlob | None:
-        if self._cache is None:
-            return None
-        try:
-            fd = self._cache.open_blob(digest)
-        except LocalError as error:
-            log.warning(events.CACHE_BYPASSED, extra={"reason": error.message})
-            return None
-        if fd is None:
-            return None
-        blob = OpenBlob(fd, is_verified=not self._may_stream(digest))
-        if blob.is_verified and not self._is_right(digest, blob):
-            return None
-        self._statistics.count(blobs_from_cache=1, bytes_from_cache=digest.size)
-        return blob
-
-    def _is_right(self, digest: Digest, blob: OpenBlob) -> bool:
-        try:
-            reason = "" if hash_fd(blob.fd) == digest else "its bytes are not what its name says"
-        except OSError as error:
-            reason = f"can not be read: {error.strerror}"
-        if reason and self._cache is not None:
-            self._statistics.count(blobs_quarantined=1)
-            try:
-                self._cache.quarantine(digest, reason)
-            except LocalError as error:
-                log.warning(events.CACHE_BYPASSED, extra={"reason": error.message})
-        return not reason
-
     def _verify_beside(self, digest: Digest, blob: OpenBlob) -> None:
-        if self._is_right(digest, blob):
+        if self._whole.is_right(digest, blob):
             blob.is_verified = True
             return
         with self._lock:
@@ -490,63 +376,6 @@ class BlobReader:
             self.on_corrupt(
                 digest, BlobCorruptError(f"{digest} was damaged in the cache when read")
             )
-
-    def _fetched(self, digest: Digest) -> OpenBlob:
-        claim = self._claim(digest)
-        try:
-            if claim is None and (blob := self._from_cache(digest)) is not None:
-                return blob
-            blob = self._fetch_small(digest) if digest.size <= WHOLE_BLOB_BYTES else None
-            blob = blob or self._fetch_to_file(digest)
-        finally:
-            if claim is not None:
-                claim.release()
-        self._statistics.count(blobs_fetched=1, bytes_fetched=digest.size)
-        return blob
-
-    def _claim(self, digest: Digest) -> Claim | None:
-        """Return the right to fetch; None when the blob has come, or there is no cache."""
-        if self._cache is None:
-            return None
-        try:
-            return self._cache.claim_or_wait(digest, SINGLE_FLIGHT_SECONDS, self._halt)
-        except LocalError as error:
-            log.warning(events.CACHE_BYPASSED, extra={"reason": error.message})
-            return None
-
-    def _fetch_small(self, digest: Digest) -> OpenBlob | None:
-        data = self._open_store().get(digest)
-        if self._cache is not None:
-            try:
-                self._cache.add(digest, data)
-                fd = self._cache.open_blob(digest)
-                if fd is not None:
-                    return OpenBlob(fd)
-            except LocalError as error:
-                log.warning(events.CACHE_BYPASSED, extra={"reason": error.message})
-        return self._spooled(lambda fd: write_all(fd, data, 0))
-
-    def _fetch_to_file(self, digest: Digest) -> OpenBlob:
-        store = self._open_store()
-        if self._cache is not None:
-            try:
-                with self._cache.staging(digest.size) as staged:
-                    store.fetch(digest, staged.fd, cancellation=self._halt)
-                    blob = OpenBlob(os.dup(staged.fd))
-                    staged.publish(digest)
-            except (LocalError, OSError) as error:
-                log.warning(events.CACHE_BYPASSED, extra={"reason": str(error)})
-            else:
-                return blob
-        return self._spooled(lambda fd: store.fetch(digest, fd, cancellation=self._halt))
-
-    def _spooled(self, fill: Callable[[int], None]) -> OpenBlob:
-        try:
-            with tempfile.TemporaryFile(dir=self._spool) as file:
-                fill(file.fileno())
-                return OpenBlob(os.dup(file.fileno()))
-        except OSError as error:
-            raise local_write_error(error, os.fspath(self._spool)) from error
 
     # ------------------------------------------------------------------ large blobs
 
@@ -608,9 +437,10 @@ class BlobReader:
     def _came_wrong(self, digest: Digest, error: PropmasterError) -> None:
         with self._lock:
             # Its file goes with the last who reads of it just now.
-            if self._streamed.pop(digest.hex, None) is not None:
+            streamed = self._streamed.pop(digest.hex, None)
+            if streamed is not None:
                 until = time.monotonic() + WRONG_SECONDS
-                self._wrong[digest.hex] = WrongBlob(copy(error), until)
+                self._wrong[digest.hex] = WrongBlob(ref(streamed), copy(error), until)
         self.on_corrupt(digest, error)
 
     def _completed(self, digest: Digest, fd: int) -> None:

@@ -23,7 +23,8 @@ from agent_plugin.content.mount_spec import path_below_layer
 from agent_plugin.content.store import Cancellation
 from vfs.error_ledger import ErrorLedger
 from vfs.nodes import Attributes, Listed, Notifier, Space, WritableNodes
-from vfs.reader import BlobReader, OpenBlob
+from vfs.open_blob import OpenBlob
+from vfs.reader import BlobReader
 from vfs.statistics import Statistics
 from vfs.tree import ROOT, Names
 

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,7 +139,8 @@ class Streamed:
         for future in futures:
             result_of(future, cancellation)
         if self._failure is not None:
-            raise self._failure
+            # One that was raised keeps what its raisers had: this.
+            raise copy(self._failure)
         try:
             return os.pread(self._fd, length, offset)
         except OSError as error:

@@ -21,6 +21,7 @@ import pytest
 
 import vfs.reader
 import vfs.service
+import vfs.whole_blobs
 from agent_plugin.content import events
 from agent_plugin.content.blob_cache import BlobCache
 from agent_plugin.content.digest import Digest, hash_fd
@@ -1063,7 +1064,7 @@ def test_large_blobs_that_are_hashed_for_long_hold_up_no_small_one(
             assert may_hash.wait(60)
         return hash_fd(fd)
 
-    monkeypatch.setattr(vfs.reader, "hash_fd", slowly)
+    monkeypatch.setattr(vfs.whole_blobs, "hash_fd", slowly)
     reader = rig.reader(cache, policy=replace(SMALL_PARTS, may_stream=may_stream))
     with ThreadPoolExecutor(12) as threads:
         reads = [threads.submit(read, reader, digest, 0, 10) for digest, _ in blobs]

@@ -29,7 +29,7 @@ from typing import Final
 
 from agent_plugin.content import events
 from agent_plugin.content.mount_table import kind_of_file_system
-from vfs.reader import OpenBlob
+from vfs.open_blob import OpenBlob
 from vfs.service import NodeService
 from vfs.statistics import Statistics
 from vfs.transports.kernel_protocol import Feature
