@@ -91,6 +91,17 @@ class WrongBlob:
     until: float
 
 
+def _part(blob: OpenBlob, offset: int, length: int) -> tuple[bytes | None, str]:
+    """Return a part of a blob, None if it is wrong, and why it can not be had."""
+    try:
+        data = blob.part(offset, length)
+    except OSError as error:
+        return None, f"can not be read: {error.strerror}"
+    if data is not None and len(data) != length:
+        return None, f"ends at {offset + len(data)}"
+    return data, ""
+
+
 def _tell_nobody(_digest: Digest, _error: PropmasterError) -> None:
     """Take no notice."""
 
@@ -198,15 +209,17 @@ class BlobReader:
                 return streamed.read(offset, length, cancellation)
         if length == digest.size <= SMALL_BYTES and (small := self._read_small(digest)) is not None:
             return small
-        data: bytes | None = None
-        while data is None:
-            try:
-                data = self.open(digest, cancellation).part(offset, length)
-            except OSError as error:
-                raise LocalReadError(f"{digest} can not be read: {error.strerror}") from error
-        if len(data) != length:
-            raise LocalReadError(f"{digest} ends at {offset + len(data)}")
-        return data
+        failed = False
+        while True:
+            blob = self.open(digest, cancellation)
+            data, reason = _part(blob, offset, length)
+            if not reason and data is not None:
+                return data
+            if reason and failed:
+                raise LocalReadError(f"{digest} {reason}")
+            # The disk has damaged it since it was verified: that is seen when it is hashed again.
+            failed = failed or bool(reason)
+            self._let_go(digest, blob)
 
     def open(self, digest: Digest, cancellation: Cancellation) -> OpenBlob:
         """Return a whole, verified blob, after fetching it if need be.
@@ -227,6 +240,11 @@ class BlobReader:
             looks = self._large if digest.size > STRICT_BYTES else self._disk
             looks.submit(self._obtain, digest, future, self._from_cache)
         return result_of(future, cancellation)
+
+    def _let_go(self, digest: Digest, blob: OpenBlob) -> None:
+        with self._lock:
+            if self._open.get(digest.hex) is blob:
+                del self._open[digest.hex]
 
     def note_uses(self) -> None:
         """Tell the cache what was read since this was called before.
@@ -368,10 +386,8 @@ class BlobReader:
         if self._whole.is_right(digest, blob):
             blob.is_verified = True
             return
-        with self._lock:
-            blob.is_wrong = True
-            if self._open.get(digest.hex) is blob:
-                del self._open[digest.hex]
+        blob.is_wrong = True
+        self._let_go(digest, blob)
         if blob.was_read:
             self.on_corrupt(
                 digest, BlobCorruptError(f"{digest} was damaged in the cache when read")

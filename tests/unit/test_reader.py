@@ -194,6 +194,25 @@ def test_a_blob_is_fetched_once_and_read_from_the_cache_afterwards(rig: Rig) -> 
     assert later.snapshot()["bytes_from_cache"] == 5000
 
 
+def test_a_cached_blob_that_can_not_be_read_any_more_is_fetched_anew(
+    rig: Rig, expected_events: set[str]
+) -> None:
+    expected_events.add(events.CACHE_QUARANTINED)
+    digest, data = blob(44)
+    rig.put(digest, data)
+    reader = rig.reader(rig.cache())
+    assert read(reader, digest, 100, 200) == data[100:300]
+    path = rig.cached(digest)
+    path.chmod(0o600)
+    os.truncate(path, 1000)
+    path.chmod(0o444)
+
+    assert read_now(reader, digest, 500, 1000) != data[500:1500]
+    assert read(reader, digest, 500, 1000) == data[500:1500]
+    assert rig.cached(digest).read_bytes() == data
+    assert rig.count("blobs_fetched") == 2
+
+
 def test_nothing_is_read_of_an_empty_blob(rig: Rig) -> None:
     digest = Digest.of()
     assert read(rig.reader(None), digest) == b""
