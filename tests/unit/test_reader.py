@@ -44,6 +44,7 @@ from tests.servers.faults import Fault
 from tests.servers.proxied_object import until
 from tests.servers.s3_server import S3Server
 from vfs.error_ledger import MOST_LINES, REPEAT_SECONDS, ErrorLedger
+from vfs.open_blob import OpenBlob
 from vfs.reader import WRONG_SECONDS, BlobReader
 from vfs.service import NodeService, Ownership
 from vfs.statistics import Statistics
@@ -1094,3 +1095,25 @@ def test_large_blobs_that_are_hashed_for_long_hold_up_no_small_one(
         finally:
             may_hash.set()
         assert [done.result(20) for done in reads] == [data[:10] for _, data in blobs]
+
+
+def test_what_comes_from_the_disk_is_not_kept_in_memory_twice(tmp_path: Path) -> None:
+    data = random.Random(50).randbytes(1 << 20)
+    (tmp_path / "blob").write_bytes(data)
+    opened = OpenBlob(os.open(tmp_path / "blob", os.O_RDONLY))
+    os.fsync(opened.fd)
+    buffer = memoryview(bytearray(4096))
+
+    def is_in_memory() -> bool:
+        try:
+            return opened.part_now(0, buffer) > 0
+        except BlockingIOError:
+            # Asking may have had the kernel fetch it.
+            os.posix_fadvise(opened.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            return False
+
+    os.posix_fadvise(opened.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    if is_in_memory():
+        pytest.skip("this file system keeps in memory what it is asked to drop")
+    assert opened.part(0, len(data)) == data
+    assert not is_in_memory()
