@@ -11,6 +11,7 @@ import stat
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import count
 from typing import Final
@@ -47,6 +48,25 @@ class Ownership:
     gid: int
     file_mode: int = 0o644
     directory_mode: int = 0o755
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Refusal:
+    """A read that was refused, until when it may be asked for once more, and by which error."""
+
+    until: float
+    offset: int
+    length: int
+    error: PropmasterError
+
+    def is_asked_again(self, offset: int, length: int) -> bool:
+        """Whether a read is the reader's own after its read-ahead: by pages, not all at once.
+
+        Several requests that were ahead of one reader are refused, and only one is asked for again:
+        the others are not to be told to whoever reads next.
+        """
+        is_part = length < self.length or self.length <= PAGE_BYTES
+        return is_part and self.offset <= offset < self.offset + self.length
 
 
 class NobodyToNotify:
@@ -91,7 +111,7 @@ class NodeService:
         self.notifier: Notifier = NobodyToNotify()
         self._directory_mode = stat.S_IFDIR | owner.directory_mode
         self._refusals_lock = threading.Lock()
-        self._refusals: dict[int, list[tuple[float, PropmasterError]]] = {}
+        self._refusals: dict[int, list[Refusal]] = {}
         reader.on_corrupt = self._tell_corrupt
 
     @property
@@ -197,7 +217,7 @@ class NodeService:
         if length <= 0:
             return b""
         self._statistics.count(reads_waited=1)
-        refused = self._refused_just_now(node)
+        refused = self._refused_just_now(node, offset, length)
         try:
             if refused is not None:
                 raise refused
@@ -211,26 +231,30 @@ class NodeService:
             self._statistics.count(reads_failed=1)
             self._tell(entry, error)
             if refused is None:
-                self._expect_second_ask(node, error)
+                self._expect_second_ask(node, offset, length, error)
             raise
         return data
 
-    def _expect_second_ask(self, node: int, error: PropmasterError) -> None:
+    def _expect_second_ask(
+        self, node: int, offset: int, length: int, error: PropmasterError
+    ) -> None:
+        until = time.monotonic() + SECOND_ASK_SECONDS
         with self._refusals_lock:
-            until = time.monotonic() + SECOND_ASK_SECONDS
-            self._refusals.setdefault(node, []).append((until, error))
+            refusals = self._refusals.setdefault(node, [])
+            # A copy: one that was raised keeps what its raisers had.
+            refusals.append(Refusal(until, offset, length, copy(error)))
 
-    def _refused_just_now(self, node: int) -> PropmasterError | None:
-        """Return what a read of the file was refused with a moment ago; each counts once."""
+    def _refused_just_now(self, node: int, offset: int, length: int) -> PropmasterError | None:
+        """Return what a read of that was refused with a moment ago; each counts once."""
         with self._refusals_lock:
-            refusals = self._refusals.get(node)
-            if refusals is None:
-                return None
-            until, error = refusals.pop()
-            is_over = until < time.monotonic()
-            if is_over or not refusals:
-                del self._refusals[node]
-            return None if is_over else error
+            now = time.monotonic()
+            refusals = [r for r in self._refusals.pop(node, ()) if r.until >= now]
+            found = next((r for r in refusals if r.is_asked_again(offset, length)), None)
+            if found is not None:
+                refusals.remove(found)
+            if refusals:
+                self._refusals[node] = refusals
+        return None if found is None else found.error
 
     def whole_now(self, node: int) -> OpenBlob | None:
         """Return the blob of a file if it is open, whole and verified."""

@@ -807,6 +807,25 @@ def test_what_came_wrong_is_verified_whole_before_it_is_read_again(
     assert service.read(node, 0, LARGE, Cancellation()) == data
 
 
+def test_what_was_read_ahead_of_one_reader_is_not_refused_to_the_next(
+    rig: Rig, served: Serve, monkeypatch: pytest.MonkeyPatch, expected_events: set[str]
+) -> None:
+    """Seen to fail when a refusal is told to whoever asks next for any part of the file."""
+    expected_events.add(events.MOUNT_READ_FAILED)
+    monkeypatch.setattr(vfs.service, "SECOND_ASK_SECONDS", 60.0)
+    digest, data = blob(45, 64 * KIBIBYTE)
+    service, _ = served({"a": digest}, rig.reader(rig.cache()))
+    node = service.lookup(ROOT, b"a")
+    assert node is not None
+    half = digest.size // 2
+    for offset, length in ((0, half), (half, half), (0, 4096)):
+        with pytest.raises(PropmasterError):
+            service.read(node, offset, length, Cancellation())
+    rig.put(digest, data)
+    for offset in (0, half):
+        assert service.read(node, offset, half, Cancellation()) == data[offset : offset + half]
+
+
 @pytest.mark.usefixtures("large")
 def test_what_came_wrong_is_not_kept(rig: Rig, served: Serve, expected_events: set[str]) -> None:
     expected_events.add(events.MOUNT_READ_FAILED)
