@@ -18,6 +18,10 @@ def command(mountpoint: Path, as_json: bool, config: Path | None) -> None:
     place = path_of_mount(mountpoint)
     ended = open_mounts(settings).end(place)
     if as_json:
-        print_json({"ended": ended})
+        print_json({"ended": ended is not None, "holders": [] if ended is None else ended.holders})
+    elif ended is None:
+        say(f"nothing of ours is mounted at {place}")
     else:
-        say(f"unmounted {place}" if ended else f"nothing of ours is mounted at {place}")
+        say(f"unmounted {place}")
+        for holder in ended.holders:
+            say(f"it was in use by {holder}")

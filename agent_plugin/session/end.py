@@ -7,6 +7,7 @@ end that failed can be tried again.
 """
 
 import os
+from collections.abc import Container
 from contextlib import closing
 from pathlib import Path
 
@@ -46,7 +47,8 @@ def end(
     `keep_files` what was written to them stays beside them.
 
     Raises:
-        PropmasterError: A root could not be removed; the others are, and end can be tried again.
+        PropmasterError: A root could not be unmounted or removed; the others are, and end can be
+            tried again.
         SessionStateError: The state file is damaged; files stay, the state is forgotten.
     """
     key = session_id(session_dir)
@@ -56,25 +58,43 @@ def end(
         _forget(key, "", records, state_file)
         raise
     removed = []
-    for root in state.roots if state is not None else ():
-        local = Path(root.local_root)
-        # A start that failed or was killed has mounted roots that the state calls copied.
-        if root.file_system == VIRTUAL or mounts.knows(local):
-            mounts.end(local)
-    if state is not None and not keep_files:
-        removed = _remove_roots(session_dir, state)
+    if state is not None:
+        stuck = _unmount_roots(state, mounts)
+        if not keep_files:
+            removed = _remove_roots(session_dir, state, but=stuck)
+        if stuck:
+            raise next(iter(stuck.values()))
     _forget(key, state.job.store_url if state else "", records, state_file)
     log.info(events.SESSION_ENDED, extra={"session": key, "removed": len(removed)})
     return EndResult(removed)
 
 
-def _remove_roots(session_dir: Path, state: SessionState) -> list[str]:
+def _unmount_roots(state: SessionState, mounts: Mounts) -> dict[str, PropmasterError]:
+    """End the mounts of a session; return why, by their local roots, those that stay do so."""
+    stuck: dict[str, PropmasterError] = {}
+    for root in state.roots:
+        local = Path(root.local_root)
+        # A start that failed or was killed has mounted roots that the state calls copied.
+        if root.file_system != VIRTUAL and not mounts.knows(local):
+            continue
+        try:
+            ended = mounts.end(local)
+        except PropmasterError as error:
+            stuck[root.local_root] = error
+            continue
+        if ended is not None and ended.holders:
+            extra = {"mountpoint": root.local_root, "holders": ended.holders}
+            log.warning(events.MOUNT_BUSY, extra=extra)
+    return stuck
+
+
+def _remove_roots(session_dir: Path, state: SessionState, *, but: Container[str]) -> list[str]:
     inside = os.path.realpath(session_dir)
     removed = []
     failures: list[tuple[OSError, str]] = []
     for root in state.roots:
         local = Path(root.local_root)
-        if not state.owns(root):
+        if root.local_root in but or not state.owns(root):
             continue
         stood = os.path.lexists(local) or os.path.lexists(hidden_root(local))
         try:

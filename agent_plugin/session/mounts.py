@@ -109,6 +109,17 @@ class MountRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Ended:
+    """A mount that is gone.
+
+    Attributes:
+        holders: Who had something of it in use until then: `pid name (what)`.
+    """
+
+    holders: list[str]
+
+
+@dataclass(frozen=True, slots=True)
 class CachePlace:
     """The blob cache that mounts use, as BlobCache.open takes it; sizes in bytes."""
 
@@ -228,8 +239,8 @@ class Mounts:
         """Return where a mount that nothing is written to keeps what its cache can not take."""
         return self._place(mountpoint) / "work"
 
-    def end(self, mountpoint: Path) -> bool:
-        """Unmount; return whether there was anything.
+    def end(self, mountpoint: Path) -> Ended | None:
+        """Unmount; return None if there was nothing.
 
         Raises:
             SessionStateError: Something else is mounted there.
@@ -242,9 +253,8 @@ class Mounts:
                     f"what is mounted at {mountpoint} is no mount of this state directory",
                     hint="umount it with the program that mounted it",
                 )
-            return False
-        self._end(place)
-        return True
+            return None
+        return Ended(self._end(place))
 
     def clear_stale(self) -> list[Path]:
         """End the mounts whose process is gone; return where they were."""
@@ -342,14 +352,17 @@ class Mounts:
             and _read_record(place) is None
         )
 
-    def _end(self, place: Path) -> None:
+    def _end(self, place: Path) -> list[str]:
+        """End what a place knows of; return who held it."""
         record = _read_record(place)
         if record is not None:
             _end_process(record.ready.pid, record.process)
         with suppress(SessionStateError):
             _clear(read_spec(place / "spec.json"))
         _end_servers(place / "spec.json")
+        holders = _told_holders(place / "log")
         self._forget(place)
+        return holders
 
     def _forget(self, place: Path) -> None:
         if place.exists():
@@ -521,6 +534,21 @@ def _await_ready(stdout: int, place: Path, mountpoint: Path, cancellation: Cance
             )
         line += piece
     return msgspec.json.decode(line, type=Ready)
+
+
+def _told_holders(written: Path) -> list[str]:
+    """Return who held a mount, as its process has logged it before it let go."""
+    holders: list[str] = []
+    try:
+        lines = written.read_bytes().splitlines()
+    except OSError:
+        return holders
+    for line in lines:
+        with suppress(ValueError):
+            event = json.loads(line)
+            if isinstance(event, dict) and event.get("event") == events.MOUNT_BUSY:
+                holders += [holder for holder in event["holders"] if holder not in holders]
+    return holders
 
 
 def _tail(place: Path) -> str:

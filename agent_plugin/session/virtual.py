@@ -21,7 +21,7 @@ from agent_plugin.content.mount_probe import fusepy_obstacle, kernel_obstacle, m
 from agent_plugin.content.mount_table import is_mounted
 from agent_plugin.content.writes_probe import AUTO as WRITES_AUTO
 from agent_plugin.content.writes_probe import choose_writes
-from agent_plugin.session.mounts import MountRequest, Mounts
+from agent_plugin.session.mounts import FailedRead, MountRequest, Mounts
 from agent_plugin.session.state import COPIED, VIRTUAL, RootState, SessionState
 from agent_plugin.transfer.context import TransferContext
 
@@ -182,16 +182,18 @@ def refuse_failed_reads(roots: Sequence[RootState], mounts: Mounts) -> None:
     Raises:
         MountReadFailedError: One was; names the first file. It is told once.
     """
-    failed = []
+    failed: list[tuple[str, FailedRead]] = []
     for root in roots:
         if root.file_system == VIRTUAL:
             errors = mounts.errors(Path(root.local_root))
-            failed += errors[root.errors_told :]
+            failed += [(root.local_root, error) for error in errors[root.errors_told :]]
             root.errors_told = len(errors)
     if failed:
-        first = failed[0]
+        local_root, first = failed[0]
+        # `.` is what a mount has that died as a whole.
+        what = local_root if first.path == "." else f"{first.path} in {local_root}"
         more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
         raise MountReadFailedError(
-            f"{first.path}{more} could not be read by the task: {first.reason}",
+            f"{what}{more} could not be read by the task: {first.reason}",
             hint="mend what the reason names, then run the task again",
         )

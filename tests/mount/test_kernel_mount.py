@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -551,7 +551,9 @@ def test_a_mount_that_is_ended_while_a_file_is_open_goes_and_tells_who_held_it(
         [busy] = [event for event in mounter.log_of(at) if event["event"] == "mount.busy"]
         assert [holder.split()[0] for holder in busy["holders"]] == [str(os.getpid())]
     assert not mounter.host.mounts.is_served(at)
-    assert mounter.host.mounts.end(at)
+    ended = mounter.host.mounts.end(at)
+    assert ended is not None
+    assert ended.holders == busy["holders"]
     mounter.assert_nothing_is_left()
 
 
@@ -817,8 +819,14 @@ def test_a_manifest_is_mounted_and_unmounted_by_command(
     again = host.run("mount", manifest, at, "--store", host.store_url)
     assert again.returncode == 76
     assert "something is mounted at" in again.stderr
-    assert json.loads(host.run("unmount", at, "--json").stdout) == {"ended": True}
-    assert json.loads(host.run("unmount", at, "--json").stdout) == {"ended": False}
+    held = os.open(at / "scene.usd", os.O_RDONLY)
+    told = host.run("unmount", at)
+    with suppress(OSError):
+        os.close(held)
+    assert told.returncode == 0
+    assert f"unmounted {at}\nit was in use by {os.getpid()} " in told.stdout + told.stderr
+    nothing = {"ended": False, "holders": []}
+    assert json.loads(host.run("unmount", at, "--json").stdout) == nothing
     mounter.assert_nothing_is_left()
 
 

@@ -278,7 +278,9 @@ def test_an_output_that_can_not_be_had_is_named_as_the_job_knows_it(
             blob.unlink()
     with pytest.raises(OSError, match="Input/output error"):
         (root / "renders/new/3.exr").read_bytes()
-    with pytest.raises(MountReadFailedError, match=r"^renders/new/3\.exr could not be read"):
+    with pytest.raises(
+        MountReadFailedError, match=r"^renders/new/3\.exr in /\S+ could not be read"
+    ):
         virtual.finish()
 
 

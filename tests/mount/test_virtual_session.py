@@ -7,16 +7,24 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import pytest
 
 from agent_plugin.content import events
-from agent_plugin.content.errors import BlobNotFoundError, MountFailedError, MountReadFailedError
+from agent_plugin.content.errors import (
+    BlobNotFoundError,
+    MountFailedError,
+    MountReadFailedError,
+    SessionStateError,
+)
+from agent_plugin.content.events import fields_of
 from agent_plugin.content.mount_table import read_mounts
 from agent_plugin.session.job import JobDocument
 from agent_plugin.session.mounts import ask_mount
 from agent_plugin.session.state import FinishResult
+from tests.servers.disks import tmpfs_mounted
 from tests.servers.hooks import Host, action, job_with_outputs, step
 from tests.servers.proxied_object import until
 from tests.servers.sessions import Sessions, manifest_at
@@ -273,7 +281,10 @@ def test_a_session_that_lost_its_mount_is_started_again_and_keeps_what_was_writt
     assert outputs_of(sessions.host, sessions.finish()).keys() == {"renders/new.exr"}
 
 
-def test_an_end_leaves_nothing_even_with_a_file_open(sessions: Sessions, job: JobDocument) -> None:
+@pytest.mark.expected_events(events.MOUNT_BUSY)
+def test_an_end_leaves_nothing_even_with_a_file_open(
+    sessions: Sessions, job: JobDocument, caplog: pytest.LogCaptureFixture
+) -> None:
     root = start(sessions, job)
     held = os.open(root / "tex/wood.tx", os.O_RDONLY)
 
@@ -284,6 +295,30 @@ def test_an_end_leaves_nothing_even_with_a_file_open(sessions: Sessions, job: Jo
         os.close(held)
     assert list(sessions.session_dir.iterdir()) == []
     assert not any((sessions.host.state_dir / "mounts").iterdir())
+    [busy] = [record for record in caplog.records if record.getMessage() == events.MOUNT_BUSY]
+    [holder] = cast("list[str]", fields_of(busy)["holders"])
+    assert holder.split()[0] == str(os.getpid())
+
+
+def test_an_end_goes_on_past_a_mount_that_is_not_ours(sessions: Sessions, job: JobDocument) -> None:
+    [more] = sessions.submitted({"a.tx": 10}, "out", root="more").attachments.manifests
+    manifests = [*job.attachments.manifests, more]
+    both = msgspec.structs.replace(
+        job, attachments=msgspec.structs.replace(job.attachments, manifests=manifests)
+    )
+    roots = sessions.host.start(both, sessions.session_dir, file_system="VIRTUAL").roots
+    first, second = (Path(root.local_root) for root in roots)
+    sessions.host.mounts.end(first)
+    with tmpfs_mounted(first, size=1 << 20):
+        (first / "theirs").write_bytes(b"somebody else's")
+        with pytest.raises(SessionStateError, match="is no mount of this state directory"):
+            sessions.host.end(sessions.session_dir)
+        assert (first / "theirs").exists()
+        assert not second.exists()
+
+    sessions.host.end(sessions.session_dir)
+
+    assert list(sessions.session_dir.iterdir()) == []
 
 
 @pytest.mark.expected_events(events.MOUNT_READ_FAILED)
