@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.mount.conftest import Mounter
+from tests.mount.file_operations import RENAME_EXCHANGE, RENAME_NOREPLACE, Operations
 from tests.mount.test_fusepy_mount import DEAD, Tries, _kill_server
 from tests.servers.fault_proxy import FaultProxy
 from tests.servers.faults import Fault
@@ -220,6 +221,24 @@ def test_who_makes_a_file_owns_it(at: Path) -> None:
 
 
 def test_what_libfuse_2_can_not_do_is_refused(at: Path) -> None:
+    """And docs/SEMANTICS.md says so; the C library's own posix_fallocate writes zeros instead."""
+    (at / "other").write_bytes(b"other")
+    (at / "file").write_bytes(b"")
+    operations = Operations()
+    with pytest.raises(OSError, match="not supported"):
+        operations.allocate(os.fspath(at / "file"), 0, 0, 100_000)
+    for to, flags in (("new", RENAME_NOREPLACE), ("other", RENAME_EXCHANGE)):
+        with pytest.raises(OSError, match="Invalid argument"):
+            operations.rename_with(os.fspath(at / "file"), os.fspath(at / to), flags)
+    with pytest.raises(OSError, match="not supported"):
+        operations.open_nameless(1, os.fspath(at))
+    assert sorted(path.name for path in at.iterdir()) == ["file", "other"]
+    os.link(at / "other", at / "second")
+    with (at / "second").open("r+b") as two:
+        with pytest.raises(OSError, match="No such device"):
+            mmap.mmap(two.fileno(), 0)
+        with closing(mmap.mmap(two.fileno(), 0, flags=mmap.MAP_PRIVATE)) as mapped:
+            assert mapped[:] == b"other"
     with (at / "file").open("w+b") as file:
         os.posix_fallocate(file.fileno(), 0, 100_000)
         assert os.fstat(file.fileno()).st_size == 100_000

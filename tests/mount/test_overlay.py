@@ -14,9 +14,10 @@ from agent_plugin.content.errors import BlobNotFoundError, LocalWriteError
 from agent_plugin.content.overlay_marks import TRUSTED_MARKS, USER_MARKS, Marks, marks_of
 from agent_plugin.content.store import Cancellation
 from tests.mount.conftest import Mounter
+from tests.mount.file_operations import RENAME_NOREPLACE, Operations
 from tests.mount.overlay_rig import MTIME_NS, US, OverlayRig, seen_by_overlay, seen_on_disk
 from tests.servers.disks import tmpfs_mounted
-from tests.servers.trees import files_below
+from tests.servers.trees import files_below, write_files
 from vfs.nodes import NOW, RENAME_EXCHANGE, Caller, Changes
 from vfs.overlay_upper import Upper
 from vfs.tree import ROOT
@@ -206,6 +207,26 @@ def test_exchanging_is_refused_and_changes_nothing(rig: OverlayRig) -> None:
         rig.overlay.rename(ROOT, b"a", ROOT, b"d", flags=RENAME_EXCHANGE)
     assert caught.value.errno == errno.EINVAL
     assert list(rig.upper.iterdir()) == []
+
+
+def test_what_our_overlay_refuses_and_passes_over_is_what_is_said_of_it(
+    mounter: Mounter, tmp_path: Path
+) -> None:
+    """So that what test_twin.py passes over, and docs/SEMANTICS.md names, is no more than that."""
+    write_files(tmp_path / "source", {"a": b"an input", "d/a": b"another"}, mtime_ns=MTIME_NS)
+    at = mounter.mount(mounter.stored(tmp_path / "source"), writes="overlay")
+    operations = Operations()
+    a, d = os.fspath(at / "a"), os.fspath(at / "d")
+    with pytest.raises(OSError, match="Invalid argument"):
+        operations.rename_with(a, d, RENAME_EXCHANGE)
+    with pytest.raises(OSError, match="exists"):
+        operations.rename_with(a, d, RENAME_NOREPLACE)
+    with pytest.raises(OSError, match="not supported"):
+        operations.open_nameless(1, os.fspath(at))
+    (at / "a").chmod(0o4755)
+    os.chown(at / "a", -1, -1)
+    assert stat.S_IMODE((at / "a").stat().st_mode) == 0o4755, "a disk takes it away"
+    assert files_below(at) == files_below(tmp_path / "source")
 
 
 def test_nobody_makes_a_whiteout_or_a_mark(rig: OverlayRig) -> None:
