@@ -107,6 +107,14 @@ class _Walk:
         if is_partial(entry.name) and self._pass_over(above, entry):
             return
         path = f"{above}/{entry.name}" if above else entry.name
+        try:
+            self._look_at(fd, path, below, entry)
+        except PermissionError as error:
+            # Who is not root can close files to himself; where no output is that is no matter.
+            if self._has_outputs(path):
+                raise LocalReadError(f"{path}: {error.strerror}") from error
+
+    def _look_at(self, fd: int, path: str, below: str | None, entry: os.DirEntry[str]) -> None:
         lower = None if below is None else f"{below}/{entry.name}" if below else entry.name
         status = entry.stat(follow_symlinks=False)
         if self._marks.is_whiteout(fd, entry.name, status):
@@ -173,6 +181,12 @@ class _Walk:
 
     def _is_output(self, path: str) -> bool:
         return is_below(path, self._directories)
+
+    def _has_outputs(self, path: str) -> bool:
+        """Whether an output can be at a path or below it."""
+        return self._is_output(path) or any(
+            is_below(directory, [path]) for directory in self._directories
+        )
 
     def finished(self) -> Written:
         """Ask the mount, once for all, what was hidden and what shows through elsewhere."""

@@ -153,6 +153,9 @@ def test_a_virtual_session_of_who_is_not_root_is_written_to_and_stores_its_outpu
     at = root["localRoot"]
     edits = f"cd {at} && cat tex/wood.tx >/dev/null && echo done > renders/1.exr"
     edits += " && rm tex/old.tx && mv tex/wood.tx renders/w.tx && echo more >> a"
+    # Closed to its own user, and where no output can be.
+    edits += " && mkdir -p kept/d && echo key > kept/key && : > kept/lock && touch kept/d/file"
+    edits += " && chmod 0 kept/key kept/lock kept/d"
     done = user.run("sh", "-c", f"mkdir -p {at}/renders && {edits}")
     assert done.returncode == 0, done.stderr
 
