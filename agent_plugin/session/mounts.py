@@ -423,9 +423,10 @@ def files_of_mount(control: str, paths: Sequence[str]) -> list[list[FileEntry]]:
 
 def _clear(spec: MountSpec) -> None:
     """Take away what is mounted by this spec and no process serves any more."""
-    ours = {mount.mountpoint for mount in read_mounts() if mount.source == spec.name}
-    for at in spec.mounted:
-        if os.fspath(at) in ours:
+    # By its name: a job may have moved the directory that it is in. What is above comes later.
+    for mount in reversed(read_mounts()):
+        if mount.source == spec.name:
+            at = Path(mount.mountpoint)
             try:
                 unmount_all(at)
             except OSError as error:

@@ -300,6 +300,22 @@ def test_an_end_leaves_nothing_even_with_a_file_open(
     assert holder.split()[0] == str(os.getpid())
 
 
+@pytest.mark.parametrize("place", [KEPT_BY_OVERLAYFS], indirect=True)
+def test_a_directory_of_ours_that_a_job_has_moved_leaves_no_mount(
+    sessions: Sessions, job: JobDocument
+) -> None:
+    root = start(sessions, job)
+    [ours] = sessions.session_dir.glob(".propmaster-*-mount.partial")
+    ours.rename(sessions.session_dir / "moved")
+    inside = f"{sessions.session_dir.resolve()}/"
+    assert len([m for m in read_mounts() if m.mountpoint.startswith(inside)]) == 2
+
+    sessions.host.end(sessions.session_dir)
+
+    assert not root.exists()
+    assert [m for m in read_mounts() if m.mountpoint.startswith(inside)] == []
+
+
 def test_an_end_goes_on_past_a_mount_that_is_not_ours(sessions: Sessions, job: JobDocument) -> None:
     [more] = sessions.submitted({"a.tx": 10}, "out", root="more").attachments.manifests
     manifests = [*job.attachments.manifests, more]
