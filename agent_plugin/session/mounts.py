@@ -393,7 +393,11 @@ def ask_mount(control: str, question: Mapping[str, object]) -> bytes:
         finally:
             os.close(directory)
     except OSError as error:
-        raise MountFailedError(f"the mount at {place} does not answer: {error}") from error
+        raise MountFailedError(
+            f"the server of the mount does not answer at {place}: {error.strerror or error}",
+            hint="look into `log` beside it; if that is gone, so is the mount: start the session"
+            " again",
+        ) from error
     if not line.endswith(b"\n"):
         raise MountFailedError(f"the mount at {place} broke off its answer")
     return line

@@ -21,7 +21,7 @@ from agent_plugin.content.mount_probe import fusepy_obstacle, kernel_obstacle, m
 from agent_plugin.content.mount_table import is_mounted
 from agent_plugin.content.writes_probe import AUTO as WRITES_AUTO
 from agent_plugin.content.writes_probe import choose_writes
-from agent_plugin.session.mounts import FailedRead, MountRequest, Mounts
+from agent_plugin.session.mounts import FailedRead, MountRequest, Mounts, ask_mount
 from agent_plugin.session.state import COPIED, VIRTUAL, RootState, SessionState
 from agent_plugin.transfer.context import TransferContext
 
@@ -165,15 +165,21 @@ def refuse_lost_mounts(roots: Sequence[RootState], mounts: Mounts) -> None:
 
     Raises:
         MountFailedError: A mount is gone: what was written since is in the bare directory, where
-            nobody looks for outputs.
+            nobody looks for outputs. Or it has no server any more.
     """
     for root in roots:
-        if root.file_system == VIRTUAL and not mounts.is_there(Path(root.local_root)):
+        if root.file_system != VIRTUAL:
+            continue
+        place = Path(root.local_root)
+        if not mounts.is_there(place):
             raise MountFailedError(
                 f"{root.local_root} is not mounted any more: outputs of the task may be lost",
                 hint="start the session again, which keeps what was written to the mount, and run"
                 " the task again",
             )
+        if not mounts.is_served(place):
+            # A server may go on without its supervisor. Without one, reads fail unnoted.
+            ask_mount(root.control, {"ask": "status"})
 
 
 def refuse_failed_reads(roots: Sequence[RootState], mounts: Mounts) -> None:

@@ -370,6 +370,19 @@ def test_what_a_task_wrote_where_a_mount_was_is_not_taken_for_no_output(
         sessions.finish()
 
 
+def test_a_task_whose_mount_has_no_server_any_more_has_failed(
+    sessions: Sessions, job: JobDocument
+) -> None:
+    root = start(sessions, job)
+    status = json.loads(ask_mount(sessions.host.mounts.control_of(root), {"ask": "status"}))
+    os.kill(status["supervisor"], signal.SIGKILL)
+    os.kill(status["pid"], signal.SIGKILL)
+    until(lambda: not Path(f"/proc/{status['pid']}").exists())
+
+    with pytest.raises(MountFailedError, match="does not answer at"):
+        sessions.finish()
+
+
 @pytest.mark.expected_events(events.SESSION_START_FAILED)
 @pytest.mark.parametrize("again", ["", "COPIED"])
 def test_what_a_failed_start_had_mounted_is_ended(
