@@ -412,6 +412,23 @@ def test_what_a_failed_start_had_mounted_is_ended(
     assert not any((sessions.host.state_dir / "mounts").iterdir())
 
 
+def test_what_a_killed_start_was_mounting_is_ended(sessions: Sessions, job: JobDocument) -> None:
+    host, known = sessions.host, sessions.host.state_dir / "mounts"
+    arguments = host.start_arguments(job, sessions.session_dir)
+    process = host.popen(*arguments, "--file-system", "VIRTUAL")
+    until(lambda: any(known.glob("*/spec.json")))
+    process.kill()
+    process.communicate()
+    # On a busy host it may have finished before, which has to end as well.
+    assert process.returncode in (-signal.SIGKILL, 0)
+
+    done = host.run("session", "end", "--session-dir", sessions.session_dir)
+
+    assert done.returncode == 0, done.stderr
+    assert list(sessions.session_dir.iterdir()) == []
+    assert not any(known.iterdir())
+
+
 def test_auto_copies_what_is_small_and_says_so(sessions: Sessions, job: JobDocument) -> None:
     [root] = sessions.host.start(job, sessions.session_dir, file_system="AUTO").roots
 
