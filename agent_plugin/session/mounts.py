@@ -421,7 +421,7 @@ def files_of_mount(control: str, paths: Sequence[str]) -> list[list[FileEntry]]:
     Raises:
         MountFailedError: Its server does not answer.
     """
-    answer = json.loads(ask_mount(control, {"ask": "files", "paths": list(paths)}))
+    answer = json.loads(_ask_whoever_serves(control, {"ask": "files", "paths": list(paths)}))
     return msgspec.convert(answer, list[list[FileEntry]])
 
 

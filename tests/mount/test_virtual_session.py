@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
@@ -22,7 +23,7 @@ from agent_plugin.content.errors import (
 from agent_plugin.content.events import fields_of
 from agent_plugin.content.mount_table import read_mounts
 from agent_plugin.session.job import JobDocument
-from agent_plugin.session.mounts import ask_mount
+from agent_plugin.session.mounts import ask_mount, files_of_mount
 from agent_plugin.session.state import FinishResult
 from tests.servers.disks import tmpfs_mounted
 from tests.servers.hooks import Host, action, job_with_outputs, step
@@ -427,6 +428,21 @@ def test_what_a_killed_start_was_mounting_is_ended(sessions: Sessions, job: JobD
     assert done.returncode == 0, done.stderr
     assert list(sessions.session_dir.iterdir()) == []
     assert not any(known.iterdir())
+
+
+def test_inputs_are_asked_for_again_while_a_killed_server_is_replaced(
+    sessions: Sessions, job: JobDocument
+) -> None:
+    control = Path(sessions.host.mounts.control_of(start(sessions, job)))
+    away = control.with_name("away")
+    control.rename(away)
+    replaced = threading.Timer(0.5, away.rename, [control])
+    replaced.start()
+    try:
+        [found] = files_of_mount(os.fspath(control), ["tex/wood.tx"])
+    finally:
+        replaced.join()
+    assert [entry.path for entry in found] == ["tex/wood.tx"]
 
 
 def test_auto_copies_what_is_small_and_says_so(sessions: Sessions, job: JobDocument) -> None:
