@@ -1,7 +1,10 @@
 """What is added to a mount while it is in use: seen at once, and by nobody who has the old open."""
 
+import json
 import os
 import signal
+import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,9 @@ import pytest
 from agent_plugin.content.errors import MountFailedError
 from agent_plugin.content.manifest import Manifest, encode
 from agent_plugin.content.mount_spec import Layer
+from agent_plugin.session.mounts import ask_mount
 from tests.mount.conftest import Mounter
+from tests.mount.prepared_mount import Prepared
 from tests.servers.proxied_object import until
 from tests.servers.trees import write_files
 
@@ -84,3 +89,48 @@ def test_what_can_not_be_where_something_is_is_refused_and_leaves_no_trace(
     assert mounter.host.mounts.end(at)
     with pytest.raises(MountFailedError, match="not mounted"):
         add(mounter, at, stored(mounter, "c", {"other": b"x"}))
+
+
+# A server that leaves the first read of a file without an answer, and then has the kernel forget
+# that file, which the kernel does when the read is answered.
+FORGETTING = """
+import os, sys
+from vfs.transports.kernel_transport import KernelTransport
+read = KernelTransport._read
+def hold(self, unique, node, body):
+    try:
+        os.mkdir(sys.argv[1] + "-held")
+    except FileExistsError:
+        return read(self, unique, node, body)
+    self.forget_content([node])
+KernelTransport._read = hold
+from vfs.__main__ import main
+sys.exit(main([sys.argv[1]]))
+"""
+
+
+def is_stuck(pid: int) -> bool:
+    """Whether a thread or child of a process waits in the kernel, uninterruptibly."""
+    tasks = list(Path(f"/proc/{pid}/task").iterdir())
+    children = " ".join((task / "children").read_text() for task in tasks).split()
+    stats = [task / "stat" for task in tasks] + [Path(f"/proc/{child}/stat") for child in children]
+    return any(stat.read_text().rpartition(") ")[2][0] == "D" for stat in stats)
+
+
+def test_a_server_that_is_killed_while_the_kernel_forgets_is_replaced(
+    mounter: Mounter, tmp_path: Path
+) -> None:
+    """Seen to fail with the messages written by a thread: the killed server never ended."""
+    mount = Prepared(mounter, tmp_path, "none")
+    with mount.served_by(FORGETTING) as process:
+        try:
+            server = json.loads(ask_mount(mount.control, {"ask": "status"}))["pid"]
+            with subprocess.Popen(["cat", mount.at / "a"], stdout=subprocess.PIPE) as reader:
+                try:
+                    until(partial(is_stuck, server))
+                    os.kill(server, signal.SIGKILL)
+                    assert reader.communicate(timeout=20)[0] == b"an input"
+                finally:
+                    reader.kill()
+        finally:
+            process.terminate()

@@ -2,12 +2,7 @@
 
 import json
 import os
-import select
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -16,10 +11,9 @@ import pytest
 from agent_plugin.content.mount_table import is_mounted
 from agent_plugin.session.mounts import ask_mount
 from tests.mount.conftest import END_SECONDS, Mounter
-from tests.mount.overlay_rig import MTIME_NS
-from tests.servers.hooks import REPOSITORY
+from tests.mount.prepared_mount import Prepared
 from tests.servers.proxied_object import until
-from tests.servers.trees import files_below, write_files
+from tests.servers.trees import files_below
 
 # A server that dies while overlayfs is mounted, which asks it for the space that there is.
 DYING = """
@@ -43,50 +37,6 @@ kernel_transport.WANTED &= ~kernel_transport.Feature.HAS_RESEND
 from vfs.__main__ import main
 sys.exit(main([sys.argv[1]]))
 """
-
-
-class Prepared:
-    """A mount of a small tree that is about to be made by a changed mount process."""
-
-    def __init__(self, mounter: Mounter, tmp_path: Path, kept: str) -> None:
-        source = tmp_path / "source"
-        source.mkdir()
-        write_files(source, {"a": b"an input", "d/b": 9000}, mtime_ns=MTIME_NS)
-        inputs = mounter.stored(source)
-        self.at = mounter.mount(inputs, writes=kept)
-        place = Path(mounter.host.mounts.control_of(self.at)).parent
-        spec = json.loads((place / "spec.json").read_bytes())
-        mounter.host.mounts.end(self.at)
-        self.control = f"{mounter.home}/control"
-        self.errors = mounter.home / "errors"
-        self._log = mounter.home / "log"
-        self._spec = mounter.home / "spec.json"
-        self._environment = mounter.host.process_environment()
-        spec |= {"errors": os.fspath(self.errors), "control": self.control}
-        spec |= {"workDir": f"{mounter.home}/work"}
-        spec["manifests"] = [os.fspath(mounter.manifest_file(inputs))]
-        self._spec.write_text(json.dumps(spec))
-
-    @contextmanager
-    def served_by(self, code: str) -> Iterator["subprocess.Popen[bytes]"]:
-        with (
-            self._log.open("wb") as log,
-            subprocess.Popen(
-                [sys.executable, "-c", code, self._spec],
-                cwd=REPOSITORY,
-                env=self._environment,
-                stdout=subprocess.PIPE,
-                stderr=log,
-            ) as process,
-        ):
-            assert process.stdout
-            ready, _, _ = select.select([process.stdout], [], [], 20)
-            assert ready, "it hangs"
-            assert json.loads(process.stdout.readline())["transport"] == "kernel"
-            yield process
-
-    def told(self, event: str) -> int:
-        return self._log.read_text().count(f'"{event}"')
 
 
 @pytest.mark.parametrize("kept", ["none", "overlayfs", "overlay"])

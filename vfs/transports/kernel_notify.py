@@ -1,16 +1,19 @@
 """What the kernel is told without having asked: to forget names and pages.
 
-From a thread of its own. The kernel takes the locks of what it is to forget while it takes the
-message, and whoever holds them may be waiting for an answer of the server: the thread that answers
-would wait for itself.
+The kernel takes the locks of what it is to forget while it takes the message, and whoever holds
+them may be waiting for an answer of the server: the thread that answers would wait for itself, and
+so would the end of a killed server for any thread of it. So a process of its own carries the
+messages (kernel_messenger.py), from the first of them on.
 """
 
-import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from queue import SimpleQueue
 
+from vfs.transports import kernel_messenger
 from vfs.transports import kernel_protocol as protocol
 
 
@@ -53,8 +56,26 @@ class Notifier:
                 self._thread.start()
 
     def _work(self) -> None:
+        messenger = self._messenger()
         while True:
             message = self._queue.get()
-            # ENOENT: the kernel knew nothing of it. ENODEV: the mount is gone.
-            with suppress(OSError):
-                os.write(self._fd, message)
+            while not _give(messenger, message):
+                messenger.wait()
+                messenger = self._messenger()
+
+    def _messenger(self) -> "subprocess.Popen[bytes]":
+        # Its stdin is closed with this process, however that ends, and then it ends, too.
+        return subprocess.Popen(  # noqa: S603 - a fixed argv
+            [sys.executable, "-I", "-S", kernel_messenger.__file__],
+            stdin=subprocess.PIPE,
+            stdout=self._fd,
+            bufsize=0,
+        )
+
+
+def _give(messenger: "subprocess.Popen[bytes]", message: bytes) -> bool:
+    """Hand a message over; False when the messenger has been killed."""
+    assert messenger.stdin is not None  # noqa: S101 - it is a pipe
+    with suppress(BrokenPipeError):
+        return messenger.stdin.write(message) == len(message)
+    return False
