@@ -33,7 +33,7 @@ from vfs.mount import FUSE_KIND
 from vfs.nodes import Nodes
 from vfs.overlay import Overlay
 from vfs.overlay_upper import Upper
-from vfs.reader import FETCHES_AT_ONCE, BlobReader
+from vfs.reader import FETCHES_AT_ONCE, STRICT_BYTES, BlobReader
 from vfs.service import NodeService, Ownership
 from vfs.statistics import Statistics
 from vfs.streaming import StreamPolicy
@@ -196,6 +196,7 @@ class Server:
             if isinstance(transport, KernelTransport):
                 if resumes:
                     transport.ask_again()
+                    transport.forget_content(self._read_unverified())
                 ready()
                 transport.serve()
             else:
@@ -204,6 +205,10 @@ class Server:
             reader.close()
             if overlay is not None:
                 overlay.close()
+
+    def _read_unverified(self) -> list[int]:
+        """Return the files of which a killed server may have given what it had not verified."""
+        return self._tree.larger_than(STRICT_BYTES) if self._spec.stream else []
 
     def _transport(
         self,

@@ -236,6 +236,14 @@ class Tree:
             if entry is not None and entry.hash == hash_
         ]
 
+    def larger_than(self, size: int) -> list[int]:
+        """Return the nodes of all files of more bytes, those that later layers hide as well."""
+        return [
+            node
+            for node, entry in enumerate(self._entries)
+            if entry is not None and entry.size > size
+        ]
+
     def _discount(self, node: int) -> None:
         self.files -= 1
         self.bytes -= self.size(node)

@@ -1,10 +1,13 @@
 """What a job gets of content that is not what its name says: never silently, and never for long."""
 
 import os
+import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from agent_plugin.content.errors import MountFailedError
 from agent_plugin.content.layout import blob_key
 from agent_plugin.content.manifest import Manifest
 from tests.mount.conftest import Mounter, by_each_transport_in_time
@@ -98,6 +101,33 @@ def test_what_was_read_of_a_large_file_before_it_turned_out_wrong_is_not_read_ag
     finally:
         os.close(fd)
     assert mounter.errors(at) == [("big.abc", "E_CHECKSUM")]
+
+
+def test_what_was_read_of_a_large_file_from_a_killed_server_is_asked_for_again(
+    mounter: Mounter, large: Manifest
+) -> None:
+    """Seen to fail without it: the pages stayed, and nobody would have noticed a wrong blob."""
+    at = mounter.mount(large)
+    fd = os.open(at / "big.abc", os.O_RDONLY)
+    try:
+        assert os.pread(fd, 10, 0) == bytes(10)
+        server = mounter.status(at)["pid"]
+        os.kill(server, signal.SIGKILL)
+
+        def is_asked_again() -> bool:
+            return os.pread(fd, 10, 0) == bytes(10) and mounter.fetched(at) > 0
+
+        until(lambda: _pid_of_server(mounter, at) not in (0, server))
+        until(is_asked_again)
+    finally:
+        os.close(fd)
+
+
+def _pid_of_server(mounter: Mounter, at: Path) -> int:
+    with suppress(MountFailedError):
+        pid: int = mounter.status(at)["pid"]
+        return pid
+    return 0
 
 
 def test_what_was_read_of_a_large_file_that_is_damaged_in_the_cache_is_mended(
