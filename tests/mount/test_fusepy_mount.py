@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from agent_plugin.content.errors import MountFailedError, MountReadFailedError
+from agent_plugin.content.layout import blob_key
 from agent_plugin.content.manifest import Manifest
 from agent_plugin.content.mount_table import is_mounted, unmount
 from agent_plugin.session.mounts import ask_mount
@@ -106,6 +107,9 @@ def test_a_blob_that_is_cut_short_is_an_error_and_never_shortens_a_file(
         p for p in mounter.host.cache_dir.rglob("*") if p.is_file() and _size(p) == len(right)
     ]
     os.truncate(blob, 1_000_000)
+    # It would be fetched anew.
+    [digest] = {entry.digest for entry in inputs.entries if entry.path == "tex/wood.tx"}
+    (mounter.home / "store" / blob_key(digest)).unlink()
     with file.open("rb", buffering=0) as opened:
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         with pytest.raises(OSError, match="Input/output error"):
