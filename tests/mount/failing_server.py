@@ -4,7 +4,6 @@ Says `ready` when it is served. A process of its own, since that is what libfuse
 """
 
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,19 +56,21 @@ def main(at: Path, told: Callable[[], None]) -> None:
     digest = Digest.of(CONTENT)
     tree = Tree()
     tree.add(Manifest.of(FileEntry(digest.hex, 0, n, digest.size) for n in [*FAILURES, "well"]))
-    with tempfile.TemporaryDirectory() as spool:
-        statistics = Statistics()
-        reader = BlobReader(
-            None,
-            lambda: build_store(f"file://{spool}/store"),
-            Path(spool),
-            statistics,
-            policy=StreamPolicy(),
-        )
-        ledger = ErrorLedger(Path(spool, "errors"))
-        nodes = FailingNodes(tree, reader, ledger, statistics, Ownership(0, 0))
-        FusepyTransport(nodes, at, "propmaster:failing", "propmaster", xattrs=False).serve(told)
-        reader.close()
+    # Beside the mount: whoever ends this process may not let it tidy up.
+    spool = at.with_name(f"{at.name}-spool")
+    spool.mkdir()
+    statistics = Statistics()
+    reader = BlobReader(
+        None,
+        lambda: build_store(f"file://{spool}/store"),
+        spool,
+        statistics,
+        policy=StreamPolicy(),
+    )
+    ledger = ErrorLedger(spool / "errors")
+    nodes = FailingNodes(tree, reader, ledger, statistics, Ownership(0, 0))
+    FusepyTransport(nodes, at, "propmaster:failing", "propmaster", xattrs=False).serve(told)
+    reader.close()
 
 
 if __name__ == "__main__":
