@@ -14,8 +14,8 @@ from agent_plugin.content import events
 from agent_plugin.content.blob_cache import BlobCache
 from agent_plugin.content.errors import LocalError, LocalWriteError
 from agent_plugin.content.local_index import LocalIndex
+from agent_plugin.content.mount_spec import StoreLimits
 from agent_plugin.content.open_store import build_store
-from agent_plugin.content.retry import RetryPolicy
 from agent_plugin.content.store import Cancellation, Store
 from agent_plugin.settings import Settings
 from agent_plugin.transfer.asking import Asking
@@ -47,17 +47,11 @@ class LazyStore:
         """Return the store, opened."""
         with self._lock:
             if self._store is None:
-                limits = self._settings.store
+                limits = store_limits(self._settings)
                 self._store = build_store(
                     self._url,
                     environment=self._environment,
-                    policy=RetryPolicy(
-                        attempts=limits.attempts,
-                        deadline_seconds=limits.deadline_seconds,
-                        connect_timeout=limits.connect_timeout,
-                        read_timeout=limits.read_timeout,
-                        least_bytes_per_second=limits.least_bytes_per_second,
-                    ),
+                    policy=limits.retry_policy(),
                     account_id=self._account_id,
                     concurrency=limits.concurrency,
                 )
@@ -70,6 +64,19 @@ class LazyStore:
             if self._store is None:
                 return self._account_id
             return getattr(self._store, "account_id", None)
+
+
+def store_limits(settings: Settings) -> StoreLimits:
+    """Return how the store is talked to, by commands and mounts alike."""
+    store = settings.store
+    return StoreLimits(
+        concurrency=store.concurrency,
+        attempts=store.attempts,
+        deadline_seconds=store.deadline_seconds,
+        connect_timeout=store.connect_timeout,
+        read_timeout=store.read_timeout,
+        least_bytes_per_second=store.least_bytes_per_second,
+    )
 
 
 def state_directory(settings: Settings) -> Path:

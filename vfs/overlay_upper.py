@@ -37,7 +37,6 @@ KEPT_OPEN: Final = 256
 NEW: Final = b"new"
 _GONE: Final = "gone-"
 _NO_LINK: Final = os.O_NOFOLLOW | os.O_CLOEXEC
-_PRIVILEGES: Final = stat.S_ISUID | stat.S_ISGID
 
 # A name in a directory.
 Place = tuple[int, bytes]

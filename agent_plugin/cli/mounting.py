@@ -3,8 +3,7 @@
 import os
 from pathlib import Path
 
-from agent_plugin.content.mount_spec import StoreLimits
-from agent_plugin.services import state_directory
+from agent_plugin.services import state_directory, store_limits
 from agent_plugin.session.mounts import CachePlace, Mounts
 from agent_plugin.settings import Settings
 
@@ -34,22 +33,13 @@ def open_mounts(
         min_free_bytes=settings.cache.min_free_bytes_on(directory),
         shared=settings.cache.shared_between_stores,
     )
-    store = settings.store
-    limits = StoreLimits(
-        concurrency=store.concurrency,
-        attempts=store.attempts,
-        deadline_seconds=store.deadline_seconds,
-        connect_timeout=store.connect_timeout,
-        read_timeout=store.read_timeout,
-        least_bytes_per_second=store.least_bytes_per_second,
-    )
     strict = (verify or settings.mounts.verify) == "strict"
     return Mounts(
         state_directory(settings),
         cache,
         strict=strict,
         xattrs=xattrs or settings.mounts.xattrs,
-        store_limits=limits,
+        store_limits=store_limits(settings),
         transport=transport or settings.mounts.transport,
         passthrough=settings.mounts.passthrough,
     )
