@@ -27,6 +27,7 @@ from agent_plugin.content.errors import (
     NoSpaceError,
 )
 from agent_plugin.content.store import Cancellation
+from tests.servers.descriptors import open_below
 
 URL = "s3://bucket/prefix"
 DAY = 24 * 3600.0
@@ -1024,13 +1025,13 @@ def test_a_cache_where_a_file_is_in_the_way_can_not_be_opened(tmp_path: Path) ->
 def test_refusing_a_cache_leaves_no_descriptor_open(directory: Path) -> None:
     opened(directory).close()
     (directory / "v1" / "tmp").chmod(0o777)
-    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - only the number matters
+    before = open_below(directory)
 
     for _ in range(10):
         with pytest.raises(CacheUnsafeError):
             opened(directory)
 
-    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208 - as above
+    assert open_below(directory) == before
 
 
 def test_a_cache_removed_under_us_is_an_error_and_not_a_crash(

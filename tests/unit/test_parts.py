@@ -17,6 +17,7 @@ from agent_plugin.content.digest import Digest
 from agent_plugin.content.errors import BlobCorruptError, CancelledError, FileChangedError
 from agent_plugin.content.flight import Lanes
 from agent_plugin.content.store import Cancellation, ignore_progress
+from tests.servers.descriptors import open_of
 from tests.servers.proxied_object import until
 
 if TYPE_CHECKING:
@@ -133,8 +134,8 @@ def test_a_late_part_is_written_nowhere_and_no_descriptor_is_kept() -> None:
             done.release()
             return super().part(offset, data)
 
-    before = len(list(Path("/proc/self/fd").iterdir()))
     file = tempfile.TemporaryFile()  # noqa: SIM115 - closed before its readers end
+    received = os.fstat(file.fileno())
     threading.Timer(0.2, cancellation.cancel).start()
     with pytest.raises(CancelledError):
         receive(Late(), file.fileno(), cancellation)
@@ -147,7 +148,7 @@ def test_a_late_part_is_written_nowhere_and_no_descriptor_is_kept() -> None:
             assert done.acquire(timeout=10)
         time.sleep(0.1)
         assert os.fstat(other.fileno()).st_size == 0
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert open_of(received) == 0
 
 
 class HeldUp:
@@ -220,8 +221,8 @@ def test_a_write_that_does_not_end_does_not_delay_a_wish_to_stop(
     held_up = HeldUp(monkeypatch, THIRD_PART)
     read_part = make(held_up)
     cancellation = Cancellation()
-    before = len(list(Path("/proc/self/fd").iterdir()))
     with tempfile.TemporaryFile() as file, ThreadPoolExecutor(1) as pool:
+        received = os.fstat(file.fileno())
         attempt = pool.submit(receive, read_part, file.fileno(), cancellation)
         until(held_up.begun.is_set)
         if isinstance(read_part, ReplacedMeanwhile):
@@ -229,8 +230,9 @@ def test_a_write_that_does_not_end_does_not_delay_a_wish_to_stop(
         cancellation.cancel()
         with pytest.raises(CancelledError):
             attempt.result(1)
+        assert open_of(received) == 2, "its own, and the held up writer's"
     held_up.go_on.set()
-    until(lambda: len(list(Path("/proc/self/fd").iterdir())) == before)
+    until(lambda: open_of(received) == 0)
 
 
 def test_what_is_wrong_with_the_file_is_the_systems_own_error(tmp_path: Path) -> None:

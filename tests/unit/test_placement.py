@@ -28,6 +28,7 @@ from agent_plugin.content.manifest import FileEntry
 from agent_plugin.content.store import Cancellation
 from agent_plugin.transfer import placement
 from agent_plugin.transfer.placement import CacheCopy, Placer
+from tests.servers.descriptors import open_below
 from tests.servers.disks import fill, image_mounted, tmpfs_mounted, use_up_inodes
 
 MEBIBYTE = 1024 * 1024
@@ -639,12 +640,12 @@ def test_a_root_that_can_not_be_made_is_told_with_its_name(tmp_path: Path) -> No
 
 
 def test_closing_gives_every_descriptor_back(root: Path) -> None:
-    before = set(os.listdir("/proc/self/fd"))  # noqa: PTH208 - names are enough
+    before = open_below(root)
     with Placer(root, LABEL) as placer:
         for at in range(20):
             placer.place_data(entry(f"d{at}/one", b"x"), b"x")
 
-    assert set(os.listdir("/proc/self/fd")) == before  # noqa: PTH208 - as above
+    assert open_below(root) == before
 
 
 @pytest.mark.parametrize("direct", [True, False])

@@ -15,6 +15,7 @@ from agent_plugin.content.errors import (
     UnsafePathError,
 )
 from agent_plugin.content.safe_path import Root, split
+from tests.servers.descriptors import open_below
 
 
 @pytest.fixture
@@ -33,10 +34,6 @@ def read(root: Root, path: str) -> bytes:
     fd = root.open_file(path)
     with os.fdopen(fd, "rb") as file:
         return file.read()
-
-
-def open_descriptors() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 @pytest.mark.parametrize(
@@ -157,12 +154,12 @@ def test_only_regular_files_are_opened_and_none_is_waited_for(root: Root, direct
     (directory / "directory").mkdir()
     with socket.socket(socket.AF_UNIX) as bound:
         bound.bind(str(directory / "socket"))
-        before = open_descriptors()
+        before = open_below(directory)
 
         for path in ("fifo", "socket", "directory", ""):
             with pytest.raises(LocalReadError):
                 root.open_file(path)
-        assert open_descriptors() == before
+        assert open_below(directory) == before
 
 
 def test_missing_directories_are_made(root: Root, directory: Path) -> None:
@@ -225,12 +222,12 @@ def test_a_name_too_long_for_the_file_system_is_named(root: Root) -> None:
 
 
 def test_no_more_directories_stay_open_than_allowed(directory: Path) -> None:
-    before = open_descriptors()
+    before = open_below(directory)
     with Root(directory, max_directories=8) as root:
         for number in range(100):
             root.directory(f"d{number}/below")
-            assert open_descriptors() <= before + 1 + 8
-    assert open_descriptors() == before
+            assert open_below(directory) <= before + 1 + 8
+    assert open_below(directory) == before
 
 
 def test_the_directories_used_last_stay_open(directory: Path) -> None:
@@ -244,7 +241,7 @@ def test_the_directories_used_last_stay_open(directory: Path) -> None:
 
 
 def test_a_held_directory_stays_open_whatever_else_is_asked_for(directory: Path) -> None:
-    before = open_descriptors()
+    before = open_below(directory)
     with Root(directory, max_directories=2) as root:
         with root.holding("held") as fd:
             identity = os.fstat(fd).st_ino
@@ -253,18 +250,18 @@ def test_a_held_directory_stays_open_whatever_else_is_asked_for(directory: Path)
             assert os.fstat(fd).st_ino == identity == (directory / "held").stat().st_ino
         with root.holding("") as fd:
             assert fd == root.fd
-    assert open_descriptors() == before
+    assert open_below(directory) == before
 
 
 def test_a_directory_held_over_the_end_is_closed_by_its_holder(directory: Path) -> None:
-    before = open_descriptors()
+    before = open_below(directory)
     root = Root(directory)
     with root.holding("held") as fd:
         root.close()
         root.close()
 
         assert os.fstat(fd).st_ino == (directory / "held").stat().st_ino
-    assert open_descriptors() == before
+    assert open_below(directory) == before
 
 
 def test_paths_of_500_directories_work(directory: Path) -> None:

@@ -21,6 +21,7 @@ from agent_plugin.content.local_index import LocalIndex
 from agent_plugin.content.safe_path import Root
 from agent_plugin.content.snapshot import FoundFile, hash_files, walk
 from agent_plugin.content.store import Cancellation
+from tests.servers.descriptors import open_below
 
 NOBODY = 65534
 LONG_AGO_NS = 1_000_000_000_000_000_000
@@ -137,13 +138,13 @@ def test_500_nested_directories_are_walked_without_their_descriptors_held(tmp_pa
     deep = "/".join(["directory-with-a-name"] * 500)
     with Root(tmp_path) as root:
         os.close(os.open("file", os.O_CREAT, dir_fd=root.directory(deep)))
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = open_below(tmp_path)
 
     walking = walk(tmp_path)
     assert next(walking).path == f"{deep}/file"
-    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 260
+    assert open_below(tmp_path) <= before + 260
     assert list(walking) == []
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert open_below(tmp_path) == before
 
 
 def test_links_inside_the_root_are_recorded_under_their_own_path(tmp_path: Path) -> None:
