@@ -23,6 +23,7 @@ CONFIG_VARIABLE: Final = "PROPMASTER_CONFIG"
 CACHE_VARIABLE: Final = "PROPMASTER_CACHE_DIR"
 STATE_VARIABLE: Final = "PROPMASTER_STATE_DIR"
 DEFAULT_FILE: Final = Path("/etc/propmaster/config.toml")
+DEFAULT_SOCKET: Final = Path("/run/propmaster/worker.socket")
 
 # Sizes of the cache follow the disk unless they are set: docs/OPERATING.md, Disk space.
 AUTOMATIC_PERCENT: Final = 25
@@ -188,6 +189,24 @@ class MountSettings(_Section, frozen=True, forbid_unknown_fields=True):
     passthrough: Literal["auto", "on", "off"] = "auto"
 
 
+class WorkerSettings(_Section, frozen=True, forbid_unknown_fields=True):
+    """Whom `propmaster worker serve` works for, and where.
+
+    Attributes:
+        socket: Where job users ask it.
+        agent_user: Who runs the worker agent, and so owns the session directories; empty is the
+            service's own user, or root.
+        session_roots: Where session directories are; empty is anywhere.
+        mapped_roots: Directories outside a session that jobs may have their files in. Job users
+            must not be able to rename what is on the way to one.
+    """
+
+    socket: Path = DEFAULT_SOCKET
+    agent_user: str = ""
+    session_roots: list[Path] = []
+    mapped_roots: list[Path] = []
+
+
 class Settings(_Section, frozen=True, forbid_unknown_fields=True):
     """All settings of the host; `load` makes them."""
 
@@ -196,6 +215,7 @@ class Settings(_Section, frozen=True, forbid_unknown_fields=True):
     store: StoreSettings = StoreSettings()
     outputs: OutputSettings = OutputSettings()
     mounts: MountSettings = MountSettings()
+    worker: WorkerSettings = WorkerSettings()
 
 
 def load(

@@ -16,6 +16,7 @@ MODULES = sorted(
 CONTENT = ["agent_plugin.content"]
 TRANSFER = [*CONTENT, "agent_plugin.transfer"]
 SETTINGS = [*CONTENT, "agent_plugin.schema", "agent_plugin.settings"]
+HOST = [*SETTINGS, *TRANSFER, "agent_plugin.services"]
 
 # What a module may import of ours, by the longest path here that it starts with. `agent_plugin`
 # itself, which is the version and nothing else, anybody may.
@@ -26,6 +27,10 @@ MAY_IMPORT = {
     "agent_plugin/schema.py": CONTENT,
     "agent_plugin/settings.py": SETTINGS,
     "agent_plugin/services.py": [*SETTINGS, *TRANSFER],
+    "agent_plugin/mounting.py": [*HOST, "agent_plugin.session.mounts"],
+    "agent_plugin/workers/": [
+        *(*HOST, "agent_plugin.mounting", "agent_plugin.session", "agent_plugin.workers"),
+    ],
     "agent_plugin/doctor": [
         *(*SETTINGS, *TRANSFER, "agent_plugin.session.mounts"),
         *("agent_plugin.doctor_files", "agent_plugin.doctor_mounts"),

@@ -26,7 +26,6 @@ import click
 
 from agent_plugin.cli.demo_screen import DemoResult, Mounted, Screen, Step
 from agent_plugin.cli.demo_store import DemoStore
-from agent_plugin.cli.mounting import open_mounts
 from agent_plugin.cli.options import escaped, print_json
 from agent_plugin.content import events
 from agent_plugin.content.errors import (
@@ -39,6 +38,7 @@ from agent_plugin.content.errors import (
 from agent_plugin.content.mount_spec import read_spec
 from agent_plugin.content.safe_path import Root
 from agent_plugin.content.snapshot import walk
+from agent_plugin.mounting import open_mounts
 from agent_plugin.session.mounts import Mounts, ask_mount
 from agent_plugin.session.state import VIRTUAL
 from agent_plugin.settings import CACHE_VARIABLE, load

@@ -38,6 +38,7 @@ COMMANDS: Final = {
     "session": ("agent_plugin.cli.session", "What the worker agent calls around tasks."),
     "submit": ("agent_plugin.cli.submit", "Upload a directory as a job's inputs."),
     "unmount": ("agent_plugin.cli.unmount", "End a mount."),
+    "worker": ("agent_plugin.cli.worker", "What a render worker's host runs and installs."),
 }
 
 

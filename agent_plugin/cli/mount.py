@@ -7,7 +7,7 @@ from typing import Final
 
 import click
 
-from agent_plugin.cli.mounting import open_mounts, path_of_mount
+from agent_plugin.cli.mounting import path_of_mount
 from agent_plugin.cli.options import common_options, print_json, say, store_option
 from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.content.errors import LocalReadError, LocalWriteError, SessionStateError
@@ -16,6 +16,7 @@ from agent_plugin.content.mount_probe import TRANSPORTS
 from agent_plugin.content.mount_spec import NO_WRITES, OVERLAY, OVERLAYFS
 from agent_plugin.content.mount_table import is_mounted
 from agent_plugin.content.writes_probe import WritesChoice, choose_writes
+from agent_plugin.mounting import open_mounts
 from agent_plugin.session.mounts import MountRequest
 from agent_plugin.settings import load
 from agent_plugin.transfer.progress import format_bytes

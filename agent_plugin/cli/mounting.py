@@ -1,48 +1,7 @@
-"""The mounts of this host, for the commands that make and end some."""
+"""The paths of mounts, as commands are given them."""
 
 import os
 from pathlib import Path
-
-from agent_plugin.services import state_directory, store_limits
-from agent_plugin.session.mounts import CachePlace, Mounts
-from agent_plugin.settings import Settings
-
-
-def open_mounts(
-    settings: Settings,
-    *,
-    verify: str | None = None,
-    xattrs: bool = False,
-    transport: str | None = None,
-) -> Mounts:
-    """Return the mounts of this host.
-
-    Args:
-        settings: The host's.
-        verify: `stream` or `strict`; None for what the settings say.
-        xattrs: Have extended attributes below overlayfs, whatever the settings say.
-        transport: `auto`, `fusepy` or `kernel`; None for what the settings say.
-
-    Raises:
-        LocalWriteError: The state directory can not be made, or others could write to it.
-    """
-    directory = settings.paths.cache_dir
-    cache = CachePlace(
-        directory,
-        max_bytes=settings.cache.max_bytes_on(directory),
-        min_free_bytes=settings.cache.min_free_bytes_on(directory),
-        shared=settings.cache.shared_between_stores,
-    )
-    strict = (verify or settings.mounts.verify) == "strict"
-    return Mounts(
-        state_directory(settings),
-        cache,
-        strict=strict,
-        xattrs=xattrs or settings.mounts.xattrs,
-        store_limits=store_limits(settings),
-        transport=transport or settings.mounts.transport,
-        passthrough=settings.mounts.passthrough,
-    )
 
 
 def path_of_mount(named: Path) -> Path:

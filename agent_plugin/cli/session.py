@@ -8,10 +8,10 @@ from pathlib import Path
 
 import click
 
-from agent_plugin.cli.mounting import open_mounts
 from agent_plugin.cli.options import common_options, print_json, say, session_dir_option
 from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.content.errors import JobInvalidError, LocalReadError
+from agent_plugin.mounting import open_mounts
 from agent_plugin.services import open_records, open_services, state_directory
 from agent_plugin.session.end import end
 from agent_plugin.session.finish_task import TaskAction, finish_task

@@ -4,7 +4,7 @@
     ├── InputError             what we were given is wrong; trying again changes nothing
     │   ├── ManifestInvalidError        JobInvalidError          SettingsInvalidError
     │   ├── PathMappingError            UnsafePathError          PathClashError
-    │   └── UnsupportedPlatformError
+    │   └── UnsupportedPlatformError    NotAllowedError
     ├── StoreError             the content store
     │   ├── BlobNotFoundError           DocumentNotFoundError    StoreAccessError
     │   ├── StoreUnavailableError       StoreThrottledError      BlobCorruptError
@@ -12,7 +12,8 @@
     ├── LocalError             this host
     │   ├── NoSpaceError                LocalWriteError          LocalReadError
     │   ├── CacheUnsafeError            FileChangedError
-    │   └── MountFailedError            MountReadFailedError
+    │   ├── MountFailedError            MountReadFailedError
+    │   └── ServiceUnavailableError
     └── StateError             a command came at the wrong time
         ├── SessionStateError           TransferStateError
         └── CancelledError
@@ -91,6 +92,12 @@ class UnsupportedPlatformError(InputError):
     """The host is not Linux on x86-64 or arm64, or lacks something that cannot be done without."""
 
     reference, code, exit_code, errno = "unsupported-platform", "E_UNSUPPORTED", 81, errno.ENOSYS
+
+
+class NotAllowedError(InputError):
+    """The host service was asked for what whoever asked has no right to."""
+
+    reference, code, exit_code, errno = "not-allowed", "E_NOT_ALLOWED", 89, errno.EPERM
 
 
 class StoreError(PropmasterError):
@@ -183,6 +190,12 @@ class MountReadFailedError(LocalError):
     """A task was refused bytes of its inputs; whatever it made of that, the farm failed it."""
 
     reference, code, exit_code, retryable = "mount-read-failed", "E_MOUNT_READ", 87, True
+
+
+class ServiceUnavailableError(LocalError):
+    """The host service is not running, or went away before it had answered."""
+
+    reference, code, exit_code, retryable = "service-unavailable", "E_SERVICE", 88, True
 
 
 class StateError(PropmasterError):

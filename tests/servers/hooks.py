@@ -16,8 +16,8 @@ from typing import Any
 
 import msgspec
 
-from agent_plugin.cli.mounting import open_mounts
 from agent_plugin.content.store import Cancellation
+from agent_plugin.mounting import open_mounts
 from agent_plugin.services import open_records, open_services, state_directory
 from agent_plugin.session.end import EndResult, end
 from agent_plugin.session.finish_task import TaskAction, finish_task

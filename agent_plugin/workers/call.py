@@ -1,0 +1,104 @@
+"""A call: what a drop-in was asked to do, whoever runs it.
+
+A drop-in is a function `run(call, settings) -> exit code`. It takes all that it needs from the
+call and never touches sys.argv, the standard streams, os.environ or the working directory itself,
+so that it runs alike in the process that the agent started and in a child of the host service.
+Expected failures (PropmasterError) leave it as exceptions; `carry_out` tells them.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from agent_plugin.content import events
+from agent_plugin.content.errors import PropmasterError
+from agent_plugin.content.store import Cancellation
+from agent_plugin.settings import Settings
+
+ATTACHMENT_DOWNLOAD: Final = "attachment-download"
+ATTACHMENT_UPLOAD: Final = "attachment-upload"
+VFS_MOUNT: Final = "vfs-mount"
+VFS_UNMOUNT: Final = "vfs-unmount"
+
+EXIT_CRASHED: Final = 1
+
+# Who the job is, where its session is, and which credentials it has. A service takes nothing else
+# of an asker's environment.
+_OF_THE_JOB: Final = (
+    *("DEADLINE_FARM_ID", "DEADLINE_QUEUE_ID", "DEADLINE_JOB_ID", "DEADLINE_SESSION_ID"),
+    *("DEADLINE_FLEET_ID", "DEADLINE_WORKER_ID", "DEADLINE_STEP_ID", "DEADLINE_TASK_ID"),
+    *("DEADLINE_SESSIONACTION_ID", "DEADLINE_SESSIONACTION_START_TIME"),
+    *("DEADLINE_JA_S3_BUCKET", "DEADLINE_JA_ROOT_PREFIX", "OPENJD_SESSION_WORKING_DIR"),
+    *("AWS_PROFILE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"),
+    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCOUNT_ID"),
+    *("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_USE_DUALSTACK_ENDPOINT", "AWS_USE_FIPS_ENDPOINT"),
+)
+# Where the host talks to. In a service these are the service's own: a job that named them could
+# have the service ask servers that only the service may reach.
+OF_THE_HOST: Final = (
+    *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL_STS"),
+    *("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "AWS_CA_BUNDLE"),
+    *("HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "https_proxy", "http_proxy", "no_proxy"),
+)
+FORWARDED: Final = frozenset((*_OF_THE_JOB, *OF_THE_HOST))
+
+
+@dataclass(frozen=True, slots=True)
+class JobUser:
+    """Whose the files of a session are.
+
+    Attributes:
+        uid: The job's user.
+        gid: The group of the session directory.
+    """
+
+    uid: int
+    gid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a drop-in was asked.
+
+    Attributes:
+        kind: Which drop-in: one of the constants above.
+        arguments: Its command line without the program.
+        session_dir: Where the agent started it.
+        environment: Of FORWARDED, what is set.
+        job_user: None where the files are this process's user's.
+        say: Prints one line into the agent's log at once.
+        cancellation: Wished when whoever asked is gone, and on SIGTERM and SIGINT.
+    """
+
+    kind: str
+    arguments: Sequence[str]
+    session_dir: Path
+    environment: Mapping[str, str]
+    job_user: JobUser | None
+    say: Callable[[str], None]
+    cancellation: Cancellation
+
+
+Run = Callable[[Call, Settings], int]
+
+
+def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return what a call has of an environment."""
+    return {name: environment[name] for name in sorted(FORWARDED & environment.keys())}
+
+
+def carry_out(call: Call, settings: Settings, run: Run) -> int:
+    """Run a drop-in; tell an expected failure in the agent's words and in ours, return its code."""
+    try:
+        return run(call, settings)
+    except PropmasterError as error:
+        call.say(f"openjd_fail: {error.message}")
+        call.say(f"error[{error.reference}]: {error.message}")
+        if error.hint:
+            call.say(f"hint: {error.hint}")
+        return error.exit_code
+    except Exception:  # noqa: BLE001 - a door: told as a defect, with its trace
+        events.get_logger().exception(events.COMMAND_CRASHED)
+        call.say("openjd_fail: propmaster crashed; this is a defect of it")
+        return EXIT_CRASHED
