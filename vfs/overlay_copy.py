@@ -28,6 +28,7 @@ from vfs.overlay_upper import (
     Place,
     Upper,
     open_directory,
+    open_path,
     open_regular,
     rename_at,
 )
@@ -111,6 +112,21 @@ class CopyUp:
             return open_regular((above.fd, name))
 
         return self._files.get(found.node, open_it)
+
+    def named(self, found: Object) -> Descriptor:
+        """Return a descriptor of anything, of a link itself: for `path_of`, and not to be read.
+
+        Raises:
+            OSError: It can not be opened.
+        """
+        if found.mode in (stat.S_IFREG, stat.S_IFDIR):
+            return self.open(found)
+
+        def name_it() -> Descriptor:
+            above, name = self.at(found)
+            return open_path((above.fd, name))
+
+        return self._files.get(found.node, name_it)
 
     def find(self, node: int) -> Descriptor | None:
         """Return what is open of a node."""

@@ -17,13 +17,14 @@ from vfs.nodes import (
     Changes,
 )
 from vfs.overlay_index import Object
-from vfs.overlay_nodes import OverlayNodes, may_have_xattrs
+from vfs.overlay_nodes import OverlayNodes
 from vfs.overlay_upper import (
     Descriptor,
     Place,
     allocate,
     change_mode,
     kill_privileges,
+    path_of,
     set_times,
 )
 
@@ -126,7 +127,8 @@ class OverlayFiles(OverlayNodes):
             OSError: EOPNOTSUPP: it is of another kind. EPERM: it is one of ours.
         """
         with self._lock:
-            os.setxattr(self._for_xattr(node, name), name, value, flags)
+            opened = self._for_xattr(node, name)
+            os.setxattr(path_of(opened), name, value, flags)
             self._touch(self._index.objects[node])
 
     def removexattr(self, node: int, name: bytes) -> None:
@@ -136,7 +138,8 @@ class OverlayFiles(OverlayNodes):
             OSError: ENODATA: there is none. The others are those of `setxattr`.
         """
         with self._lock:
-            os.removexattr(self._for_xattr(node, name), name)
+            opened = self._for_xattr(node, name)
+            os.removexattr(path_of(opened), name)
             self._touch(self._index.objects[node])
 
     # ------------------------------------------------------------------ their parts
@@ -171,12 +174,9 @@ class OverlayFiles(OverlayNodes):
         if found.is_directory and found.lower:
             self._touched[found.node] = time.clock_gettime_ns(_KERNEL_CLOCK)
 
-    def _for_xattr(self, node: int, name: bytes) -> int:
+    def _for_xattr(self, node: int, name: bytes) -> Descriptor:
         if not self._upper.may_be(name):
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
         if self._upper.is_private(name):
             raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
-        found = self._copy.any(node)
-        if not may_have_xattrs(found):
-            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
-        return self._copy.open(found).fd
+        return self._copy.named(self._copy.any(node))

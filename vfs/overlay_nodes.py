@@ -23,6 +23,7 @@ from vfs.overlay_index import HIDDEN, Index, Object
 from vfs.overlay_upper import (
     Descriptor,
     Upper,
+    path_of,
 )
 from vfs.service import BLOCK_BYTES, XATTR_HASH, XATTR_STATE, NodeService
 from vfs.tree import ROOT
@@ -209,10 +210,11 @@ class OverlayNodes:
             if name in (XATTR_HASH, XATTR_STATE):
                 shown = found is None or found.shows
                 return self._lower.getxattr(self._below(node), name) if shown else None
-            if found is None or self._upper.is_private(name) or not may_have_xattrs(found):
+            if found is None or self._upper.is_private(name):
                 return None
+            opened = self._copy.named(found)
             try:
-                return os.getxattr(self._copy.open(found).fd, name)
+                return os.getxattr(path_of(opened), name)
             except OSError as error:
                 if error.errno == errno.ENODATA:
                     return None
@@ -222,9 +224,10 @@ class OverlayNodes:
         """Return the names of the extended attributes that were set."""
         with self._lock:
             found = self._index.objects.get(node)
-            if found is None or not may_have_xattrs(found):
+            if found is None:
                 return []
-            names = map(os.fsencode, os.listxattr(self._copy.open(found).fd))
+            opened = self._copy.named(found)
+            names = map(os.fsencode, os.listxattr(path_of(opened)))
             upper = self._upper
             return [name for name in names if upper.may_be(name) and not upper.is_private(name)]
 
@@ -283,11 +286,6 @@ class OverlayNodes:
             if found is None or found.shows:
                 return None
             return self._copy.open(found)
-
-
-def may_have_xattrs(found: Object) -> bool:
-    """Whether something may have extended attributes of the kind that users have."""
-    return found.mode in (stat.S_IFREG, stat.S_IFDIR)
 
 
 def _list(below: Mapping[bytes, int], names: dict[bytes, int]) -> list[Listed]:

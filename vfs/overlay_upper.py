@@ -313,20 +313,32 @@ def open_regular(at: Place) -> Descriptor:
             change_mode(directory, name, mode)
 
 
+def open_path(at: Place) -> Descriptor:
+    """Open something to name it: anything, and of a link itself.
+
+    Raises:
+        OSError: It is not there.
+    """
+    directory, name = at
+    return Descriptor(os.open(name, os.O_PATH | _NO_LINK, dir_fd=directory))
+
+
+def path_of(opened: Descriptor) -> str:
+    """Return a path of what is open, which leads to nothing else, also where that is a link."""
+    return f"/proc/self/fd/{opened.fd}"
+
+
 def change_mode(directory: int, name: bytes, mode: int) -> None:
     """Set the permissions of something that is no link.
 
     Raises:
         OSError: It is one, or not ours.
     """
-    path = os.open(name, os.O_PATH | _NO_LINK, dir_fd=directory)
-    try:
-        if stat.S_ISLNK(os.fstat(path).st_mode):
-            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
-        # fchmod does not take such a descriptor, and by its name it is followed to nothing else.
-        os.chmod(f"/proc/self/fd/{path}", mode)  # noqa: PTH101 - not a file's path
-    finally:
-        os.close(path)
+    opened = open_path((directory, name))
+    if stat.S_ISLNK(os.fstat(opened.fd).st_mode):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+    # fchmod does not take such a descriptor.
+    os.chmod(path_of(opened), mode)  # noqa: PTH101 - not a file's path
 
 
 def kill_privileges(fd: int) -> None:

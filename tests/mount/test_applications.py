@@ -25,6 +25,7 @@ from agent_plugin.content.digest import Digest
 from agent_plugin.content.manifest import FileEntry, Manifest
 from tests.mount.conftest import Mounter, gone, wait_for
 from tests.mount.stacks import Stack
+from tests.mount.test_xattrs import error_of
 from tests.servers.fault_proxy import FaultProxy
 from tests.servers.faults import Fault
 from tests.servers.proxied_object import until
@@ -405,6 +406,27 @@ def test_modes_and_owners_are_kept_by_a_copy(tree: Path) -> None:
         assert (copy.st_uid, copy.st_gid) == (original.st_uid, original.st_gid)
         assert copy.st_mtime_ns == original.st_mtime_ns
     assert os.getxattr(tree / "copy/wood.tx", "user.colour") == b"brown"
+
+
+def test_what_is_no_file_and_no_directory_has_attributes_of_its_own(tree: Path) -> None:
+    """Of a link, not of what it leads to; users may set none of it, only root."""
+    (tree / "link").symlink_to("tex")
+    os.mkfifo(tree / "fifo")
+    for path in (tree / "link", tree / "fifo"):
+        with pytest.raises(PermissionError):
+            os.setxattr(path, "user.a", b"x", follow_symlinks=False)
+        os.setxattr(path, "trusted.a", b"x", follow_symlinks=False)
+        with pytest.raises(FileExistsError):
+            os.setxattr(path, "trusted.a", b"y", os.XATTR_CREATE, follow_symlinks=False)
+        path.rename(moved := path.with_name("moved"))
+        assert os.getxattr(moved, "trusted.a", follow_symlinks=False) == b"x"
+        assert os.listxattr(moved, follow_symlinks=False) == ["trusted.a"]
+        assert error_of(tree / "tex", "trusted.a") in ("ENODATA", "ENOTSUP")
+        os.removexattr(moved, "trusted.a", follow_symlinks=False)
+        assert os.listxattr(moved, follow_symlinks=False) == []
+        with pytest.raises(OSError, match="No data available"):
+            os.getxattr(moved, "trusted.a", follow_symlinks=False)
+        moved.unlink()
 
 
 def test_opening_an_input_for_writing_changes_nothing_of_it(tree: Path, source: Path) -> None:

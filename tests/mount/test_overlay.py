@@ -244,6 +244,24 @@ def test_nobody_makes_a_whiteout_or_a_mark(rig: OverlayRig) -> None:
     assert rig.overlay.getxattr(rig.find("a"), b"user.overlay.metacopy") is None
 
 
+def test_a_link_has_attributes_of_its_own(rig: OverlayRig) -> None:
+    """Of the kinds that a disk lets it have: none of users."""
+    link = rig.overlay.symlink(ROOT, b"link", b"a", US)
+    with pytest.raises(PermissionError):
+        rig.overlay.setxattr(link, b"user.a", b"x", 0)
+    assert rig.overlay.getxattr(link, b"user.a") is None
+    if marks(rig).space == "trusted":
+        rig.overlay.setxattr(link, b"trusted.a", b"x", 0)
+        rig.overlay.hold(link)
+        rig.overlay.unlink(ROOT, b"link")
+        rig.restart()
+        assert rig.overlay.listxattr(link) == [b"trusted.a"]
+        assert rig.overlay.getxattr(link, b"trusted.a") == b"x"
+        rig.overlay.removexattr(link, b"trusted.a")
+    assert rig.overlay.listxattr(link) == []
+    assert rig.overlay.listxattr(rig.find("a")) == []
+
+
 def test_times_are_set_kept_or_those_of_now(rig: OverlayRig) -> None:
     node = rig.find("a")
     before = rig.overlay.attributes(node)
