@@ -18,7 +18,6 @@ import errno
 import os
 import threading
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,9 +26,10 @@ from typing import Final, TypeVar
 
 from agent_plugin.content import events
 from agent_plugin.content.store import Cancellation
-from vfs.nodes import Attributes, Nodes
+from vfs.nodes import Nodes
 from vfs.transports import kernel_protocol as protocol
 from vfs.transports.failures import errno_of
+from vfs.transports.kernel_entries import PAGE_BYTES, Listings, attr_out, dirent, entry_out
 from vfs.transports.kernel_notify import Notifier
 from vfs.transports.kernel_protocol import FOREVER, Feature, Opcode
 from vfs.transports.passthrough import Passthrough
@@ -38,7 +38,6 @@ MAX_READ_BYTES: Final = 1024 * 1024
 MAX_WRITE_BYTES: Final = 1024 * 1024
 # Larger than any request but those that write.
 REQUEST_BYTES: Final = 128 * 1024
-PAGE_BYTES: Final = 4096
 NAME_BYTES: Final = 255
 # Reads that wait for the store at once, each with a thread that mostly sleeps. When three quarters
 # of MAX_BACKGROUND hang, the kernel reads nothing ahead any more, cached files neither.
@@ -46,11 +45,6 @@ WAITING_READS: Final = 1024
 MAX_BACKGROUND: Final = 1024
 # Files of this host that are read at once; a disk that is slow for one must not stop all others.
 READING_DISK: Final = 16
-# For "." and "..": the kernel looks up nothing for a node 0.
-NOTHING: Final = bytes(protocol.ENTRY_ATTR.size)
-# Encoded listings that are kept; a large directory is asked for in many pieces.
-LISTINGS: Final = 64
-_NS: Final = 1_000_000_000
 
 WANTED: Final = (
     Feature.ASYNC_READ
@@ -168,8 +162,7 @@ class KernelTransport:
         self._fd = fd
         self._nodes = nodes
         self._notifier = Notifier(fd)
-        self._listings: OrderedDict[int, tuple[bytes, list[int], int]] = OrderedDict()
-        self._changes = 0
+        self._listings = Listings(nodes)
         # Who made the request that is being carried out.
         self._uid = self._gid = 0
         self._waiting: dict[int, Cancellation] = {}
@@ -214,7 +207,7 @@ class KernelTransport:
     def forget_names(self, names: Sequence[tuple[int, bytes]]) -> None:
         """Have names, each with its directory's node, looked up again; never waits."""
         # Whatever is encoded at this moment, of the names as they were, counts for no longer.
-        self._changes += 1
+        self._listings.forget()
         self._notifier.forget_names(names)
 
     def forget_content(self, nodes: Iterable[int]) -> None:
@@ -342,12 +335,18 @@ class KernelTransport:
 
     def _readdirplus(self, unique: int, node: int, body: memoryview) -> None:
         _, offset, size, *_ = protocol.READ_IN.unpack_from(body)
-        encoded, ends = self._listing(node)
+        listing = self._listings.get(node)
+        if offset == 0:
+            self._listings.begin(node)
+        ends = listing.ends
         # Offsets are positions in the listing: the n-th entry ends where n is.
         start = ends[offset - 1] if 0 < offset <= len(ends) else 0
         last = bisect_right(ends, start + size)
         end = ends[last - 1] if last > offset else start
-        self._answer(unique, memoryview(encoded)[start:end] if offset < len(ends) else b"")
+        self._answer(unique, memoryview(listing.encoded)[start:end] if offset < len(ends) else b"")
+        if last == len(ends) and offset < last:
+            # With the last of it the kernel is busy for a while.
+            self._listings.encode_ahead()
 
     def _readdir(self, unique: int, node: int, body: memoryview) -> None:
         """For kernels that do not ask for attributes as well."""
@@ -355,7 +354,7 @@ class KernelTransport:
         answer = b""
         for position, (name, found) in enumerate(self._names(node)[offset:], start=offset + 1):
             mode = self._nodes.attributes(found).mode
-            entry = self._dirent(position, name, found, mode)
+            entry = dirent(position, name, found, mode)
             if len(answer) + len(entry) > size:
                 break
             answer += entry
@@ -411,31 +410,6 @@ class KernelTransport:
             *((name, found) for _, name, found in self._nodes.listing(node)),
         ]
 
-    @staticmethod
-    def _dirent(position: int, name: bytes, node: int, mode: int) -> bytes:
-        # The type as DT_DIR and the others have it.
-        kind = mode >> 12
-        entry = protocol.DIRENT.pack(node, position, len(name), kind) + name
-        return entry + bytes(-len(entry) % 8)
-
-    def _listing(self, node: int) -> tuple[bytes, list[int]]:
-        """Return a directory as READDIRPLUS gives it, and where each entry ends."""
-        changes = self._changes
-        listing = self._listings.get(node)
-        if listing is None or listing[2] != changes:
-            pieces, ends, end = [], [], 0
-            for position, (name, found) in enumerate(self._names(node), start=1):
-                attributes = self._nodes.attributes(found)
-                known = NOTHING if name in (b".", b"..") else entry_out(attributes)
-                piece = known + self._dirent(position, name, found, attributes.mode)
-                pieces.append(piece)
-                end += len(piece)
-                ends.append(end)
-            listing = self._listings[node] = b"".join(pieces), ends, changes
-            if len(self._listings) > LISTINGS:
-                self._listings.popitem(last=False)
-        return listing[0], listing[1]
-
     def _answer_missing(self, unique: int) -> None:
         """Have the kernel remember that there is nothing of that name: it is node 0."""
         missing = protocol.ENTRY.pack(0, 0, FOREVER, 0, 0, 0)
@@ -455,22 +429,3 @@ class KernelTransport:
             # ENOENT: the request was interrupted, nobody waits. ENODEV: the mount is gone.
             if error.errno not in (errno.ENOENT, errno.ENODEV):
                 raise
-
-
-def attr_out(attributes: Attributes) -> bytes:
-    """Return attributes as GETATTR and SETATTR are answered."""
-    return protocol.ATTR_OUT.pack(FOREVER, 0, 0) + entry_out(attributes)[protocol.ENTRY.size :]
-
-
-def entry_out(attributes: Attributes) -> bytes:
-    """Return a node as LOOKUP is answered."""
-    node, mode, nlink, uid, gid, rdev, size, blocks, atime, mtime, ctime = attributes
-    modified, modified_ns = divmod(mtime, _NS)
-    accessed, accessed_ns = (modified, modified_ns) if atime == mtime else divmod(atime, _NS)
-    changed, changed_ns = (modified, modified_ns) if ctime == mtime else divmod(ctime, _NS)
-    return protocol.ENTRY_ATTR.pack(
-        node, 0, FOREVER, FOREVER, 0, 0,
-        node, size, blocks,
-        accessed, modified, changed, accessed_ns, modified_ns, changed_ns,
-        mode, nlink, uid, gid, rdev, PAGE_BYTES, 0,
-    )  # fmt: skip

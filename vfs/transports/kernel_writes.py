@@ -21,14 +21,9 @@ from typing import Final
 from agent_plugin.content.store import Cancellation
 from vfs.nodes import NOW, Caller, Changes, Listed, WritableNodes
 from vfs.transports import kernel_protocol as protocol
+from vfs.transports.kernel_entries import NOTHING, attr_out, dirent, entry_out
 from vfs.transports.kernel_protocol import Opcode, Valid
-from vfs.transports.kernel_transport import (
-    NAME_BYTES,
-    NOTHING,
-    KernelTransport,
-    attr_out,
-    entry_out,
-)
+from vfs.transports.kernel_transport import NAME_BYTES, KernelTransport
 
 _NS: Final = 1_000_000_000
 # "." and ".." stand before a directory's names.
@@ -87,7 +82,7 @@ class WritableKernelTransport(KernelTransport):
             attributes = self._writable.attributes(found)
             is_dots = position <= _DOTS
             known = NOTHING if is_dots else entry_out(attributes)
-            piece = known + self._dirent(position, name, found, attributes.mode)
+            piece = known + dirent(position, name, found, attributes.mode)
             if len(piece) > left:
                 break
             left -= len(piece)
@@ -101,7 +96,7 @@ class WritableKernelTransport(KernelTransport):
         answer = b""
         for position, name, found in self._from(node, offset, size // protocol.DIRENT.size):
             mode = self._writable.attributes(found).mode
-            entry = self._dirent(position, name, found, mode)
+            entry = dirent(position, name, found, mode)
             if len(answer) + len(entry) > size:
                 break
             answer += entry
