@@ -353,6 +353,24 @@ def test_an_object_replaced_between_ranges_is_not_mixed(
     assert fault_proxy.count("GET") > 4
 
 
+def test_the_whole_for_a_range_is_refused_without_waiting_for_its_body(
+    fault_proxy: FaultProxy, s3: S3Server, s3_prefix: str, behind: Callable[[str, bytes], None]
+) -> None:
+    """The body never comes; who read it before looking at the status would time out."""
+    behind(layout.blob_key(SMALL_DIGEST), SMALL)
+    rule = fault_proxy.inject(Fault.WHOLE_FOR_RANGE, offset=0)
+    store = build_store(
+        f"s3://{s3.bucket}/{s3_prefix}",
+        environment=s3.environment_at(fault_proxy.url),
+        policy=replace(QUICK, damaged_retries=1),
+        account_id="",
+    )
+
+    with pytest.raises(StoreProtocolError, match="non-partial response"):
+        store.read_range(SMALL_DIGEST, 1, 5)
+    assert rule.hits == 2
+
+
 def test_a_compressed_answer_to_a_range_is_refused(
     store: Store, fault_proxy: FaultProxy, behind: Callable[[str, bytes], None]
 ) -> None:

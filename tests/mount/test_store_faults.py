@@ -44,14 +44,12 @@ WANTED = {"small": 22, "middle": 3, "large": 18}
 
 # As few tries and as little patience as there can be, for faults that last.
 DEADLINE_SECONDS = 3.0
-IMPATIENT = {
-    "attempts": 3, "deadline_seconds": DEADLINE_SECONDS, "read_timeout": 0.8,
-    "connect_timeout": 1.0,
-}  # fmt: skip
-# Stalls are noticed early, and everything else as by default.
-PATIENT = {"read_timeout": 0.5}
+IMPATIENT = {"attempts": 3, "deadline_seconds": DEADLINE_SECONDS, "connect_timeout": 1.0}
+# Only of a store that stalls: a busy machine may take longer for any answer.
+NOTICED_SOON = {"read_timeout": 0.8}
+NOTICED = {"read_timeout": 2.0}
 # What a machine that is shared with others may take besides.
-SLACK_SECONDS = 2.0
+SLACK_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -176,7 +174,7 @@ TRANSIENT = [
 
 
 def survives(make_case: Callable[..., Case], fault: Fault, rate: float) -> None:
-    case = make_case("small", **PATIENT)
+    case = make_case("small", **(NOTICED if fault is Fault.STALL else {}))
     rule = case.proxy.inject(fault, rate=rate, key="Data/")
 
     case.assert_reads_right()
@@ -216,7 +214,7 @@ def test_a_blob_some_of_whose_parts_fail_at_first_is_read_right(
 ) -> None:
     if name == "large" and fault in UNSEEN_IN_PARTS:
         pytest.skip("test_a_large_blob_that_came_wrong_is_refused_until_it_comes_right")
-    case = make_case(name, **PATIENT)
+    case = make_case(name, **(NOTICED if fault is Fault.STALL else {}))
     rule = case.proxy.inject(fault, times=2, key=case.key_of("big.abc"))
 
     case.assert_reads_right("big.abc")
@@ -235,7 +233,7 @@ def test_a_blob_some_of_whose_parts_fail_at_first_is_read_right(
 def test_a_blob_cut_off_at_any_place_is_read_right(
     make_case: Callable[..., Case], name: str, kibibytes: int
 ) -> None:
-    case = make_case(name, **PATIENT)
+    case = make_case(name)
     case.proxy.inject(
         Fault.RESET_MID_BODY, times=2, offset=kibibytes * 1024, key=case.key_of("big.abc")
     )
@@ -264,8 +262,8 @@ def test_a_body_that_stands_still_and_goes_on_is_waited_for(
 
 @pytest.mark.slow
 def test_a_slow_store_is_waited_for(make_case: Callable[..., Case]) -> None:
-    case = make_case("small", read_timeout=1.0)
-    case.proxy.inject(Fault.DRIP, bytes_per_second=1024, key="Data/", times=3)
+    case = make_case("small", read_timeout=3.0)
+    case.proxy.inject(Fault.DRIP, bytes_per_second=512, key="Data/", times=3)
 
     case.assert_reads_right()
     assert case.proxy.count("GET", "Data/") == WANTED["small"]
@@ -320,6 +318,10 @@ def is_told(case: Case, path: str, code: str, cause: str) -> None:
     case.assert_sound()
 
 
+def impatient_with(fault: Fault) -> dict[str, float]:
+    return {**IMPATIENT, **(NOTICED_SOON if fault is Fault.STALL else {})}
+
+
 LASTING = [
     (Fault.UNAVAILABLE, "E_THROTTLED", "503 ServiceUnavailable"),
     (Fault.SLOW_DOWN, "E_THROTTLED", "503 SlowDown"),
@@ -351,7 +353,7 @@ LASTING = [
 def test_a_fault_that_lasts_is_told_soon_and_the_read_succeeds_once_it_is_gone(
     make_case: Callable[..., Case], fault: Fault, code: str, cause: str
 ) -> None:
-    case = make_case("small", **IMPATIENT)
+    case = make_case("small", **impatient_with(fault))
     path = "shots/1/plate-7.exr"
     case.proxy.inject(fault, key=case.key_of(path))
     is_told(case, path, code, cause)
@@ -363,7 +365,7 @@ def test_a_fault_that_lasts_is_told_soon_and_the_read_succeeds_once_it_is_gone(
 def test_any_fault_that_lasts_is_told_soon_and_the_read_succeeds_once_it_is_gone(
     make_case: Callable[..., Case], fault: Fault, code: str, cause: str
 ) -> None:
-    case = make_case("small", **IMPATIENT)
+    case = make_case("small", **impatient_with(fault))
     path = "shots/1/plate-7.exr"
     case.proxy.inject(fault, key=case.key_of(path))
     is_told(case, path, code, cause)
@@ -398,7 +400,7 @@ LASTING_ON_PARTS = [
 def test_any_fault_that_lasts_on_parts_is_told_soon_and_the_read_succeeds_once_it_is_gone(
     make_case: Callable[..., Case], name: str, fault: Fault, code: str, cause: str
 ) -> None:
-    case = make_case(name, **IMPATIENT)
+    case = make_case(name, **impatient_with(fault))
     case.proxy.inject(fault, key=case.key_of("big.abc"))
     is_told(case, "big.abc", code, cause)
 

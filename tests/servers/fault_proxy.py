@@ -261,15 +261,16 @@ class _Connection:
         """Let the store answer and send that broken; False when the connection is at its end."""
         if rule.fault is Fault.STALL and rule.offset is None:
             self._client.wait(rule.seconds)
+        if rule.fault is Fault.WHOLE_FOR_RANGE and "range" in request.headers:
+            self._read_body(head, request)
+            return not self._pass_on_whole(rule, request).closes
         reply, store = self._forward(head, request)
         body = b"".join(store.body(reply, raw=False)) if _has_body(reply, request) else b""
         if rule.fault is Fault.REPLY_LOST:
             self._client.reset()
             return False
         reply = reply.without("transfer-encoding")
-        if rule.fault is Fault.WHOLE_FOR_RANGE and "range" in request.headers:
-            reply, body = self._whole(request)
-        elif request.method != "HEAD":
+        if request.method != "HEAD":
             reply, body = alter(rule, request, reply, body)
         return self._send_badly(rule, request, reply, body) and not reply.closes
 
@@ -355,8 +356,8 @@ class _Connection:
                     pending = b""
         self._client.send(pending)
 
-    def _whole(self, request: Request) -> tuple[Head, bytes]:
-        """Return the store's answer to the same request without Range."""
+    def _pass_on_whole(self, rule: Rule, request: Request) -> Head:
+        """Pass on the store's answer to the same request without Range, as it comes."""
         assert self._proxy.credentials
         host, port = self._proxy.upstream
         signed = AWSRequest("GET", f"http://{host}:{port}{request.path}")
@@ -365,9 +366,15 @@ class _Connection:
         with contextlib.closing(connection):
             connection.request("GET", request.path, headers=dict(signed.headers.items()))
             response = connection.getresponse()
-            body = response.read()
-            fields = tuple(response.getheaders())
-        return Head(f"HTTP/1.1 {response.status} {response.reason}", fields), body
+            first_line = f"HTTP/1.1 {response.status} {response.reason}"
+            head = Head(first_line, tuple(response.getheaders()))
+            self._send(request, head, b"")
+            if rule.offset is not None:
+                self._client.send(response.read(rule.offset))
+                self._client.wait(rule.seconds)
+            while piece := response.read(CHUNK_BYTES):
+                self._client.send(piece)
+        return head
 
 
 def _bound(port: int) -> socket.socket:

@@ -46,7 +46,8 @@ class Fault(StrEnum):
     WRONG_BYTES = auto()  # right length, every byte another
     FLIPPED_BIT = auto()  # in the byte at `offset`, by default somewhere
     WRONG_RANGE = auto()  # 206 with one byte further on than asked for, and says so
-    WHOLE_FOR_RANGE = auto()  # 200 with the whole object; only ranged requests suffer
+    WHOLE_FOR_RANGE = auto()  # 200 with the whole object; only ranged requests suffer; with
+    # `offset` it stands still there, as STALL does
     DRIP = auto()  # `bytes_per_second`
     STALL = auto()  # for `seconds` (None: for ever), before the head or after `offset` bytes
     DUPLICATE_LENGTH = auto()  # a second Content-Length, 1 higher
