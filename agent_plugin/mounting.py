@@ -1,6 +1,6 @@
 """The mounts of this host as its settings have them, for whoever makes and ends some."""
 
-from agent_plugin.services import state_directory, store_limits
+from agent_plugin.services import scope_of, state_directory, store_limits
 from agent_plugin.session.mounts import CachePlace, Mounts
 from agent_plugin.settings import Settings
 
@@ -8,6 +8,8 @@ from agent_plugin.settings import Settings
 def open_mounts(
     settings: Settings,
     *,
+    queue_id: str = "",
+    user_id: int | None = None,
     verify: str | None = None,
     xattrs: bool = False,
     transport: str | None = None,
@@ -16,6 +18,8 @@ def open_mounts(
 
     Args:
         settings: The host's.
+        queue_id: Whose settings hold for what is mounted; empty for none.
+        user_id: For which job user; None for this process's user.
         verify: `stream` or `strict`; None for what the settings say.
         xattrs: Have extended attributes below overlayfs, whatever the settings say.
         transport: `auto`, `fusepy` or `kernel`; None for what the settings say.
@@ -23,12 +27,14 @@ def open_mounts(
     Raises:
         LocalWriteError: The state directory can not be made, or others could write to it.
     """
+    settings = settings.for_queue(queue_id)
     directory = settings.paths.cache_dir
     cache = CachePlace(
         directory,
         max_bytes=settings.cache.max_bytes_on(directory),
         min_free_bytes=settings.cache.min_free_bytes_on(directory),
         shared=settings.cache.shared_between_stores,
+        scope=scope_of(settings, queue_id, user_id),
     )
     strict = (verify or settings.mounts.verify) == "strict"
     return Mounts(

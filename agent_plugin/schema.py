@@ -30,6 +30,7 @@ def conform(
     failure: type[InputError],
     decode: Callable[[type, Any], Any] | None = None,
     line_of: Callable[[str], int | None] = lambda _key: None,
+    prefix: str = "",
 ) -> _T:
     """Return a decoded document (dicts, lists, strings, numbers) as what its schema says.
 
@@ -40,6 +41,7 @@ def conform(
         failure: The class of error to raise.
         decode: Makes a value of a type that msgspec does not know, or raises ValueError.
         line_of: Finds the line of a key, given as its path; None when it can not be found.
+        prefix: Put before the paths of keys in messages, when this is a part of a document.
 
     Raises:
         InputError: As `failure`: an unknown or missing key or a value that is not allowed. The
@@ -51,7 +53,8 @@ def conform(
         key, reason, hint = _explain(str(error), schema)
         line = line_of(key)
         place = f"{source}, line {line}" if line else source
-        raise failure(f"{place}: {key or 'the document'}: {reason}", hint=hint) from error
+        shown = f"{prefix}{key}".rstrip(".") or "the document"
+        raise failure(f"{place}: {shown}: {reason}", hint=hint) from error
 
 
 def _explain(text: str, schema: type) -> tuple[str, str, str]:
@@ -66,7 +69,40 @@ def _explain(text: str, schema: type) -> tuple[str, str, str]:
     if reason.startswith("Invalid enum value"):
         reason = f"{reason.removeprefix('Invalid enum value ')} is not allowed"
         return place, reason, f"allowed: {', '.join(_allowed_values(schema, place))}"
-    return place, f"{reason[:1].lower()}{reason[1:]}", ""
+    allowed = " or ".join(dict.fromkeys(filter(None, map(_allowed, _types_at(schema, place)))))
+    reason = f"{reason[:1].lower()}{reason[1:]}"
+    return place, reason, f"allowed: {allowed}" if allowed else ""
+
+
+def _allowed(kind: inspect.Type) -> str:
+    """Return in words what a value of a type may be; empty when its own decoder says it."""
+    match kind:
+        case inspect.BoolType():
+            return "true, false"
+        case inspect.LiteralType():
+            return ", ".join(map(str, kind.values))
+        case inspect.IntType():
+            return f"a whole number{_bounds(kind)}"
+        case inspect.FloatType():
+            return f"a number{_bounds(kind)}"
+        case inspect.StructType():
+            return f"an object of {', '.join(field.encode_name for field in kind.fields)}"
+        case _:
+            return ""
+
+
+def _bounds(kind: inspect.IntType | inspect.FloatType) -> str:
+    words = [
+        f" {word} {bound:g}" if isinstance(bound, float) else f" {word} {bound}"
+        for word, bound in (
+            ("above", kind.gt),
+            ("from", kind.ge),
+            ("below", kind.lt),
+            ("to" if kind.ge is not None else "up to", kind.le),
+        )
+        if bound is not None
+    ]
+    return "".join(words)
 
 
 def _explain_unknown(name: str, place: str, schema: type) -> tuple[str, str, str]:

@@ -102,12 +102,36 @@ def state_directory(settings: Settings) -> Path:
     return directory
 
 
-def open_cache(settings: Settings, store_url: str) -> BlobCache | None:
+def scope_of(settings: Settings, queue_id: str, user_id: int | None) -> str:
+    """Return for whom content is moved: what one has fetched or seen is nothing to another.
+
+    By the job's user as well: a job can claim to be of another queue, and not to be another user.
+
+    Args:
+        settings: The queue's.
+        queue_id: The queue; empty for what is done for none.
+        user_id: Whose the files are; None for this process's user.
+    """
+    if settings.cache.shared_between_queues:
+        return ""
+    return f"{queue_id or 'no queue'}, user {os.geteuid() if user_id is None else user_id}"
+
+
+def open_cache(
+    settings: Settings, store_url: str, *, queue_id: str = "", user_id: int | None = None
+) -> BlobCache | None:
     """Open the shared blob cache; None, with a warning, when this host can not have one.
+
+    Args:
+        settings: The host's.
+        store_url: Where blobs come from.
+        queue_id: For which queue's jobs; empty for none.
+        user_id: For which job user; None for this process's user.
 
     Raises:
         CacheUnsafeError: Others could write to it. That is for the operator to mend.
     """
+    settings = settings.for_queue(queue_id)
     try:
         return BlobCache.open(
             settings.paths.cache_dir,
@@ -115,6 +139,7 @@ def open_cache(settings: Settings, store_url: str) -> BlobCache | None:
             max_bytes=settings.cache.max_bytes_on(settings.paths.cache_dir),
             min_free_bytes=settings.cache.min_free_bytes_on(settings.paths.cache_dir),
             shared=settings.cache.shared_between_stores,
+            scope=scope_of(settings, queue_id, user_id),
         )
     except LocalError as error:
         if error.code == "E_CACHE_UNSAFE":
@@ -128,6 +153,7 @@ def ask_store(
     store_url: str,
     *,
     cancellation: Cancellation,
+    queue_id: str = "",
     environment: Mapping[str, str] = os.environ,
 ) -> Asking:
     """Return what asks a store, for a command that needs nothing else of this host.
@@ -136,9 +162,10 @@ def ask_store(
         settings: The host's settings.
         store_url: The store.
         cancellation: Ends the wait for an answer.
+        queue_id: Whose settings hold; empty for none.
         environment: Where credentials and endpoints come from.
     """
-    open_store = LazyStore(store_url, settings, environment, None)
+    open_store = LazyStore(store_url, settings.for_queue(queue_id), environment, None)
     return Asking(open_store=open_store, cancellation=cancellation)
 
 
@@ -148,6 +175,8 @@ def open_services(
     store_url: str,
     *,
     cancellation: Cancellation,
+    queue_id: str = "",
+    user_id: int | None = None,
     account_id: str | None = None,
     quiet: bool = False,
     existence_max_age: int | None = None,
@@ -159,12 +188,15 @@ def open_services(
         settings: The host's settings.
         store_url: Of the job's store.
         cancellation: Checked by every transfer.
+        queue_id: Whose settings hold, and for whose jobs content is moved; empty for none.
+        user_id: For which job user; None for this process's user.
         account_id: Of the bucket's owner when known; empty when known to be unknown.
         quiet: Show no progress.
         existence_max_age: Overrides the setting, in seconds; 0 asks the store for every blob.
         environment: Where credentials and endpoints come from.
     """
-    records = open_records(settings)
+    records = open_records(settings, queue_id=queue_id, user_id=user_id)
+    settings = settings.for_queue(queue_id)
     with ExitStack() as stack:
         cache = records.open_cache(store_url)
         if cache is not None:
@@ -184,18 +216,26 @@ def open_services(
             existence_max_age=(
                 settings.store.existence_max_age if existence_max_age is None else existence_max_age
             ),
+            scope=scope_of(settings, queue_id, user_id),
         )
 
 
-def open_records(settings: Settings) -> Records:
+def open_records(settings: Settings, *, queue_id: str = "", user_id: int | None = None) -> Records:
     """Return how cache, index and ledger of this host are opened, each by itself.
+
+    Args:
+        settings: The host's.
+        queue_id: Whose cache; empty for none.
+        user_id: For which job user; None for this process's user.
 
     Raises:
         LocalWriteError: The state directory can not be made, or others could write to it.
     """
     directory = state_directory(settings)
     return Records(
-        open_cache=lambda store_url: open_cache(settings, store_url),
+        open_cache=lambda store_url: open_cache(
+            settings, store_url, queue_id=queue_id, user_id=user_id
+        ),
         open_index=lambda: LocalIndex.open(directory / "index.db"),
         open_ledger=lambda: Ledger.open(directory / "ledger.db"),
     )

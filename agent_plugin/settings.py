@@ -4,91 +4,41 @@ The file is the one named by `--config`, else by PROPMASTER_CONFIG, else
 /etc/propmaster/config.toml, which need not exist. PROPMASTER_CACHE_DIR and PROPMASTER_STATE_DIR
 override its paths, so that one host can run several programs apart; nothing else is taken from the
 environment here.
+
+A table `[queues."queue-…"]` holds for the sessions of that queue what it sets of the general
+tables: `Settings.for_queue`. What `queue set` has set comes above that (queue_settings.py).
 """
 
 import os
 import re
 from collections.abc import Mapping
-from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import Meta
 
 from agent_plugin import schema
 from agent_plugin.content.errors import SettingsInvalidError
+from agent_plugin.settings_file import SettingsFile
+from agent_plugin.sizes import Size
 
 CONFIG_VARIABLE: Final = "PROPMASTER_CONFIG"
 CACHE_VARIABLE: Final = "PROPMASTER_CACHE_DIR"
 STATE_VARIABLE: Final = "PROPMASTER_STATE_DIR"
 DEFAULT_FILE: Final = Path("/etc/propmaster/config.toml")
 DEFAULT_SOCKET: Final = Path("/run/propmaster/worker.socket")
+QUEUE_ID_FORM: Final = (
+    "`queue-` and 32 hexadecimal digits in lower case: queue-0123456789abcdef0123456789abcdef"
+)
+_VARIABLES: Final = {"cache_dir": CACHE_VARIABLE, "state_dir": STATE_VARIABLE}
 
 # Sizes of the cache follow the disk unless they are set: docs/OPERATING.md, Disk space.
 AUTOMATIC_PERCENT: Final = 25
 _LEAST_MIN_FREE: Final = 1024**3
 
-_SIZE: Final = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,6})?)\s*([A-Za-z%]*)")
-_UNITS: Final = {
-    "": 1,
-    "b": 1,
-    **{f"{letter}b": 1000 ** (n + 1) for n, letter in enumerate("kmgt")},
-    **{f"{letter}ib": 1024 ** (n + 1) for n, letter in enumerate("kmgt")},
-}
-_HEADER: Final = re.compile(r"\s*\[\s*([^\[\]]+?)\s*\]")
-
-
-class Size:
-    """An amount of disk space: bytes, or a part of the file system it is on.
-
-    Not a dataclass, because msgspec would then expect a table in the file and not ask `parse`.
-
-    Args:
-        bytes: Used when `percent` is 0.
-        percent: Of the file system's size, 0 to 100.
-    """
-
-    __slots__ = ("bytes", "percent")
-
-    def __init__(self, bytes: int = 0, *, percent: float = 0.0) -> None:  # noqa: A002 - its unit
-        self.bytes = bytes
-        self.percent = percent
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Size):
-            return NotImplemented
-        return (self.bytes, self.percent) == (other.bytes, other.percent)
-
-    def __hash__(self) -> int:
-        return hash((self.bytes, self.percent))
-
-    def __repr__(self) -> str:
-        return f"Size({self.bytes}, percent={self.percent})"
-
-    @classmethod
-    def parse(cls, value: object) -> Self:
-        """Return the size that a number of bytes, "200 GiB", "1.5TB" or "5 %" says.
-
-        Raises:
-            ValueError: It says none.
-        """
-        match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
-        if match is not None and match[2] == "%" and float(match[1]) <= 100:  # noqa: PLR2004 - %
-            return cls(percent=float(match[1]))
-        if match is not None and match[2].lower() in _UNITS:
-            return cls(int(float(match[1]) * _UNITS[match[2].lower()]))
-        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63:
-            return cls(value)
-        raise ValueError(
-            f"{value!r} is no size; allowed: bytes as a number, or text such as '200 GiB' or '5 %'"
-        )
-
-    def on(self, directory: Path) -> int:
-        """Return the bytes that it means for a directory, which need not exist yet."""
-        if not self.percent:
-            return self.bytes
-        return int(_filesystem_bytes(directory) * self.percent / 100)
+_QUEUE_ID: Final = re.compile(r"queue-[0-9a-f]{32}")
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -109,19 +59,37 @@ class PathSettings(_Section, frozen=True, forbid_unknown_fields=True):
     state_dir: Path
 
 
+class InputSettings(_Section, frozen=True, forbid_unknown_fields=True):
+    """How jobs' inputs get to their sessions.
+
+    Attributes:
+        file_system: Whatever jobs say themselves; JOB for what they say.
+    """
+
+    file_system: Literal["JOB", "COPIED", "VIRTUAL", "AUTO"] = "JOB"
+
+    @property
+    def wished(self) -> Literal["COPIED", "VIRTUAL", "AUTO"] | None:
+        """What was decided here; None when the job decides."""
+        return None if self.file_system == "JOB" else self.file_system
+
+
 class CacheSettings(_Section, frozen=True, forbid_unknown_fields=True):
-    """How much of the disk the blob cache may use.
+    """How much of the disk the blob cache may use, and who shares it.
 
     Attributes:
         max_bytes: The most the cache may hold; 0 is automatic, a quarter of its file system.
         min_free: What the cache leaves free; default 5 % of its file system and at least 1 GiB.
         shared_between_stores: Whether a blob fetched from one store may serve jobs of another.
             Off by default: who knows a digest could then read content of another store.
+        shared_between_queues: Whether a blob fetched for one queue and job user may serve others of
+            the same store. Off by default, for the same reason.
     """
 
     max_bytes: Size = Size()
     min_free: Size | None = None
     shared_between_stores: bool = False
+    shared_between_queues: bool = False
 
     def max_bytes_on(self, directory: Path) -> int:
         """Return the most bytes the cache in `directory` may hold."""
@@ -207,15 +175,100 @@ class WorkerSettings(_Section, frozen=True, forbid_unknown_fields=True):
     mapped_roots: list[Path] = []
 
 
+class _CachePath(_Section, frozen=True, forbid_unknown_fields=True):
+    """The one path that a queue may have of its own."""
+
+    cache_dir: Path
+
+
+class QueueTables(_Section, frozen=True, forbid_unknown_fields=True):
+    """What may be different for the sessions of a queue."""
+
+    paths: _CachePath
+    inputs: InputSettings = InputSettings()
+    cache: CacheSettings = CacheSettings()
+    store: StoreSettings = StoreSettings()
+    outputs: OutputSettings = OutputSettings()
+    mounts: MountSettings = MountSettings()
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """A table of `[queues]`.
+
+    Attributes:
+        tables: What holds for the queue: its own keys, and the general ones that it leaves out.
+        own: The keys that it sets itself, `store.concurrency` for example.
+    """
+
+    tables: QueueTables
+    own: frozenset[str]
+
+
 class Settings(_Section, frozen=True, forbid_unknown_fields=True):
-    """All settings of the host; `load` makes them."""
+    """Everything an operator can set; see each table.
+
+    Attributes:
+        queues: Queues with a table of their own, by their id.
+    """
 
     paths: PathSettings
+    inputs: InputSettings = InputSettings()
     cache: CacheSettings = CacheSettings()
     store: StoreSettings = StoreSettings()
     outputs: OutputSettings = OutputSettings()
     mounts: MountSettings = MountSettings()
     worker: WorkerSettings = WorkerSettings()
+    queues: dict[str, Queue] = {}
+
+    def for_queue(self, queue_id: str) -> "Settings":
+        """Return what the file says for the sessions of a queue; for "" what it says in general."""
+        queue = self.queues.get(queue_id)
+        if queue is None:
+            return self
+        tables = queue.tables
+        return msgspec.structs.replace(
+            self,
+            paths=msgspec.structs.replace(self.paths, cache_dir=tables.paths.cache_dir),
+            inputs=tables.inputs,
+            cache=tables.cache,
+            store=tables.store,
+            outputs=tables.outputs,
+            mounts=tables.mounts,
+        )
+
+    def is_own(self, queue_id: str, key: str) -> bool:
+        """Whether a queue has a key, such as `store.upload_limit`, in a table of its own."""
+        return queue_id in self.queues and key in self.queues[queue_id].own
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Settings, and where each of them comes from.
+
+    Attributes:
+        settings: The settings.
+        file: The file, which may be absent.
+        variables: The keys that environment variables have set, with the variable.
+    """
+
+    settings: Settings
+    file: SettingsFile
+    variables: Mapping[str, str]
+
+    def source(self, key: str, queue_id: str = "") -> str:
+        """Return where a key's value comes from, `<file>:<line>`, a variable or `built-in`.
+
+        Args:
+            key: Table and name, `store.concurrency` for example.
+            queue_id: For the sessions of which queue.
+        """
+        if key in self.variables:
+            return self.variables[key]
+        names = key.split(".")
+        if self.settings.is_own(queue_id, key):
+            return self.file.place("queues", queue_id, *names)
+        return self.file.place(*names) if self.file.says(*names) else "built-in"
 
 
 def load(
@@ -225,7 +278,20 @@ def load(
     default_file: Path = DEFAULT_FILE,
     user_id: int | None = None,
 ) -> Settings:
-    """Return the host's settings.
+    """Return the host's settings; arguments and errors are those of `load_explained`."""
+    return load_explained(
+        config, environment=environment, default_file=default_file, user_id=user_id
+    ).settings
+
+
+def load_explained(
+    config: Path | None = None,
+    *,
+    environment: Mapping[str, str] = os.environ,
+    default_file: Path = DEFAULT_FILE,
+    user_id: int | None = None,
+) -> Loaded:
+    """Return the host's settings, and where they come from.
 
     Args:
         config: The file the user named, if one was named.
@@ -234,58 +300,111 @@ def load(
         user_id: Whose default directories; None is this process's effective user.
 
     Raises:
-        SettingsInvalidError: A named file is absent, a file can not be read or is no TOML, or a
-            key or value is not allowed; names file, line if it can be found, key and what is
-            allowed.
+        SettingsInvalidError: A named file is absent, a file can not be read, could be written by
+            others or is no TOML, or a key or value is not allowed; names file, line, key and what
+            is allowed.
     """
     named = config
     if named is None and environment.get(CONFIG_VARIABLE):
         named = Path(environment[CONFIG_VARIABLE])
-    file = named or default_file
-    text = _read(file, must_exist=named is not None)
-    document = _parse(text, file) if text else {}
-    paths = document.setdefault("paths", {})
+    file = SettingsFile.read(
+        named or default_file,
+        must_exist=named is not None,
+        hint=f"correct --config or {CONFIG_VARIABLE}, or leave it out to have the defaults",
+    )
+    document = dict(file.document)
+    variables = {
+        f"paths.{key}": variable
+        for key, variable in _VARIABLES.items()
+        if environment.get(variable)
+    }
+    paths = document.get("paths", {})
     if isinstance(paths, dict):
         root = (os.geteuid() if user_id is None else user_id) == 0
-        for key, variable in (("cache_dir", CACHE_VARIABLE), ("state_dir", STATE_VARIABLE)):
-            if environment.get(variable):
+        document["paths"] = paths = dict(paths)
+        for key, variable in _VARIABLES.items():
+            if f"paths.{key}" in variables:
                 paths[key] = _from_variable(variable, environment)
             elif key not in paths:
                 paths[key] = _default_directory(key, environment, root=root)
-    return schema.conform(
+    queues = document.pop("queues", {})
+    general = schema.conform(
         document,
         Settings,
-        source=str(file),
+        source=str(file.path),
         failure=SettingsInvalidError,
         decode=_decode,
-        line_of=lambda key: _line_of(key, text),
+        line_of=lambda key: file.line(*key.split(".")),
     )
+    read = _Queues(file, document, variables)
+    settings = msgspec.structs.replace(general, queues=read.read_all(queues))
+    return Loaded(settings, file, variables)
 
 
-def _read(file: Path, *, must_exist: bool) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        if not must_exist:
-            return ""
-        raise SettingsInvalidError(
-            f"{file}: there is no such file",
-            hint=f"correct --config or {CONFIG_VARIABLE}, or leave it out to have the defaults",
-        ) from error
-    except OSError as error:
-        raise SettingsInvalidError(f"{file} can not be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise SettingsInvalidError(f"{file} is not UTF-8: {error}") from error
+class _Queues:
+    """The tables `[queues."queue-…"]` of a file.
 
+    Args:
+        file: The file.
+        document: What it says in general, which is known to be allowed, with all paths.
+        variables: As of Loaded.
+    """
 
-def _parse(text: str, file: Path) -> dict[str, Any]:
-    # Loaded here: 4 ms that a host without a settings file does not need.
-    import tomllib  # noqa: PLC0415
+    def __init__(
+        self, file: SettingsFile, document: Mapping[str, Any], variables: Mapping[str, str]
+    ) -> None:
+        self._file = file
+        self._general = document
+        self._variables = variables
 
-    try:
-        return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise SettingsInvalidError(f"{file} is not TOML: {error}") from error
+    def read_all(self, queues: object) -> dict[str, Queue]:
+        """Return the queues of the table `[queues]`.
+
+        Raises:
+            SettingsInvalidError: As for `load_explained`.
+        """
+        if not isinstance(queues, dict):
+            raise self._refusal("a table is expected", 'allowed: [queues."queue-…"]')
+        return {queue_id: self._read(queue_id, table) for queue_id, table in queues.items()}
+
+    def _read(self, queue_id: str, table: object) -> Queue:
+        if not _QUEUE_ID.fullmatch(queue_id):
+            raise self._refusal("no id of a queue", f"allowed: {QUEUE_ID_FORM}", queue_id)
+        names = [field.name for field in msgspec.structs.fields(QueueTables)]
+        if not isinstance(table, dict):
+            raise self._refusal("a table is expected", f"known: {', '.join(names)}", queue_id)
+        merged: dict[str, Any] = {name: self._general.get(name, {}) for name in names}
+        merged["paths"] = {"cache_dir": self._general["paths"]["cache_dir"]}
+        for name, own in table.items():
+            above = merged.get(name)
+            merged[name] = above | own if isinstance(own, dict) and above is not None else own
+        if "paths.cache_dir" in self._variables and isinstance(merged["paths"], dict):
+            merged["paths"]["cache_dir"] = self._general["paths"]["cache_dir"]
+        tables = schema.conform(
+            merged,
+            QueueTables,
+            source=str(self._file.path),
+            failure=SettingsInvalidError,
+            decode=_decode,
+            line_of=lambda key: self._file.line("queues", queue_id, *key.split(".")),
+            prefix=f'queues."{queue_id}".',
+        )
+        own_keys = frozenset(f"{name}.{key}" for name in table for key in table[name])
+        for size in ("cache.max_bytes", "cache.min_free"):
+            if size in own_keys and "paths.cache_dir" not in own_keys:
+                raise self._refusal(
+                    "the sizes are those of a directory, and this queue has none of its own",
+                    "set paths.cache_dir in the queue's table too, or the size in [cache]",
+                    queue_id,
+                    *size.split("."),
+                )
+        return Queue(tables, own_keys)
+
+    def _refusal(self, reason: str, hint: str, *key: str) -> SettingsInvalidError:
+        line = self._file.line("queues", *key)
+        place = f"{self._file.path}, line {line}" if line else f"{self._file.path}"
+        name = ".".join(["queues", *(f'"{key[0]}"' for _ in key[:1]), *key[1:]])
+        return SettingsInvalidError(f"{place}: {name}: {reason}", hint=hint)
 
 
 def _decode(kind: type, value: object) -> object:
@@ -328,28 +447,3 @@ def _default_directory(key: str, environment: Mapping[str, str], *, root: bool) 
             hint=f"set it in the settings file, or set PROPMASTER_{key.upper()}",
         )
     return f"{home}/{below_home}/propmaster"
-
-
-def _filesystem_bytes(directory: Path) -> int:
-    for path in (directory, *directory.parents[:-1]):
-        with suppress(OSError):
-            filesystem = os.statvfs(path)
-            return filesystem.f_blocks * filesystem.f_frsize
-    filesystem = os.statvfs("/")
-    return filesystem.f_blocks * filesystem.f_frsize
-
-
-def _line_of(key: str, text: str) -> int | None:
-    """Return the number of the line where a key of the file is set, if it can be found."""
-    section, _, name = key.rpartition(".")
-    own = re.compile(rf"\s*[\"']?{re.escape(name)}[\"']?\s*=")
-    dotted = re.compile(rf"\s*{re.escape(key)}\s*=")
-    current, header = "", None
-    for number, line in enumerate(text.splitlines(), start=1):
-        if match := _HEADER.match(line):
-            current = match[1]
-            if current == key:
-                header = number
-        elif (current == section and own.match(line)) or (not current and dotted.match(line)):
-            return number
-    return header

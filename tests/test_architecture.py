@@ -15,7 +15,10 @@ MODULES = sorted(
 
 CONTENT = ["agent_plugin.content"]
 TRANSFER = [*CONTENT, "agent_plugin.transfer"]
-SETTINGS = [*CONTENT, "agent_plugin.schema", "agent_plugin.settings"]
+SETTINGS = [
+    *(*CONTENT, "agent_plugin.schema", "agent_plugin.sizes"),
+    *("agent_plugin.settings", "agent_plugin.settings_file"),
+]
 HOST = [*SETTINGS, *TRANSFER, "agent_plugin.services"]
 
 # What a module may import of ours, by the longest path here that it starts with. `agent_plugin`
@@ -25,11 +28,14 @@ MAY_IMPORT = {
     "agent_plugin/transfer/": TRANSFER,
     "agent_plugin/session/": [*TRANSFER, "agent_plugin.schema", "agent_plugin.session"],
     "agent_plugin/schema.py": CONTENT,
-    "agent_plugin/settings.py": SETTINGS,
+    "agent_plugin/sizes.py": [],
+    "agent_plugin/settings": SETTINGS,
     "agent_plugin/services.py": [*SETTINGS, *TRANSFER],
+    "agent_plugin/queue_settings.py": [*HOST, "agent_plugin.session.queues"],
     "agent_plugin/mounting.py": [*HOST, "agent_plugin.session.mounts"],
     "agent_plugin/workers/": [
         *(*HOST, "agent_plugin.mounting", "agent_plugin.session", "agent_plugin.workers"),
+        "agent_plugin.queue_settings",
     ],
     "agent_plugin/doctor": [
         *(*SETTINGS, *TRANSFER, "agent_plugin.session.mounts"),

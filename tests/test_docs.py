@@ -254,6 +254,7 @@ RESULTS: dict[str, Any] = {
     "cache verify": cache.VerifyResult,
     "cache collect": cache.CollectResult,
     "queue show": queue.QueuesResult,
+    "queue explain": queue.ExplainResult,
     "doctor": doctor.DoctorResult,
     "demo": DemoResult,
 }
@@ -358,6 +359,18 @@ def test_the_example_of_a_settings_file_has_every_key_and_is_valid(tmp_path: Pat
     )
     for key in rows(text, first="key"):
         assert f"\n{key.partition('.')[2]} = " in example.read_text()
+
+
+def test_the_example_of_a_queues_table_is_valid(tmp_path: Path) -> None:
+    text = section(read("OPERATING.md"), "Queues")
+    example = tmp_path / "config.toml"
+    example.write_text(text[text.index("```toml\n") + len("```toml\n") :].partition("```")[0])
+
+    settings = load(example, environment={"HOME": "/x"})
+
+    [queue_id] = settings.queues
+    assert settings.for_queue(queue_id).paths.cache_dir == Path("/fast/propmaster")
+    assert settings.for_queue(queue_id).store.concurrency == 32
 
 
 # ------------------------------------------------------------------------------------ semantics

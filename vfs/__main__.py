@@ -262,6 +262,7 @@ class Server:
                 max_bytes=spec.cache_max_bytes,
                 min_free_bytes=spec.cache_min_free_bytes,
                 shared=spec.cache_shared,
+                scope=spec.cache_scope,
             )
         except LocalError as error:
             if error.code == "E_CACHE_UNSAFE":

@@ -7,10 +7,10 @@ at the same time goes on. A cache that is not there yet is not made: who makes i
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, ParamSpec, TypeVar
 
 import click
 import msgspec
@@ -20,11 +20,16 @@ from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.content import events
 from agent_plugin.content.blob_cache import BlobCache, CacheUsage, CollectReport, VerifyReport
 from agent_plugin.content.errors import CancelledError
-from agent_plugin.settings import Settings, Size, load
+from agent_plugin.session.job import check_id
+from agent_plugin.settings import Settings, load
+from agent_plugin.sizes import Size
 from agent_plugin.transfer.progress import format_bytes
 
 # What a cache has in its directory, and nothing else (docs/PROTOCOL.md, The cache directory).
 _LAYOUT: Final = "v1"
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class ShowResult(msgspec.Struct, rename="camel"):
@@ -76,6 +81,20 @@ def _size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Si
         raise click.BadParameter(str(error)) from error
 
 
+def _queue_option(command: Callable[P, R]) -> Callable[P, R]:
+    return click.option(
+        "--queue",
+        "queue_id",
+        metavar="QUEUE",
+        help="The cache directory of QUEUE, if the settings give it one of its own.",
+    )(command)
+
+
+def _settings(config: Path | None, queue_id: str | None) -> Settings:
+    settings = load(config)
+    return settings.for_queue(check_id(queue_id, "queue")) if queue_id else settings
+
+
 @click.group(name="cache")
 def command() -> None:
     """Look at the shared blob cache of this host, check it, make room.
@@ -86,10 +105,11 @@ def command() -> None:
 
 
 @command.command(name="show")
+@_queue_option
 @common_options
-def show_command(as_json: bool, config: Path | None) -> None:
+def show_command(queue_id: str | None, as_json: bool, config: Path | None) -> None:
     """Print what is in the cache, and what it may use."""
-    settings = load(config)
+    settings = _settings(config, queue_id)
     with _opened(settings) as cache:
         usage = cache.usage() if cache is not None else CacheUsage(0, 0, 0, 0, 0, 0)
     directory = settings.paths.cache_dir
@@ -121,13 +141,14 @@ def show_command(as_json: bool, config: Path | None) -> None:
 
 
 @command.command(name="verify")
+@_queue_option
 @common_options
-def verify_command(as_json: bool, config: Path | None) -> None:
+def verify_command(queue_id: str | None, as_json: bool, config: Path | None) -> None:
     """Read every blob again, and quarantine each one that is not what its name says.
 
     Exits with 1 if there was one. Jobs go on meanwhile, and fetch again what is gone.
     """
-    settings = load(config)
+    settings = _settings(config, queue_id)
     with (
         cancel_on_signals() as cancellation,
         _quarantined() as quarantined,
@@ -158,10 +179,13 @@ def verify_command(as_json: bool, config: Path | None) -> None:
     metavar="SIZE",
     help="Leave at most this much: bytes, '20 GiB', or '5 %' of the disk.",
 )
+@_queue_option
 @common_options
-def collect_command(to: Size | None, as_json: bool, config: Path | None) -> None:
+def collect_command(
+    to: Size | None, queue_id: str | None, as_json: bool, config: Path | None
+) -> None:
     """Remove what is stale, and the blobs least recently used until the cache keeps its limits."""
-    settings = load(config)
+    settings = _settings(config, queue_id)
     to_bytes = None if to is None else to.on(settings.paths.cache_dir)
     with _opened(settings) as cache:
         report = CollectReport(within_limits=True)
@@ -172,10 +196,11 @@ def collect_command(to: Size | None, as_json: bool, config: Path | None) -> None
 
 @command.command(name="clear")
 @click.option("--yes", is_flag=True, help="Do not ask.")
+@_queue_option
 @common_options
-def clear_command(yes: bool, as_json: bool, config: Path | None) -> None:
+def clear_command(yes: bool, queue_id: str | None, as_json: bool, config: Path | None) -> None:
     """Remove every blob but those that running sessions hold a lease on."""
-    settings = load(config)
+    settings = _settings(config, queue_id)
     if not yes:
         _ask(f"Remove all blobs from {settings.paths.cache_dir}?")
     with _opened(settings) as cache:

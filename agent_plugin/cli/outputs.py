@@ -61,7 +61,7 @@ def list_command(
     _check(farm_id, queue_id, job_id, step_id, task_id)
     settings = load(config)
     with cancel_on_signals() as cancellation:
-        asking = ask_store(settings, store_url, cancellation=cancellation)
+        asking = ask_store(settings, store_url, cancellation=cancellation, queue_id=queue_id)
         result = list_outputs(asking, (farm_id, queue_id, job_id), step_id=step_id, task_id=task_id)
     if as_json:
         print_json(result)
@@ -100,7 +100,9 @@ def get_command(
         raise click.UsageError("--by-root needs --to")
     with (
         cancel_on_signals() as cancellation,
-        open_services(load(config), store_url, cancellation=cancellation) as context,
+        open_services(
+            load(config), store_url, cancellation=cancellation, queue_id=queue_id
+        ) as context,
     ):
         result = get_outputs(
             context,

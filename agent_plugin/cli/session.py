@@ -10,13 +10,13 @@ import click
 
 from agent_plugin.cli.options import common_options, print_json, say, session_dir_option
 from agent_plugin.cli.signals import cancel_on_signals
-from agent_plugin.content.errors import JobInvalidError, LocalReadError
+from agent_plugin.content.errors import JobInvalidError, LocalReadError, SessionStateError
 from agent_plugin.mounting import open_mounts
+from agent_plugin.queue_settings import settings_of_queue
 from agent_plugin.services import open_records, open_services, state_directory
 from agent_plugin.session.end import end
 from agent_plugin.session.finish_task import TaskAction, finish_task
 from agent_plugin.session.job import MAX_JOB_BYTES, JobDocument, check_id
-from agent_plugin.session.queues import read_queue
 from agent_plugin.session.roots import LAST_SECOND
 from agent_plugin.session.start import StartResult, start, sync_step
 from agent_plugin.session.state import StateFile, locked_state
@@ -58,16 +58,18 @@ def start_command(
     session_dir: Path, job_file: Path, file_system: str | None, as_json: bool, config: Path | None
 ) -> None:
     """Bring the job's inputs to the session directory. Start it again to go on after a kill."""
-    settings = load(config)
     job = _read_job(job_file)
+    settings = settings_of_queue(load(config), job.queue_id)
     if file_system is None:
-        file_system = read_queue(state_directory(settings), job.queue_id).file_system
+        file_system = settings.inputs.wished
     with (
         cancel_on_signals() as cancellation,
         locked_state(state_directory(settings), session_dir) as state_file,
-        open_services(settings, job.store_url, cancellation=cancellation) as context,
+        open_services(
+            settings, job.store_url, cancellation=cancellation, queue_id=job.queue_id
+        ) as context,
     ):
-        mounts = open_mounts(settings)
+        mounts = open_mounts(settings, queue_id=job.queue_id)
         mounts.clear_stale()
         result = start(
             job, session_dir, context, state_file, mounts=mounts, file_system=file_system
@@ -101,8 +103,8 @@ def sync_step_command(
             hint="name the steps whose outputs it needs",
         )
     settings = load(config)
-    with _started(settings, session_dir) as (context, state_file):
-        mounts = open_mounts(settings)
+    with _started(settings, session_dir) as (context, state_file, queue_id):
+        mounts = open_mounts(settings, queue_id=queue_id)
         result = sync_step(step_id, depends_on or None, context, state_file, mounts=mounts)
     _print_started(result, as_json=as_json)
 
@@ -145,14 +147,15 @@ def finish_task_command(
         session_action_id=session_action_id,
         started_at=time.time() if started_at is None else started_at,
     )
-    with _started(settings, session_dir) as (context, state_file):
+    with _started(settings, session_dir) as (context, state_file, queue_id):
+        outputs = settings.for_queue(queue_id).outputs
         result = finish_task(
             action,
             context,
             state_file,
-            mounts=open_mounts(settings),
+            mounts=open_mounts(settings, queue_id=queue_id),
             failed=failed,
-            upload_failed=upload_failed or settings.outputs.upload_failed,
+            upload_failed=upload_failed or outputs.upload_failed,
         )
     if as_json:
         print_json(result)
@@ -180,9 +183,8 @@ def end_command(session_dir: Path, keep_files: bool, as_json: bool, config: Path
         locked_state(state_directory(settings), session_dir) as state_file,
     ):
         mounts = open_mounts(settings)
-        result = end(
-            session_dir, open_records(settings), state_file, mounts=mounts, keep_files=keep_files
-        )
+        records = open_records(settings, queue_id=_queue_of(state_file))
+        result = end(session_dir, records, state_file, mounts=mounts, keep_files=keep_files)
     if as_json:
         print_json(result)
         return
@@ -191,7 +193,10 @@ def end_command(session_dir: Path, keep_files: bool, as_json: bool, config: Path
 
 
 @contextmanager
-def _started(settings: Settings, session_dir: Path) -> Iterator[tuple[TransferContext, StateFile]]:
+def _started(
+    settings: Settings, session_dir: Path
+) -> Iterator[tuple[TransferContext, StateFile, str]]:
+    """Open what a hook of a started session needs; the last is the queue."""
     with (
         cancel_on_signals() as cancellation,
         locked_state(state_directory(settings), session_dir) as state_file,
@@ -201,9 +206,19 @@ def _started(settings: Settings, session_dir: Path) -> Iterator[tuple[TransferCo
             settings,
             state.job.store_url,
             cancellation=cancellation,
+            queue_id=state.job.queue_id,
             account_id=state.account_id,
         ) as context:
-            yield context, state_file
+            yield context, state_file, state.job.queue_id
+
+
+def _queue_of(state_file: StateFile) -> str:
+    """Return the queue of a session, empty if it is not known any more."""
+    try:
+        state = state_file.read()
+    except SessionStateError:
+        return ""
+    return state.job.queue_id if state is not None else ""
 
 
 def _read_job(job_file: Path) -> JobDocument:

@@ -78,6 +78,7 @@ def command(
             settings,
             store_url,
             cancellation=cancellation,
+            queue_id=queue_id,
             existence_max_age=0 if force_store_check else None,
         ) as context,
     ):

@@ -32,9 +32,9 @@ from agent_plugin.content.blob_cache_collect import (
 )
 from agent_plugin.content.blob_cache_directory import (
     OUT_OF_SPACE,
-    SHARED_NAMESPACE,
     CacheDirectory,
     local_failure,
+    namespace_of,
     open_private_file,
 )
 from agent_plugin.content.blob_cache_files import BlobFiles, Bytes, Staged
@@ -103,6 +103,7 @@ class BlobCache:
         min_free_bytes: int,
         clock: Callable[[], float] = time.time,
         shared: bool = False,
+        scope: str = "",
     ) -> Self:
         """Open a cache, and make it when it is not there. Takes no scan, whatever its size.
 
@@ -116,12 +117,13 @@ class BlobCache:
             clock: Seconds since the epoch.
             shared: Share blobs with all stores that are opened so. Whoever can write to one of
                 them can then feed wrong blobs to all: xxh128 is no defence against an attacker.
+            scope: For whom blobs are fetched; only caches of one scope share blobs.
 
         Raises:
             CacheUnsafeError: Others can write the directory, or could; nothing in it is trusted.
             NoSpaceError, LocalWriteError: It could not be made or opened for writing.
         """
-        namespace = SHARED_NAMESPACE if shared else hash_name(store_url)[:16]
+        namespace = namespace_of(store_url, scope, shared=shared)
         with ExitStack() as undo:
             opened = CacheDirectory.open(directory, namespace)
             undo.callback(opened.close)

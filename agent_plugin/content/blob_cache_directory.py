@@ -11,7 +11,9 @@ holds only while nobody else can write here, so each directory must be a real on
 closed to writing by others: checked when it is opened, and from then on it is used by descriptor.
 """
 
+import base64
 import errno
+import hashlib
 import os
 import re
 import stat
@@ -30,7 +32,7 @@ from agent_plugin.content.errors import (
     NoSpaceError,
 )
 
-NAMESPACE: Final = re.compile(r"[0-9a-f]{16}|shared")
+NAMESPACE: Final = re.compile(r"[0-9a-z]{16}|shared")
 SHARD: Final = re.compile(r"[0-9a-f]{2}")
 BLOB_NAME: Final = re.compile(r"[0-9a-f]{32}")
 SHARED_NAMESPACE: Final = "shared"
@@ -49,6 +51,25 @@ _TEMPORARY_NAME: Final = re.compile(
 _FOREIGN_LEFTOVER_SECONDS: Final = 24 * 3600
 
 log = events.get_logger()
+
+
+def namespace_of(store_url: str, scope: str, *, shared: bool) -> str:
+    """Return the name of the directory of those blobs that may serve each other's readers.
+
+    Of a hash that nobody can find another source for: a job chooses the URL of its store, and must
+    not get at another's blobs by choosing well.
+
+    Args:
+        store_url: The store that blobs come from.
+        scope: For whom they were fetched; empty if that makes no difference.
+        shared: Whether their store makes none.
+    """
+    if shared and not scope:
+        return SHARED_NAMESPACE
+    source = "\n".join((scope, "" if shared else store_url))
+    # As long as a lease's header has room for.
+    hashed = hashlib.sha256(source.encode(errors="surrogateescape")).digest()
+    return base64.b32encode(hashed)[:16].decode().lower()
 
 
 def local_failure(action: str, error: OSError) -> LocalError:

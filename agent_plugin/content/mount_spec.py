@@ -88,6 +88,7 @@ class MountSpec(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fiel
         layers: What was added, in that order.
         store_limits: None for what they are by default.
         transport: `auto`, `kernel` or `fusepy`.
+        cache_scope: For whom blobs are fetched (BlobCache.open).
     """
 
     version: int
@@ -114,6 +115,7 @@ class MountSpec(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fiel
     writes_reason: str = ""
     store_limits: StoreLimits | None = None
     transport: str = "auto"
+    cache_scope: str = ""
 
     @property
     def lower(self) -> Path:

@@ -51,9 +51,15 @@ def check_id(value: str, kind: IdKind) -> str:
         JobInvalidError: It has not the form of its kind, `job-` and 32 hex digits for example.
     """
     if not re.match(_ID_PATTERNS[kind], value):
-        form = _ID_PATTERNS[kind].removeprefix("^").removesuffix(r"\Z")
-        raise JobInvalidError(f"{value!r} is not a {kind} id", hint=f"its form is {form}")
+        raise JobInvalidError(f"{value!r} is not a {kind} id", hint=f"its form is {_form(kind)}")
     return value
+
+
+def _form(kind: IdKind) -> str:
+    example = f"{kind}-0123456789abcdef0123456789abcdef"
+    if kind in ("task", "sessionaction"):
+        return f"`{kind}-`, 32 hexadecimal digits in lower case, `-` and a number: {example}-0"
+    return f"`{kind}-` and 32 hexadecimal digits in lower case: {example}"
 
 
 class JobAttachmentSettings(

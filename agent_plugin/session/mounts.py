@@ -127,6 +127,7 @@ class CachePlace:
     max_bytes: int
     min_free_bytes: int
     shared: bool
+    scope: str = ""
 
 
 class Mounts:
@@ -321,6 +322,7 @@ class Mounts:
             layers=[*request.layers],
             store_limits=self._store_limits,
             transport=self._transport,
+            cache_scope=self._cache.scope,
         )
 
     def _is_served(self, place: Path) -> bool:

@@ -9,7 +9,7 @@ import msgspec
 from agent_plugin.content.errors import SessionStateError, local_write_error
 from agent_plugin.session.job import check_id
 
-FileSystem = Literal["COPIED", "VIRTUAL", "AUTO"]
+FileSystem = Literal["JOB", "COPIED", "VIRTUAL", "AUTO"]
 
 
 class QueueSettings(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
@@ -17,7 +17,8 @@ class QueueSettings(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_
 
     Attributes:
         queue_id: The queue.
-        file_system: How inputs are brought in; None for what each job says.
+        file_system: How inputs are brought in, JOB for what each job says; None if nobody has
+            chosen, so that the settings file counts.
     """
 
     queue_id: str

@@ -45,6 +45,7 @@ class TransferContext(Asking):
         store_url: The store's URL, known without opening it.
         cache: The shared blob cache, or None when there is none to be used.
         index: Hash cache and existence cache.
+        scope: For whom content is moved; what one has seen in a store proves nothing to another.
         existence_max_age: For how many seconds a blob seen in the store is asked for before it
             would be sent.
     """
@@ -56,6 +57,7 @@ class TransferContext(Asking):
     view: Callable[[str], View] = field(default=lambda _title: SilentView())
     concurrency: int = CONCURRENCY
     existence_max_age: int = EXISTENCE_MAX_AGE_SECONDS
+    scope: str = ""
 
     def leased(self, name: str, digests: Iterable[Digest]) -> AbstractContextManager[object]:
         """Keep blobs from eviction while the block runs, as far as the cache can be written.
@@ -80,10 +82,16 @@ class TransferContext(Asking):
         """Whether to remember what the store has; a look at a directory costs no more than that."""
         return self.store_url.startswith("s3:")
 
+    @property
+    def remembered_as(self) -> str:
+        """By what the store is remembered; the store is opened for it."""
+        identity = self.open_store().identity
+        return f"{identity} for {self.scope}" if self.scope else identity
+
     def remember_present(self, digests: Sequence[Digest]) -> None:
         """Remember that the store has these blobs now, if it is one that is remembered."""
         if digests and self.remembers_store:
-            self.index.remember_present(self.open_store().identity, digests)
+            self.index.remember_present(self.remembered_as, digests)
 
     @contextmanager
     def attempt(self, task_id: int) -> Iterator[None]:

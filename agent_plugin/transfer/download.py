@@ -481,7 +481,7 @@ class _Download:
         if not isinstance(error, PropmasterError) or isinstance(error, CancelledError):
             return error
         if isinstance(error, BlobNotFoundError):
-            self._context.index.forget(self._context.open_store().identity, digest)
+            self._context.index.forget(self._context.remembered_as, digest)
         others = f" and {len(entries) - 1} more" if len(entries) > 1 else ""
         key = blob_key(digest)
         place = "" if key in error.message else f"{self._context.store_url}/{key}: "

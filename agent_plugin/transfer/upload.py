@@ -212,7 +212,7 @@ class _Upload:
         """
         if not self._context.remembers_store:
             return set()
-        index, identity = self._context.index, self._context.open_store().identity
+        index, identity = self._context.index, self._context.remembered_as
         known = index.known(identity, self._files, self._context.existence_max_age)
         asked = known - self._granted(known)
         missing = self._missing(asked)
@@ -227,7 +227,7 @@ class _Upload:
         if self._row.kind != "submit" or len(known) <= ASKED_ALWAYS:
             return set()
         recent = self._context.index.known(
-            self._context.open_store().identity,
+            self._context.remembered_as,
             known,
             min(GRANTED_SECONDS, self._context.existence_max_age),
         )

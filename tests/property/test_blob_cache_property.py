@@ -13,7 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from agent_plugin.content import events
 from agent_plugin.content.blob_cache import BlobCache, Lease
-from agent_plugin.content.digest import Digest, hash_name
+from agent_plugin.content.blob_cache_directory import namespace_of
+from agent_plugin.content.digest import Digest
 from agent_plugin.content.errors import NoSpaceError
 
 URL: Final = "s3://bucket/prefix"
@@ -67,7 +68,7 @@ class BlobCacheMachine(RuleBasedStateMachine):
         return frozenset().union(*(digests for _lease, digests, _kept in self.leases))
 
     def place(self, digest: Digest) -> Path:
-        namespace = hash_name(URL)[:16]
+        namespace = namespace_of(URL, "", shared=False)
         return self.directory / "cache" / "v1" / namespace / digest.hex[:2] / digest.hex
 
     @rule(digests=some_blobs, staged=st.booleans())

@@ -142,7 +142,7 @@ class Host:
 
     @property
     def mounts(self) -> Mounts:
-        return open_mounts(self.settings)
+        return open_mounts(self.settings, queue_id=QUEUE)
 
     @contextmanager
     def services(
@@ -156,6 +156,7 @@ class Host:
             self.settings,
             self.store_url,
             cancellation=cancellation or Cancellation(),
+            queue_id=QUEUE,
             # Known to be unknown, so that nobody asks STS.
             account_id="",
             quiet=True,
@@ -230,7 +231,7 @@ class Host:
 
     def end(self, session_dir: Path, *, keep_files: bool = False) -> EndResult:
         with self.state(session_dir) as state_file:
-            records = open_records(self.settings)
+            records = open_records(self.settings, queue_id=QUEUE)
             return end(session_dir, records, state_file, mounts=self.mounts, keep_files=keep_files)
 
     def outputs(self, **only: str) -> OutputsResult:

@@ -16,9 +16,9 @@ import pytest
 from agent_plugin.content import blob_cache_collect, blob_cache_usage, events
 from agent_plugin.content.blob_cache import BlobCache
 from agent_plugin.content.blob_cache_collect import FoundBlob, scan
-from agent_plugin.content.blob_cache_directory import CacheDirectory
+from agent_plugin.content.blob_cache_directory import CacheDirectory, namespace_of
 from agent_plugin.content.blob_cache_usage import UsageCounter
-from agent_plugin.content.digest import EMPTY_HASH, Digest, hash_fd, hash_name
+from agent_plugin.content.digest import EMPTY_HASH, Digest, hash_fd
 from agent_plugin.content.errors import (
     BlobCorruptError,
     CacheUnsafeError,
@@ -75,7 +75,7 @@ def numbered(number: int, size: int = 1000) -> tuple[Digest, bytes]:
 
 
 def place(directory: Path, digest: Digest, url: str = URL) -> Path:
-    return directory / "v1" / hash_name(url)[:16] / digest.hex[:2] / digest.hex
+    return directory / "v1" / namespace_of(url, "", shared=False) / digest.hex[:2] / digest.hex
 
 
 def read(cache: BlobCache, digest: Digest) -> bytes | None:
@@ -964,7 +964,7 @@ def test_a_directory_that_others_could_write_is_refused(
 ) -> None:
     if fault == "another user's" and os.geteuid() != 0:
         pytest.skip("only root can give files away")
-    path = directory / where.replace("namespace", hash_name(URL)[:16])
+    path = directory / where.replace("namespace", namespace_of(URL, "", shared=False))
     for parent in reversed(path.relative_to(directory.parent).parents[:-1]):
         (directory.parent / parent).mkdir(mode=0o700)
     UNSAFE[fault](path)

@@ -28,14 +28,18 @@ def test_a_document_that_conforms_is_returned_typed() -> None:
 @pytest.mark.parametrize(
     ("document", "message", "hint"),
     [
-        ([], "x: the document: expected `object`, got `array`", ""),
+        (
+            [],
+            "x: the document: expected `object`, got `array`",
+            "allowed: an object of leaves, top, number",
+        ),
         (
             {"numbers": 1},
             "x: numbers: unknown key",
             "did you mean number? known: leaves, top, number",
         ),
         ({"a`b": 1}, "x: a`b: unknown key", "known: leaves, top, number"),
-        ({"number": "1"}, "x: number: expected `int`, got `str`", ""),
+        ({"number": "1"}, "x: number: expected `int`, got `str`", "allowed: a whole number"),
         (
             {"leaves": {"a": [{}, {"kindOfLeaf": "fir"}]}},
             "x: leaves[...][1].kindOfLeaf: 'fir' is not allowed",

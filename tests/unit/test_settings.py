@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from agent_plugin.content.errors import SettingsInvalidError
-from agent_plugin.settings import CacheSettings, Settings, Size, load
+from agent_plugin.settings import CacheSettings, Settings, load, load_explained
+from agent_plugin.sizes import Size
 
 GIB = 1024**3
 HOME = {"HOME": "/home/someone"}
@@ -165,12 +166,12 @@ def test_a_file_that_can_not_be_read_is_an_error(tmp_path: Path) -> None:
         (
             "[caches]\nmax_bytes = 3",
             "config.toml, line 1: caches: unknown key",
-            "did you mean cache? known: paths, cache, store, outputs",
+            "did you mean cache? known: paths, inputs, cache, store, outputs",
         ),
         (
             "[cache]\n[store]\nattempts = 1\nconcurrency = 500",
             "config.toml, line 4: store.concurrency: expected `int` <= 256",
-            "",
+            "allowed: a whole number from 1 to 256",
         ),
         (
             "store.attempts = '3'",
@@ -179,7 +180,7 @@ def test_a_file_that_can_not_be_read_is_an_error(tmp_path: Path) -> None:
         ),
         (
             "store = { attempts = '3' }",
-            "config.toml: store.attempts: expected `int`, got `str`",
+            "config.toml, line 1: store.attempts: expected `int`, got `str`",
             "",
         ),
         (
@@ -279,3 +280,178 @@ def test_loading_defaults_loads_neither_the_toml_parser_nor_a_client() -> None:
     )
 
     assert done.stdout.strip() == "[]"
+
+
+QUEUE = "queue-" + "9" * 32
+OTHER_QUEUE = "queue-" + "8" * 32
+
+
+def test_a_queues_table_holds_for_what_it_sets_and_the_general_one_for_the_rest(
+    tmp_path: Path,
+) -> None:
+    settings = load_text(
+        f"""
+        [store]
+        concurrency = 8
+        attempts = 3
+        [mounts]
+        verify = "strict"
+        [queues."{QUEUE}"]
+        inputs.file_system = "VIRTUAL"
+        store.concurrency = 32
+        [queues."{QUEUE}".paths]
+        cache_dir = "/fast"
+        [queues."{QUEUE}".cache]
+        max_bytes = "1 TiB"
+        """,
+        tmp_path,
+    )
+    queue = settings.for_queue(QUEUE)
+
+    assert queue.inputs.wished == "VIRTUAL"
+    assert (queue.store.concurrency, queue.store.attempts) == (32, 3)
+    assert queue.mounts.verify == "strict"
+    assert queue.paths.cache_dir == Path("/fast")
+    assert queue.cache.max_bytes == Size(1024**4)
+    assert queue.paths.state_dir == settings.paths.state_dir
+    assert settings.is_own(QUEUE, "store.concurrency")
+    assert not settings.is_own(QUEUE, "store.attempts")
+    assert settings.for_queue(OTHER_QUEUE) == settings.for_queue("") == settings
+    assert settings.inputs.wished is None
+    assert settings.store.concurrency == 8
+
+
+def test_a_variable_comes_before_a_queues_directory_as_well(tmp_path: Path) -> None:
+    text = f'[queues."{QUEUE}".paths]\ncache_dir = "/queue/cache"\n'
+
+    settings = load_text(text, tmp_path, HOME | {"PROPMASTER_CACHE_DIR": "/variable"})
+
+    assert settings.for_queue(QUEUE).paths.cache_dir == Path("/variable")
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        (
+            '\n[queues."nope"]\n',
+            'line 2: queues."nope": no id of a queue',
+            "allowed: `queue-` and 32 hexadecimal digits in lower case: queue-0",
+        ),
+        ("queues = 3", "line 1: queues: a table is expected", 'allowed: [queues."queue-…"]'),
+        (
+            f'[queues]\n"{QUEUE}" = 3',
+            f'line 2: queues."{QUEUE}": a table is expected',
+            "known: paths, inputs, cache",
+        ),
+        (
+            f'[queues."{QUEUE}"]\n[queues."{QUEUE}".store]\n# so many\nconcurrency = 0\n',
+            f'line 4: queues."{QUEUE}".store.concurrency: expected `int` >= 1',
+            "allowed: a whole number from 1 to 256",
+        ),
+        (
+            f'[queues."{QUEUE}"]\ninputs.file_system = "virtual"\n',
+            f"line 2: queues.\"{QUEUE}\".inputs.file_system: 'virtual' is not allowed",
+            "allowed: AUTO, COPIED, JOB, VIRTUAL",
+        ),
+        (
+            f'[queues."{QUEUE}"]\nfile_system = "VIRTUAL"\n',
+            f'line 2: queues."{QUEUE}".file_system: unknown key',
+            "known: paths, inputs, cache, store, outputs, mounts",
+        ),
+        (
+            f'[queues."{QUEUE}".paths]\nstate_dir = "/x"\n',
+            f'line 2: queues."{QUEUE}".paths.state_dir: unknown key',
+            "did you mean cache_dir? known: cache_dir",
+        ),
+        (
+            f'[queues."{QUEUE}".worker]\nagent_user = "x"\n',
+            f'line 1: queues."{QUEUE}".worker: unknown key',
+            "known: paths, inputs,",
+        ),
+        (
+            f'[queues."{QUEUE}"]\nmounts = {{ verify = 3 }}',
+            f'line 2: queues."{QUEUE}".mounts.verify: expected `str`, got `int`',
+            "allowed: stream, strict",
+        ),
+        (
+            f'[queues."{QUEUE}".cache]\nmax_bytes = 3\n',
+            f'line 2: queues."{QUEUE}".cache.max_bytes: the sizes are those of a directory',
+            "set paths.cache_dir in the queue's table too",
+        ),
+    ],
+)
+def test_what_is_wrong_in_a_queues_table_is_named_with_its_line(
+    tmp_path: Path, text: str, message: str, hint: str
+) -> None:
+    error = refused(text, tmp_path)
+
+    assert error.message.startswith(f"{tmp_path}/config.toml, {message}")
+    assert error.hint.startswith(hint)
+
+
+def test_lines_are_found_whatever_stands_between_them(tmp_path: Path) -> None:
+    text = """
+        [outputs] # [store]
+        upload_failed = false # = [
+        [paths]
+        'cache_dir' = '''
+/[a]'''
+        "state_dir" = '/b"' # "
+        [worker]
+        session_roots = [
+          '/a', # ]
+          "/b\\"]",
+        ]
+        ['mounts']
+        "verify" = 'loose'
+        """
+
+    error = refused(text, tmp_path)
+
+    assert error.message.startswith(f"{tmp_path}/config.toml, line 14: mounts.verify: 'loose'")
+
+
+@pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
+def test_a_file_that_others_could_write_is_refused(tmp_path: Path, mode: int) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text("store.attempts = 3\n")
+    file.chmod(mode)
+
+    with pytest.raises(SettingsInvalidError, match=f"others \\(mode 0{mode:o}\\)") as caught:
+        load(file, environment=HOME)
+
+    assert f"chmod go-w {file}" in caught.value.hint
+    file.chmod(0o644)
+    assert load(file, environment=HOME).store.attempts == 3
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_a_file_of_another_user_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text("store.attempts = 3\n")
+    os.chown(file, 12345, 12345)
+
+    with pytest.raises(SettingsInvalidError, match="belongs to user 12345"):
+        load(file, environment=HOME)
+
+
+def test_no_file_at_all_can_be_named() -> None:
+    assert load(Path("/dev/null"), environment=HOME).store.attempts == 12
+
+
+def test_where_a_setting_comes_from_is_known(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(
+        f'[store]\nattempts = 3\nconcurrency = 8\n[queues."{QUEUE}".store]\nattempts = 4\n'
+    )
+
+    loaded = load_explained(
+        file, environment=HOME | {"PROPMASTER_STATE_DIR": "/state"}, user_id=1000
+    )
+
+    assert loaded.source("store.attempts") == f"{file}:2"
+    assert loaded.source("store.attempts", QUEUE) == f"{file}:5"
+    assert loaded.source("store.concurrency", QUEUE) == f"{file}:3"
+    assert loaded.source("store.read_timeout", QUEUE) == "built-in"
+    assert loaded.source("paths.state_dir") == "PROPMASTER_STATE_DIR"
+    assert loaded.source("paths.cache_dir") == "built-in"
