@@ -20,6 +20,7 @@ from msgspec import inspect
 from agent_plugin.cli import cache, doctor, manifest, queue
 from agent_plugin.cli.demo_screen import DemoResult
 from agent_plugin.cli.main import COMMANDS, propmaster
+from agent_plugin.cli.worker_install import InstallResult
 from agent_plugin.content import errors, events
 from agent_plugin.session.end import EndResult
 from agent_plugin.session.job import JobDocument
@@ -28,6 +29,7 @@ from agent_plugin.session.start import StartResult
 from agent_plugin.session.state import FinishResult, SessionState
 from agent_plugin.session.submit import SubmitResult
 from agent_plugin.settings import Settings, load
+from agent_plugin.workers.deadline.agent_status import WorkerStatus
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -255,6 +257,8 @@ RESULTS: dict[str, Any] = {
     "cache collect": cache.CollectResult,
     "queue show": queue.QueuesResult,
     "queue explain": queue.ExplainResult,
+    "worker install": InstallResult,
+    "worker status": WorkerStatus,
     "doctor": doctor.DoctorResult,
     "demo": DemoResult,
 }

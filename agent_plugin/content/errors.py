@@ -4,7 +4,8 @@
     ├── InputError             what we were given is wrong; trying again changes nothing
     │   ├── ManifestInvalidError        JobInvalidError          SettingsInvalidError
     │   ├── PathMappingError            UnsafePathError          PathClashError
-    │   └── UnsupportedPlatformError    NotAllowedError
+    │   ├── UnsupportedPlatformError    NotAllowedError
+    │   └── AgentUnsupportedError
     ├── StoreError             the content store
     │   ├── BlobNotFoundError           DocumentNotFoundError    StoreAccessError
     │   ├── StoreUnavailableError       StoreThrottledError      BlobCorruptError
@@ -98,6 +99,12 @@ class NotAllowedError(InputError):
     """The host service was asked for what whoever asked has no right to."""
 
     reference, code, exit_code, errno = "not-allowed", "E_NOT_ALLOWED", 89, errno.EPERM
+
+
+class AgentUnsupportedError(InputError):
+    """A worker agent, or a script of it, is not one that propmaster was made for."""
+
+    reference, code, exit_code, errno = "agent-unsupported", "E_AGENT", 90, errno.ENOSYS
 
 
 class StoreError(PropmasterError):

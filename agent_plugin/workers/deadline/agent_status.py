@@ -1,0 +1,208 @@
+"""What an operator wants to know of an installation: each part looked at, and what to do about it.
+
+Also keeps which environment was installed to, `worker.json` of the state directory, so that
+`worker status` and `worker uninstall` need not be told again.
+"""
+
+import os
+import socket
+import stat
+import subprocess
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from agent_plugin.content.errors import SessionStateError, local_write_error
+from agent_plugin.workers.deadline.agent_environment import SUPPORTED, AgentEnvironment
+from agent_plugin.workers.deadline.installer import MODULES, ScriptStatus, look_at_scripts
+
+_RECORD: Final = "worker.json"
+_START_SECONDS: Final = 60.0
+_CONNECT_SECONDS: Final = 5.0
+_TRY: Final = """
+import importlib, sys
+for module in sys.argv[1:]:
+    importlib.import_module(module)
+from agent_plugin import __version__
+print(__version__)
+"""
+
+
+class Record(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
+    """Where propmaster was installed to.
+
+    Attributes:
+        agent_python: The Python of the agent's environment.
+    """
+
+    agent_python: str
+
+
+class Check(msgspec.Struct):
+    """One part of an installation.
+
+    Attributes:
+        reason: What was found.
+        advice: What to do if it is not right.
+    """
+
+    name: str
+    ok: bool
+    reason: str
+    advice: str = ""
+
+
+class WorkerStatus(msgspec.Struct, rename="camel"):
+    """What `worker status` tells; `ok` is whether every check is."""
+
+    ok: bool
+    agent_python: str
+    agent_version: str
+    scripts: list[ScriptStatus]
+    checks: list[Check]
+
+
+def read_record(state_dir: Path) -> Record | None:
+    """Return where propmaster was installed to, if it was.
+
+    Raises:
+        SessionStateError: The file is damaged.
+    """
+    path = state_dir / _RECORD
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Record)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError) as error:
+        raise SessionStateError(
+            f"{path} can not be read: {error}", hint="`propmaster worker install` writes it anew"
+        ) from error
+
+
+def write_record(state_dir: Path, record: Record | None) -> None:
+    """Keep where propmaster is installed to; None forgets it.
+
+    Raises:
+        NoSpaceError, LocalWriteError: It can not be written; what was kept before stays.
+    """
+    path = state_dir / _RECORD
+    temporary = path.with_suffix(f".{os.getpid()}")
+    try:
+        if record is None:
+            path.unlink(missing_ok=True)
+            return
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(temporary, flags, 0o600), "wb") as file:
+            file.write(msgspec.json.encode(record))
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise local_write_error(error, os.fspath(path)) from error
+
+
+def examine(
+    agent: AgentEnvironment,
+    python: Path,
+    *,
+    service: Path | None,
+) -> WorkerStatus:
+    """Look at an installation; change nothing.
+
+    Args:
+        agent: Where it is, or should be.
+        python: Propmaster's, for when no script says which one.
+        service: The host service's socket; None where jobs run as the agent's user, and so need
+            neither the service nor a propmaster that others can run.
+
+    Raises:
+        LocalReadError: One of the agent's scripts can not be read.
+    """
+    scripts = look_at_scripts(agent)
+    started = Path(next((each.propmaster for each in scripts if each.propmaster), python))
+    checks = [_agent(agent), *map(_script, scripts), _starts(started)]
+    if service is not None:
+        checks += [_others_may_run(started), _answers(service)]
+    return WorkerStatus(
+        ok=all(check.ok for check in checks),
+        agent_python=os.fspath(agent.python),
+        agent_version=agent.version,
+        scripts=scripts,
+        checks=checks,
+    )
+
+
+def _agent(agent: AgentEnvironment) -> Check:
+    found = f"deadline-cloud-worker-agent {agent.version or 'is not installed'}"
+    advice = f"supported are {SUPPORTED}; another goes on with its own scripts"
+    return Check("agent", agent.supported, f"{found} ({agent.python})", advice)
+
+
+def _script(script: ScriptStatus) -> Check:
+    found = {
+        "ours": f"propmaster's, run by {script.propmaster}",
+        "original": "the agent's own",
+        "changed": "somebody else's",
+        "missing": "there is none",
+    }[script.state]
+    reason = f"{found}: {script.reason}" if script.reason else found
+    ok = script.state == "ours" and not script.reason
+    return Check(
+        script.name, ok, reason, "jobs run without propmaster: `propmaster worker install`"
+    )
+
+
+def _starts(python: Path) -> Check:
+    try:
+        done = subprocess.run(  # noqa: S603 - our own argv, no shell
+            [python, "-P", "-c", _TRY, *MODULES.values()],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=_START_SECONDS,
+            check=False,
+        )
+    except OSError as error:
+        reason, ok = f"{python}: {error.strerror}", False
+    except subprocess.TimeoutExpired:
+        reason, ok = f"{python} does not start in {_START_SECONDS:.0f} s", False
+    else:
+        ok = done.returncode == 0
+        told = (done.stdout if ok else done.stderr).decode(errors="replace").strip().splitlines()
+        last = told[-1] if told else f"exit code {done.returncode}"
+        reason = f"propmaster {last} ({python})" if ok else f"{python}: {last}"
+    advice = "jobs run with the agent's own scripts until it does: install propmaster again"
+    return Check("propmaster", ok, reason, advice)
+
+
+def _others_may_run(python: Path) -> Check:
+    """Look at modes alone, since who the job users are is not known here."""
+    real = Path(os.path.realpath(python))
+    closed = [
+        path
+        for start in (Path(python), real)
+        for path, needed in ((start, 0), *((parent, stat.S_IXOTH) for parent in start.parents))
+        if _mode(path) & needed != needed
+    ]
+    if not _mode(real) & stat.S_IXOTH:
+        closed.append(real)
+    reason = f"{closed[0]} is closed to them" if closed else "every user may run it"
+    advice = "put propmaster where job users can run it, below /opt for example"
+    return Check("job users", not closed, reason, advice)
+
+
+def _mode(path: Path) -> int:
+    try:
+        return path.stat().st_mode
+    except OSError:
+        return 0
+
+
+def _answers(path: Path) -> Check:
+    advice = "start it: `systemctl start propmaster`, or `propmaster worker serve`"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
+        asking.settimeout(_CONNECT_SECONDS)
+        try:
+            asking.connect(os.fspath(path))
+        except OSError as error:
+            return Check("service", ok=False, reason=f"{path}: {error}", advice=advice)
+    return Check("service", ok=True, reason=f"it answers at {path}", advice=advice)
