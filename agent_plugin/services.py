@@ -6,7 +6,7 @@ store, and so never loads an S3 client.
 
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from agent_plugin.content.errors import LocalError, LocalWriteError
 from agent_plugin.content.local_index import LocalIndex
 from agent_plugin.content.mount_spec import StoreLimits
 from agent_plugin.content.open_store import build_store
+from agent_plugin.content.owner import Owner
 from agent_plugin.content.store import Cancellation, Store
 from agent_plugin.settings import Settings
 from agent_plugin.transfer.asking import Asking
@@ -181,6 +182,9 @@ def open_services(
     quiet: bool = False,
     existence_max_age: int | None = None,
     environment: Mapping[str, str] = os.environ,
+    owner: Owner | None = None,
+    view: Callable[[str], View] | None = None,
+    expect: Callable[[int, int], None] = lambda _files, _bytes: None,
 ) -> Iterator[TransferContext]:
     """Open ledger, index and cache, and close them afterwards.
 
@@ -192,6 +196,9 @@ def open_services(
         user_id: For which job user; None for this process's user.
         account_id: Of the bucket's owner when known; empty when known to be unknown.
         quiet: Show no progress.
+        owner: Whose the files below local roots are; None: this process's user's.
+        view: Shows progress instead of what suits stderr.
+        expect: As TransferContext has it.
         existence_max_age: Overrides the setting, in seconds; 0 asks the store for every blob.
         environment: Where credentials and endpoints come from.
     """
@@ -211,12 +218,14 @@ def open_services(
             index=index,
             ledger=ledger,
             cancellation=cancellation,
-            view=_silent if quiet else _view,
+            view=view or (_silent if quiet else _view),
             concurrency=settings.store.concurrency,
             existence_max_age=(
                 settings.store.existence_max_age if existence_max_age is None else existence_max_age
             ),
             scope=scope_of(settings, queue_id, user_id),
+            owner=owner,
+            expect=expect,
         )
 
 

@@ -30,6 +30,7 @@ from agent_plugin.content.errors import (
     UnsafePathError,
     local_write_error,
 )
+from agent_plugin.content.owner import Owner, acting
 
 # A quarter of the usual soft limit on open files (1,024), which sockets and temp files share.
 MAX_DIRECTORIES: Final = 256
@@ -74,11 +75,14 @@ class Root:
         follow: Whether the directory may be a link itself; not where others can put one.
         max_directories: How many descriptors of directories below it may stay open, >= 2; None is
             MAX_DIRECTORIES, or a quarter of what this process may have if that is less.
+        owner: Whose everything is that is made, and with whose rights files are opened; if the
+            directory may be a link, with his rights all is done. None: this process's user.
 
     Attributes:
         path: The directory as it was given.
         real_path: The same without links.
         fd: Its descriptor, open until `close`.
+        follow, owner: As given.
 
     Raises:
         FileNotFoundError: There is no such directory.
@@ -87,9 +91,17 @@ class Root:
     """
 
     def __init__(
-        self, path: Path, *, follow: bool = True, max_directories: int | None = None
+        self,
+        path: Path,
+        *,
+        follow: bool = True,
+        max_directories: int | None = None,
+        owner: Owner | None = None,
     ) -> None:
         self.path = path
+        self.follow = follow
+        self.owner = owner
+        self._maker = owner if follow else None
         self._lock = threading.Lock()
         if max_directories is None:
             soft_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -100,9 +112,10 @@ class Root:
         self._max = max(2, max_directories)
         self._directories: OrderedDict[str, _Directory] = OrderedDict()
         try:
-            above = os.path.realpath(path if follow else path.parent, strict=True)
-            self.real_path = above if follow else os.fspath(Path(above, path.name))
-            self.fd = os.open(self.real_path, _OPEN_DIRECTORY)
+            with acting(self._maker):
+                above = os.path.realpath(path if follow else path.parent, strict=True)
+                self.real_path = above if follow else os.fspath(Path(above, path.name))
+                self.fd = os.open(self.real_path, _OPEN_DIRECTORY)
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -148,10 +161,11 @@ class Root:
             LocalReadError: It is no regular file, or may not be read.
         """
         parts = split(path)
-        try:
-            return self._open_file(parts)
-        except UnsafePathError:
-            return self._open_file(self.resolve(path))
+        with acting(self.owner):
+            try:
+                return self._open_file(parts)
+            except UnsafePathError:
+                return self._open_file(self.resolve(path))
 
     def resolve(self, path: str) -> list[str]:
         """Return the components of the path without links that `path` stands for.
@@ -166,16 +180,18 @@ class Root:
         """
         named = "/".join([self.real_path, *split(path)])
         shown = f"{self.path}/{path}"
-        try:
-            real = os.path.realpath(named, strict=True)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise _absent(shown) from error
-        except OSError as error:
-            if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
-                raise UnsafePathError(f"{shown} can not be followed: {error.strerror}") from error
-            # What may not be looked at can still be outside: that is the better answer.
-            self._below(os.path.realpath(named), shown)
-            raise LocalReadError(f"{shown} can not be read: {error.strerror}") from error
+        with acting(self.owner):
+            try:
+                real = os.path.realpath(named, strict=True)
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise _absent(shown) from error
+            except OSError as error:
+                if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+                    message = f"{shown} can not be followed: {error.strerror}"
+                    raise UnsafePathError(message) from error
+                # What may not be looked at can still be outside: that is the better answer.
+                self._below(os.path.realpath(named), shown)
+                raise LocalReadError(f"{shown} can not be read: {error.strerror}") from error
         return self._below(real, shown)
 
     def _below(self, real: str, shown: str) -> list[str]:
@@ -195,7 +211,7 @@ class Root:
 
         Args:
             relative: Relative to the root, `/` separated; "" and "." are the root.
-            create: Make missing directories, with mode 0777 less the umask.
+            create: Make missing directories: the owner's, or with mode 0777 less the umask.
 
         Raises:
             FileNotFoundError: It does not exist and `create` is false, or it was removed meanwhile.
@@ -235,6 +251,10 @@ class Root:
                     os.close(directory.fd)
 
     def _walk(self, parts: list[str], *, create: bool) -> _Directory:
+        with acting(self._maker):
+            return self._walk_as_maker(parts, create=create)
+
+    def _walk_as_maker(self, parts: list[str], *, create: bool) -> _Directory:
         known = len(parts)
         while known and "/".join(parts[:known]) not in self._directories:
             known -= 1
@@ -246,9 +266,31 @@ class Root:
         for depth in range(known, len(parts)):
             path = "/".join(parts[: depth + 1])
             shown = f"{self.path}/{path}"
-            fd = _open_component(directory.fd, parts[depth], shown, create=create)
+            fd = self._open_component(directory.fd, parts[depth], shown, create=create)
             directory = self._keep(path, fd)
         return directory
+
+    def _open_component(self, parent: int, name: str, path: str, *, create: bool) -> int:
+        if not create:
+            return _open_existing(parent, name, path, create=create)
+        # Most directories exist already, so they are asked for before they are made.
+        with suppress(FileNotFoundError):
+            return _open_existing(parent, name, path, create=create)
+        made = True
+        try:
+            os.mkdir(name, dir_fd=parent)
+        except FileExistsError:
+            made = False  # Another thread or process was first.
+        except OSError as error:
+            _refuse_component(error, parent, name, path, create=create)
+        fd = _open_existing(parent, name, path, create=create)
+        if made and self.owner is not None:
+            try:
+                self.owner.give_directory(fd, shared=self.follow)
+            except OSError as error:
+                os.close(fd)
+                raise local_write_error(error, f"directory {path}") from error
+        return fd
 
     def _keep(self, path: str, fd: int) -> _Directory:
         directory = self._directories[path] = _Directory(fd)
@@ -283,20 +325,6 @@ class Root:
 
 def _absent(path: str) -> FileNotFoundError:
     return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-
-
-def _open_component(parent: int, name: str, path: str, *, create: bool) -> int:
-    if create:
-        # Most directories exist already, so they are asked for before they are made.
-        with suppress(FileNotFoundError):
-            return _open_existing(parent, name, path, create=create)
-        try:
-            os.mkdir(name, dir_fd=parent)
-        except FileExistsError:
-            pass  # Another thread or process was first.
-        except OSError as error:
-            _refuse_component(error, parent, name, path, create=create)
-    return _open_existing(parent, name, path, create=create)
 
 
 def _open_existing(parent: int, name: str, path: str, *, create: bool) -> int:

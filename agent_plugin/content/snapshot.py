@@ -29,6 +29,7 @@ from agent_plugin.content.errors import (
 )
 from agent_plugin.content.leftovers import is_partial
 from agent_plugin.content.local_index import SETTLED_NS
+from agent_plugin.content.owner import Owner
 from agent_plugin.content.safe_path import Root, split
 from agent_plugin.content.store import Cancellation
 
@@ -94,6 +95,7 @@ def walk(
     directories: Sequence[str] = (".",),
     *,
     follow_root: bool = True,
+    owner: Owner | None = None,
     cancellation: Cancellation | None = None,
 ) -> Iterator[FoundFile]:
     """Yield every file in the given directories below `root`, each path once, in no order.
@@ -106,6 +108,7 @@ def walk(
         root: The directory that paths are relative to and that links must not leave.
         directories: Relative to `root`, `/` separated; they may overlap.
         follow_root: Whether `root` may be a link itself.
+        owner: With whose rights the directories are opened; None: this process's.
         cancellation: Checked at each directory, or None.
 
     Raises:
@@ -116,7 +119,7 @@ def walk(
     """
     starts = _outermost(directories)
     try:
-        opened = Root(root, follow=follow_root)
+        opened = Root(root, follow=follow_root, owner=owner)
     except FileNotFoundError:
         return
     with opened:
@@ -129,6 +132,7 @@ def walk_links(
     links: Sequence[str],
     *,
     follow_root: bool = True,
+    owner: Owner | None = None,
     cancellation: Cancellation | None = None,
 ) -> Iterator[FoundFile]:
     """Yield what symbolic links count as: the file one leads to, or all below a directory.
@@ -137,12 +141,13 @@ def walk_links(
         root: The directory that paths are relative to and that links must not leave.
         links: Relative to `root`, `/` separated. What is no link any more is passed over.
         follow_root: Whether `root` may be a link itself.
+        owner: With whose rights the directories are opened; None: this process's.
         cancellation: Checked at each directory, or None.
 
     Raises:
         CancelledError, LocalReadError: As `walk`.
     """
-    with Root(root, follow=follow_root) as opened:
+    with Root(root, follow=follow_root, owner=owner) as opened:
         for link in links:
             yield from _Walk(opened, cancellation or Cancellation()).behind(link)
 

@@ -11,7 +11,7 @@ manifest is what readers go by.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -104,6 +104,7 @@ def finish_task(
     mounts: Mounts,
     failed: bool = False,
     upload_failed: bool = False,
+    on_manifest: Callable[[int, bytes], object] = lambda _index, _data: None,
 ) -> FinishResult:
     """Store what a task left behind.
 
@@ -114,6 +115,8 @@ def finish_task(
         mounts: The host's.
         failed: The task failed; then nothing is stored,
         upload_failed: unless this asks for it.
+        on_manifest: Told each output manifest that is stored, with its index in the job's list;
+            not those of an answer that is given again.
 
     Raises:
         SessionStateError: The session has not started, or the sync of a step did not finish.
@@ -138,7 +141,7 @@ def finish_task(
     if failed and not upload_failed:
         result = _empty_result(state)
     else:
-        result = _store_outputs(state, action, context, state_file)
+        result = _store_outputs(state, action, context, state_file, on_manifest)
     result.seconds = round(time.monotonic() - begun, 3)
     log.info(
         events.TASK_FINISHED,
@@ -162,7 +165,11 @@ def _empty_result(state: SessionState) -> FinishResult:
 
 
 def _store_outputs(
-    state: SessionState, action: TaskAction, context: TransferContext, state_file: StateFile
+    state: SessionState,
+    action: TaskAction,
+    context: TransferContext,
+    state_file: StateFile,
+    on_manifest: Callable[[int, bytes], object],
 ) -> FinishResult:
     """Store what became of all roots, and note it; what was stored and noted is told again."""
     found = [
@@ -174,7 +181,7 @@ def _store_outputs(
         return answer
     result = _empty_result(state)
     found = [_store_changes(changes, state, action, context, result) for changes in found]
-    _store_manifests(state, found, action, context, result)
+    _store_manifests(state, found, action, context, result, on_manifest)
     result.deleted = [path for changes in found for path in changes.deleted]
     if result.files or any(changes.differ() for changes in found):
         for changes in found:
@@ -231,7 +238,11 @@ def _find_changes(
     local_root = Path(root.local_root)
     cancellation = context.cancellation
     for found in walk(
-        local_root, root.output_directories, follow_root=changes.follow, cancellation=cancellation
+        local_root,
+        root.output_directories,
+        follow_root=changes.follow,
+        owner=context.owner,
+        cancellation=cancellation,
     ):
         known = root.baseline.get(found.path)
         if known is None or not _untouched(known, found):
@@ -239,7 +250,7 @@ def _find_changes(
             continue
         _keep(changes, found.path, known, action.owner)
     if suspects:
-        with Root(local_root, follow=changes.follow) as opened:
+        with Root(local_root, follow=changes.follow, owner=context.owner) as opened:
             for found, digest in hash_files(
                 opened, suspects, context.index, cancellation=cancellation
             ):
@@ -264,6 +275,7 @@ def _find_written(
             local_root,
             written.links,
             follow_root=changes.follow,
+            owner=context.owner,
             cancellation=context.cancellation,
         )
     suspects: list[FoundFile] = []
@@ -279,7 +291,7 @@ def _find_written(
             for below in inputs([found.path for found in suspects])
             for entry in below
         }
-        with Root(local_root, follow=changes.follow) as opened:
+        with Root(local_root, follow=changes.follow, owner=context.owner) as opened:
             for found, digest in hash_files(
                 opened, suspects, context.index, cancellation=context.cancellation
             ):
@@ -371,7 +383,8 @@ def _upload(
         step=action.step_id,
         task=action.task_id or "",
     )
-    with Root(Path(changes.root.local_root), follow=changes.follow) as opened:
+    place = Path(changes.root.local_root)
+    with Root(place, follow=changes.follow, owner=context.owner) as opened:
         done = upload(opened, files, context, spec)
     result.bytes_uploaded += done.bytes_uploaded
     result.bytes_reused += done.bytes_reused
@@ -386,6 +399,7 @@ def _store_manifests(
     action: TaskAction,
     context: TransferContext,
     result: FinishResult,
+    on_manifest: Callable[[int, bytes], object],
 ) -> None:
     """Store one manifest for each of the job's manifests that has outputs."""
     for changes in all_changes:
@@ -411,6 +425,7 @@ def _store_manifests(
             )
             metadata = output_metadata(properties.root_path, properties.file_system_location_name)
             context.ask(partial(_put, key=key, data=data, metadata=metadata))
+            on_manifest(index, data)
             result.manifests[index] = OutputManifestResult(key, Digest.of(data).hex)
             result.files += len(entries)
 

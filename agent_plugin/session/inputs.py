@@ -16,6 +16,7 @@ from pathlib import Path
 from agent_plugin.content.errors import UnsafePathError, local_write_error
 from agent_plugin.content.leftovers import partial_name, prune
 from agent_plugin.content.manifest import Manifest
+from agent_plugin.content.owner import Owner, acting, make_directories
 from agent_plugin.content.safe_path import Root
 from agent_plugin.session.state import RootState, SessionState
 from agent_plugin.transfer.context import TransferContext
@@ -47,6 +48,9 @@ def materialise(
     """
     plans = [_plan(root, manifest, state, context) for root, manifest in roots]
     survey(plans, context.cache, context.cancellation)
+    context.expect(
+        sum(plan.files_to_place for plan in plans), sum(plan.bytes_to_place for plan in plans)
+    )
     results = []
     with context.leased(state.session_id, {digest for plan in plans for digest in plan.wanted}):
         for plan, (root, _) in zip(plans, roots, strict=True):
@@ -60,7 +64,7 @@ def materialise(
             )
             results.append(download(plan, context, spec))
             if plan.hidden:
-                _reveal(plan.root, Path(root.local_root))
+                _reveal(plan.root, Path(root.local_root), plan.owner)
     return results
 
 
@@ -73,6 +77,7 @@ def _plan(
     root: RootState, manifest: Manifest | None, state: SessionState, context: TransferContext
 ) -> DownloadPlan:
     place = Path(root.local_root)
+    owner = context.owner
     own = state.owns(root)
     if own and place.is_symlink():
         # Now, before anything is written; a link that comes later is refused where it is opened.
@@ -82,11 +87,11 @@ def _plan(
         )
     try:
         if manifest is None:
-            place.mkdir(parents=True, exist_ok=True)
-            return DownloadPlan(place, follow_root=not own)
+            make_directories(place, owner, shared=not own)
+            return DownloadPlan(place, follow_root=not own, owner=owner)
         hidden = own and not _holds_anything(place) and not _is_mount_point(place)
         if hidden:
-            _clear(hidden_root(place), manifest)
+            _clear(hidden_root(place), manifest, owner)
     except OSError as error:
         raise local_write_error(error, os.fspath(place)) from error
     return plan_download(
@@ -96,6 +101,7 @@ def _plan(
         hidden=hidden,
         exclusive=own,
         follow_root=not own,
+        owner=owner,
         cancellation=context.cancellation,
     )
 
@@ -130,18 +136,20 @@ def _mount_of(directory: Path) -> str:
     return next(line for line in facts.splitlines() if line.startswith("mnt_id:"))
 
 
-def _clear(hidden: Path, manifest: Manifest) -> None:
+def _clear(hidden: Path, manifest: Manifest, owner: Owner | None) -> None:
     """Remove what a killed start left that is not of this manifest, or what a job planted."""
     if os.path.lexists(hidden):
         # From the directory above, since a job may put a link in its place at any time.
-        with Root(hidden.parent) as above:
+        with Root(hidden.parent, owner=owner) as above, acting(owner):
             prune(above, hidden.name, [entry.path for entry in manifest.entries])
 
 
-def _reveal(hidden: Path, place: Path) -> None:
+def _reveal(hidden: Path, place: Path, owner: Owner | None) -> None:
     try:
-        _take_after(hidden, place)
-        hidden.rename(place)
+        if owner is None:
+            _take_after(hidden, place)
+        with acting(owner):
+            hidden.rename(place)
     except OSError as error:
         raise local_write_error(error, os.fspath(place)) from error
 

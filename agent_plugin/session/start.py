@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 import msgspec
@@ -88,6 +89,7 @@ def start(
     mounts: Mounts,
     file_system: str | None = None,
     environment: Mapping[str, str] = os.environ,
+    given: Mapping[int, Manifest] = MappingProxyType({}),
 ) -> StartResult:
     """Bring a job's inputs to their local roots, or go on where a killed start stopped.
 
@@ -102,6 +104,7 @@ def start(
         mounts: The host's.
         file_system: `COPIED`, `VIRTUAL` or `AUTO`; None for what the job says.
         environment: Of the mounts' processes.
+        given: Further inputs, over those of the job's manifest with that index.
 
     Raises:
         SessionStateError: Another job's session was started in this directory.
@@ -124,7 +127,7 @@ def start(
         _carry_over(before, state)
     state_file.write(state)
     try:
-        manifests = wanted = [_manifest_of(root, job, context) for root in roots]
+        manifests = wanted = [_manifest_of(root, job, context, given) for root in roots]
         wish = file_system or job.attachments.file_system
         reasons = [
             _mount(root, manifest, wish, state, context, mounts, environment)
@@ -203,10 +206,7 @@ def sync_step(
     state = state_file.read_ready()
     if depends_on is None:
         depends_on = state.job.step_dependencies.get(step_id, ())
-    if step_id not in state.unfinished_steps:
-        # Until all is there nobody may take what has come for a task's own output.
-        state.unfinished_steps.append(step_id)
-        state_file.write(state)
+    _note_unfinished(step_id, state, state_file)
     outputs = [
         output
         for dependency in depends_on
@@ -220,6 +220,57 @@ def sync_step(
     if len(state.roots) > known:
         # Who ends the session removes what the state names, so it is named before it is made.
         state_file.write(state)
+    return _bring(step_id, merged, state, context, state_file, mounts, begun)
+
+
+def sync_given(
+    label: str,
+    given: Mapping[int, Manifest],
+    context: TransferContext,
+    state_file: StateFile,
+    *,
+    mounts: Mounts,
+) -> StartResult:
+    """Bring given files over what is there, as `sync_step` brings those that it has found.
+
+    Args:
+        label: Stands for the step: after a kill, the same brings it to its end.
+        given: The files of roots, by the index of one of the job's manifests.
+        context: The services.
+        state_file: Of a started session.
+        mounts: The host's.
+
+    Raises:
+        SessionStateError: The session has not started.
+        PropmasterError: Any other of the tree.
+    """
+    begun = time.monotonic()
+    state = state_file.read_ready()
+    _note_unfinished(label, state, state_file)
+    merged = [
+        (next(root for root in state.roots if index in root.manifests), manifest)
+        for index, manifest in given.items()
+    ]
+    return _bring(label, merged, state, context, state_file, mounts, begun)
+
+
+def _note_unfinished(step_id: str, state: SessionState, state_file: StateFile) -> None:
+    if step_id not in state.unfinished_steps:
+        # Until all is there nobody may take what has come for a task's own output.
+        state.unfinished_steps.append(step_id)
+        state_file.write(state)
+
+
+def _bring(
+    step_id: str,
+    merged: Sequence[tuple[RootState, Manifest]],
+    state: SessionState,
+    context: TransferContext,
+    state_file: StateFile,
+    mounts: Mounts,
+    begun: float,
+) -> StartResult:
+    """Bring the outputs that a step depends on, and note that they are there."""
     copied = [(root, manifest) for root, manifest in merged if root.file_system == COPIED]
     done = iter(materialise(copied, state, context, kind="sync-step", step=step_id))
     results = [next(done) if root.file_system == COPIED else NOTHING_MOVED for root, _ in merged]
@@ -361,10 +412,13 @@ def _root_states(job: JobDocument, local_roots: Sequence[LocalRoot]) -> list[Roo
     return states
 
 
-def _manifest_of(root: RootState, job: JobDocument, context: TransferContext) -> Manifest | None:
-    manifests = [
-        fetch_input_manifest(job.attachments.manifests[index], context) for index in root.manifests
-    ]
+def _manifest_of(
+    root: RootState, job: JobDocument, context: TransferContext, given: Mapping[int, Manifest]
+) -> Manifest | None:
+    manifests = []
+    for index in root.manifests:
+        manifests.append(fetch_input_manifest(job.attachments.manifests[index], context))
+        manifests.append(given.get(index))
     return merge([manifest for manifest in manifests if manifest is not None])
 
 
@@ -389,6 +443,7 @@ def _baseline(
         Path(root.local_root),
         root.output_directories,
         follow_root=not state.owns(root),
+        owner=context.owner,
         cancellation=context.cancellation,
     ):
         entry = entries.get(found.path)

@@ -19,6 +19,7 @@ from agent_plugin.content.leftovers import partial_name
 from agent_plugin.content.manifest import Manifest
 from agent_plugin.content.mount_probe import fusepy_obstacle, kernel_obstacle, may_allow_other
 from agent_plugin.content.mount_table import is_mounted
+from agent_plugin.content.owner import Owner
 from agent_plugin.content.writes_probe import AUTO as WRITES_AUTO
 from agent_plugin.content.writes_probe import choose_writes
 from agent_plugin.session.mounts import FailedRead, MountRequest, Mounts, ask_mount
@@ -123,7 +124,8 @@ def mount(
         mounts.end(place)
     # Its error ledger is a new one.
     root.errors_told = 0
-    owner = os.stat(state.session_dir)  # noqa: PTH116 - of a path as text
+    session_dir = os.stat(state.session_dir)  # noqa: PTH116 - of a path as text
+    owner = context.owner or Owner(session_dir.st_uid, session_dir.st_gid)
     try:
         place.mkdir(exist_ok=True)
     except OSError as error:
@@ -137,8 +139,8 @@ def mount(
         account_id=getattr(context.open_store, "account_id", None) or "",
         writes=writes.writes,
         writes_reason=writes.reason,
-        uid=owner.st_uid,
-        gid=owner.st_gid,
+        uid=owner.uid,
+        gid=owner.gid,
         layers=root.layers,
     )
     mounts.start(request, cancellation=context.cancellation, environment=environment)

@@ -10,6 +10,7 @@ from agent_plugin.content.blob_cache import BlobCache
 from agent_plugin.content.digest import Digest
 from agent_plugin.content.errors import CacheUnsafeError, LocalError, PropmasterError
 from agent_plugin.content.local_index import LocalIndex
+from agent_plugin.content.owner import Owner
 from agent_plugin.content.retry import telling
 from agent_plugin.transfer.asking import CONCURRENCY, Asking
 from agent_plugin.transfer.ledger import Ledger
@@ -48,6 +49,9 @@ class TransferContext(Asking):
         scope: For whom content is moved; what one has seen in a store proves nothing to another.
         existence_max_age: For how many seconds a blob seen in the store is asked for before it
             would be sent.
+        owner: Whose the files below local roots are; None: this process's user's.
+        expect: Told what several transfers are going to place together, before the first begins:
+            files and bytes.
     """
 
     store_url: str
@@ -58,6 +62,8 @@ class TransferContext(Asking):
     concurrency: int = CONCURRENCY
     existence_max_age: int = EXISTENCE_MAX_AGE_SECONDS
     scope: str = ""
+    owner: Owner | None = None
+    expect: Callable[[int, int], None] = field(default=lambda _files, _bytes: None)
 
     def leased(self, name: str, digests: Iterable[Digest]) -> AbstractContextManager[object]:
         """Keep blobs from eviction while the block runs, as far as the cache can be written.

@@ -188,6 +188,7 @@ class _Download:
             direct=plan.hidden,
             exclusive=plan.exclusive,
             follow=plan.follow_root,
+            owner=plan.owner,
             cancellation=context.cancellation,
         )
         self.counts = _Counts()

@@ -8,6 +8,11 @@ can, else by copy_file_range, and what arrived in the target is hashed before it
 damage in the cache can not reach a job. Never by hard link: names that share content have their own
 times, and a job could write through one into the cache. A large blob is fetched right into the file
 that gets its name in the end, and copied from there into the cache.
+
+Where the root is another user's, files are given to that user; a staged one when it gets its place,
+since the cache may share its blocks, and nobody else may write to it until then. In a directory of
+the host's, where this process may have no rights, all happens with that user's, and the cache
+shares nothing with what it makes.
 """
 
 import errno
@@ -28,6 +33,7 @@ from agent_plugin.content.digest import READ_BYTES, Digest, hash_fd
 from agent_plugin.content.errors import BlobCorruptError, local_write_error
 from agent_plugin.content.leftovers import lock_partial, partial_name, remove_partials
 from agent_plugin.content.manifest import FileEntry
+from agent_plugin.content.owner import Owner, acting, make_directories
 from agent_plugin.content.parts import write_all
 from agent_plugin.content.safe_path import Root
 from agent_plugin.content.store import Cancellation
@@ -55,17 +61,24 @@ _NO_REFLINK: Final = frozenset(
 class StagedFile:
     """A file at the top of a root, under a temporary name, to be filled with a blob.
 
+    Args:
+        name: The temporary name.
+        directory: The descriptor of the root.
+        maker: With whose rights it is made; None: this process's.
+
     Attributes:
         fd: Open for reading and writing, until `close`.
     """
 
-    def __init__(self, name: str, directory: int) -> None:
+    def __init__(self, name: str, directory: int, maker: Owner | None) -> None:
         # Of its own, since the root may be closed while a thread that was left behind has this.
         self._directory = os.dup(directory)
         self._name: str | None = name
+        self._maker = maker
         try:
             # Closed to others while it has no place: what was verified must stay as it is.
-            self.fd = _create(name, self._directory, mode=0o600)
+            with acting(maker):
+                self.fd = _create(name, self._directory, mode=0o600)
         except OSError:
             os.close(self._directory)
             raise
@@ -85,7 +98,7 @@ class StagedFile:
         """Close the file, and remove it unless it got a place."""
         os.close(self.fd)
         if self._name is not None:
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError), acting(self._maker):
                 os.unlink(self._name, dir_fd=self._directory)
         os.close(self._directory)
 
@@ -169,6 +182,7 @@ class Placer:
         exclusive: Nobody else places files here meanwhile, so that every temporary file in a
             directory where one is placed is what a killed run left, and is removed.
         follow: Whether the root may be a link; not where others can put one.
+        owner: Whose the files are; None: this process's user's.
         cancellation: Checked while a large file is copied and hashed, or None.
 
     Raises:
@@ -185,13 +199,18 @@ class Placer:
         direct: bool = False,
         exclusive: bool = False,
         follow: bool = True,
+        owner: Owner | None = None,
         cancellation: Cancellation | None = None,
     ) -> None:
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            make_directories(directory, owner, shared=follow)
         except OSError as error:
             raise local_write_error(error, os.fspath(directory)) from error
-        self._root = Root(directory, follow=follow)
+        self._root = Root(directory, follow=follow, owner=owner)
+        self._owner = owner
+        self._shared = follow
+        # With whose rights everything is done.
+        self._maker = owner if follow else None
         self._label = directory
         self._transfer = label
         self._temporary = None if direct else partial_name(label)
@@ -207,7 +226,8 @@ class Placer:
         if self._temporary:
             # Now, before `stage` makes any; and planning makes a file there, to see whether the
             # file system folds names.
-            self._sweep("", self._root.fd)
+            with acting(self._maker):
+                self._sweep("", self._root.fd)
 
     def __enter__(self) -> Self:
         return self
@@ -266,7 +286,7 @@ class Placer:
         with self._staging:
             if self._closed:
                 raise OSError(errno.EBADF, "the transfer has ended")
-            staged = StagedFile(name, self._root.fd)
+            staged = StagedFile(name, self._root.fd, self._maker)
         if not self._exclusive:
             lock_partial(staged.fd)
         return staged
@@ -280,17 +300,20 @@ class Placer:
         parent, _, name = entry.path.rpartition("/")
         nanoseconds = entry.mtime * 1000
         try:
-            directory = self._root.directory(parent, create=True)
-            if self._temporary:
-                self._sweep(parent, directory)
-            os.fchmod(staged.fd, 0o666 & ~self._umask)
-            os.utime(staged.fd, ns=(nanoseconds, nanoseconds))
-            staged.rename(name, directory)
+            with acting(self._maker):
+                os.utime(staged.fd, ns=(nanoseconds, nanoseconds))
+                self._finish(staged.fd)
+                directory = self._root.directory(parent, create=True)
+                if self._temporary:
+                    self._sweep(parent, directory)
+                staged.rename(name, directory)
         except OSError as error:
             raise local_write_error(error, os.fspath(self._label / entry.path)) from error
 
     def can_clone(self, staged: StagedFile, target: int) -> bool:
         """Whether an empty file of the blob cache can share blocks with a staged one."""
+        if self._maker is not None:
+            return False
         return self._clone(staged.fd, target, REFLINK_MIN_BYTES)
 
     def retime(self, entry: FileEntry) -> None:
@@ -302,35 +325,51 @@ class Placer:
         parent, _, name = entry.path.rpartition("/")
         nanoseconds = entry.mtime * 1000
         try:
-            directory = self._root.directory(parent, create=False)
-            os.utime(name, ns=(nanoseconds, nanoseconds), dir_fd=directory, follow_symlinks=False)
+            with acting(self._maker):
+                directory = self._root.directory(parent, create=False)
+                os.utime(
+                    name, ns=(nanoseconds, nanoseconds), dir_fd=directory, follow_symlinks=False
+                )
         except OSError as error:
             raise local_write_error(error, os.fspath(self._label / entry.path)) from error
 
     def _place(self, entry: FileEntry, fill: _Fill) -> None:
-        parent, _, name = entry.path.rpartition("/")
-        nanoseconds = entry.mtime * 1000
         try:
-            directory = self._root.directory(parent, create=True)
-            written = self._temporary or name
-            if self._temporary:
-                self._sweep(parent, directory)
-            fd = _create(written, directory)
-            try:
-                if self._temporary and not self._exclusive:
-                    lock_partial(fd)
-                fill(fd)
-                os.utime(fd, ns=(nanoseconds, nanoseconds))
-                if written != name:
-                    os.rename(written, name, src_dir_fd=directory, dst_dir_fd=directory)
-            except BaseException:
-                with suppress(FileNotFoundError):
-                    os.unlink(written, dir_fd=directory)
-                raise
-            finally:
-                os.close(fd)
+            with acting(self._maker):
+                self._place_as_maker(entry, fill)
         except OSError as error:
             raise local_write_error(error, os.fspath(self._label / entry.path)) from error
+
+    def _place_as_maker(self, entry: FileEntry, fill: _Fill) -> None:
+        parent, _, name = entry.path.rpartition("/")
+        nanoseconds = entry.mtime * 1000
+        directory = self._root.directory(parent, create=True)
+        written = self._temporary or name
+        if self._temporary:
+            self._sweep(parent, directory)
+        fd = _create(written, directory, mode=0o666 if self._owner is None else 0o600)
+        try:
+            if self._temporary and not self._exclusive:
+                lock_partial(fd)
+            fill(fd)
+            if self._owner is not None:
+                self._owner.give_file(fd, shared=self._shared)
+            os.utime(fd, ns=(nanoseconds, nanoseconds))
+            if written != name:
+                os.rename(written, name, src_dir_fd=directory, dst_dir_fd=directory)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.unlink(written, dir_fd=directory)
+            raise
+        finally:
+            os.close(fd)
+
+    def _finish(self, fd: int) -> None:
+        """Make a staged file its owner's."""
+        if self._owner is not None:
+            self._owner.give_file(fd, shared=self._shared)
+        else:
+            os.fchmod(fd, 0o666 & ~self._umask)
 
     def _sweep(self, parent: str, directory: int) -> None:
         """Remove what killed runs left in a directory, at the first file that is placed there."""

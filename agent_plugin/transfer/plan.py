@@ -21,6 +21,7 @@ from agent_plugin.content.errors import (
 )
 from agent_plugin.content.leftovers import is_partial, partial_name
 from agent_plugin.content.manifest import FileEntry, Manifest, find_folding_clashes
+from agent_plugin.content.owner import Owner, acting, make_directories
 from agent_plugin.content.safe_path import Root
 from agent_plugin.content.snapshot import FoundFile, HashCache, hash_files
 from agent_plugin.content.store import Cancellation
@@ -44,6 +45,7 @@ class DownloadPlan:
             under theirs.
         exclusive: Nobody else places files under the root meanwhile.
         follow_root: Whether the root may be a link.
+        owner: Whose its files are; None: this process's user's.
         cached: Of the wanted digests those that the blob cache had when it was asked.
     """
 
@@ -54,6 +56,7 @@ class DownloadPlan:
     hidden: bool = False
     exclusive: bool = False
     follow_root: bool = True
+    owner: Owner | None = None
     cached: set[Digest] = field(default_factory=set)
 
     @property
@@ -75,6 +78,7 @@ def plan_download(
     hidden: bool = False,
     exclusive: bool = False,
     follow_root: bool = True,
+    owner: Owner | None = None,
     cancellation: Cancellation | None = None,
 ) -> DownloadPlan:
     """Compare a manifest with what is at its root.
@@ -92,14 +96,16 @@ def plan_download(
         NoSpaceError, LocalWriteError: The root can not be made, or not be written.
     """
     _refuse_partials(manifest)
-    plan = DownloadPlan(root, hidden=hidden, exclusive=exclusive, follow_root=follow_root)
+    plan = DownloadPlan(
+        root, hidden=hidden, exclusive=exclusive, follow_root=follow_root, owner=owner
+    )
     present = {}
-    if _has_entries(root):
-        with Root(root, follow=follow_root) as opened:
+    if _has_entries(root, owner):
+        with Root(root, follow=follow_root, owner=owner) as opened:
             present = _present(manifest, opened, hash_cache, cancellation)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with Root(root, follow=follow_root) as opened:
+        make_directories(root, owner, shared=follow_root)
+        with Root(root, follow=follow_root, owner=owner) as opened, acting(owner):
             _check_folding(manifest, opened)
     except OSError as error:
         raise local_write_error(error, os.fspath(root)) from error
@@ -136,7 +142,8 @@ def survey(
     places: dict[int, Path] = {}
     for plan in plans:
         try:
-            device = plan.root.stat().st_dev
+            with acting(plan.owner):
+                device = plan.root.stat().st_dev
         except OSError as error:
             raise LocalReadError(f"{plan.root}: {error.strerror}") from error
         places.setdefault(device, plan.root)
@@ -157,9 +164,9 @@ def survey(
             )
 
 
-def _has_entries(root: Path) -> bool:
+def _has_entries(root: Path, owner: Owner | None) -> bool:
     try:
-        with os.scandir(root) as entries:
+        with acting(owner), os.scandir(root) as entries:
             return next(entries, None) is not None
     except FileNotFoundError:
         return False

@@ -1,0 +1,238 @@
+"""Files and directories for another user: with whose rights they are made, and whose they are."""
+
+import os
+import stat
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from agent_plugin.content.digest import Digest
+from agent_plugin.content.errors import LocalReadError, LocalWriteError
+from agent_plugin.content.manifest import FileEntry
+from agent_plugin.content.owner import Owner, acting, make_directories
+from agent_plugin.content.safe_path import Root
+from agent_plugin.transfer.placement import Placer
+from tests.servers.other_user import NOBODY
+
+GROUP = 54321
+MTIME = 1_622_505_600_123_457
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A directory that others can get to: pytest's own are closed to them."""
+    with tempfile.TemporaryDirectory(prefix="propmaster-owner-") as name:
+        directory = Path(name)
+        directory.chmod(0o755)
+        yield directory
+
+
+@pytest.fixture
+def session(place: Path) -> Path:
+    """A session directory, as the agent makes it for a job's user."""
+    directory = place / "session"
+    directory.mkdir()
+    directory.chmod(0o770)
+    if os.geteuid() == 0:
+        os.chown(directory, -1, NOBODY)
+    return directory
+
+
+@contextmanager
+def being_in_group(group: int) -> Iterator[None]:
+    """Make this process a user that is not root, and in a group."""
+    groups, gid = os.getgroups(), os.getegid()
+    os.setgroups([group])
+    os.setegid(NOBODY)
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(gid)
+        os.setgroups(groups)
+
+
+def entry(path: str, data: bytes) -> FileEntry:
+    digest = Digest.of(data)
+    return FileEntry(digest.hex, MTIME, path, digest.size)
+
+
+def facts(path: Path) -> tuple[int, int, int]:
+    status = path.lstat()
+    return status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)
+
+
+def place_all(directory: Path, owner: Owner, *, follow: bool) -> None:
+    """Place a small file, a copy and a staged file, in directories of their own."""
+    with Placer(directory, "label", follow=follow, owner=owner) as placer:
+        placer.place_data(entry("small/er/file", b"small"), b"small")
+        source = os.memfd_create("blob")
+        os.write(source, b"copied")
+        placer.place_copy(entry("copy/file", b"copied"), source)
+        os.close(source)
+        staged = placer.stage()
+        os.write(staged.fd, b"staged")
+        placer.place_staged(entry("staged/file", b"staged"), staged)
+        staged.close()
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("follow", "file_mode", "directory_mode"), [(False, 0o660, 0o770), (True, 0o644, 0o755)]
+)
+def test_everything_that_is_made_is_the_users(
+    session: Path, follow: bool, file_mode: int, directory_mode: int
+) -> None:
+    """Whatever this process's umask is."""
+    root = session / "made" / "root"
+    umask = os.umask(0o077)
+    try:
+        place_all(root, Owner(NOBODY, NOBODY), follow=follow)
+    finally:
+        os.umask(umask)
+
+    found = {path: facts(path) for path in (root.parent, root, *root.rglob("*"))}
+    assert {path.name for path in found if path.is_file()} == {"file"}
+    assert len(found) == 9
+    for path, fact in found.items():
+        mode = file_mode if path.is_file() else (0o755 if follow else 0o770)
+        assert fact == (NOBODY, NOBODY, mode), path
+        if path.is_file():
+            assert path.stat().st_mtime_ns == MTIME * 1000
+    assert directory_mode in {mode for _, _, mode in found.values()}
+
+
+@needs_root
+def test_a_staged_file_is_nobody_elses_until_it_has_its_place(session: Path) -> None:
+    """Who could write to it could put bytes into the cache that were not verified."""
+    owner = Owner(NOBODY, NOBODY)
+    with Placer(session / "root", "label", follow=False, owner=owner) as placer:
+        staged = placer.stage()
+        status = os.fstat(staged.fd)
+        clonable = placer._maker is None
+        staged.close()
+
+    assert (status.st_uid, stat.S_IMODE(status.st_mode)) == (0, 0o600)
+    assert clonable
+
+
+@needs_root
+def test_the_cache_shares_nothing_with_a_staged_file_that_is_the_users(session: Path) -> None:
+    owner = Owner(NOBODY, NOBODY)
+    with Placer(session / "root", "label", follow=True, owner=owner) as placer:
+        staged = placer.stage()
+        assert os.fstat(staged.fd).st_uid == NOBODY
+        assert not placer.can_clone(staged, staged.fd)
+        staged.close()
+    assert [*(session / "root").iterdir()] == []
+
+
+@needs_root
+def test_a_root_that_may_be_a_link_is_written_with_the_users_rights(
+    place: Path, session: Path
+) -> None:
+    (place / "closed").mkdir(mode=0o700)
+    (session / "root").symlink_to(place / "closed")
+    owner = Owner(NOBODY, NOBODY)
+
+    with pytest.raises((LocalWriteError, LocalReadError)):
+        place_all(session / "root", owner, follow=True)
+    assert [*(place / "closed").iterdir()] == []
+
+
+@needs_root
+def test_the_groups_of_the_user_count(place: Path) -> None:
+    (place / "project").mkdir()
+    (place / "project").chmod(0o2770)
+    os.chown(place / "project", 0, GROUP)
+
+    with pytest.raises((LocalWriteError, LocalReadError)):
+        place_all(place / "project", Owner(NOBODY, NOBODY), follow=True)
+    place_all(place / "project", Owner(NOBODY, NOBODY, (GROUP,)), follow=True)
+
+    assert facts(place / "project" / "copy" / "file") == (NOBODY, GROUP, 0o644)
+
+
+@needs_root
+def test_a_file_that_the_user_may_not_read_is_not_read_for_him(session: Path) -> None:
+    """He may have linked to it, where the kernel lets him."""
+    (session / "secret").write_text("secret")
+    (session / "secret").chmod(0o600)
+    (session / "shared").write_text("shared")
+    (session / "shared").chmod(0o644)
+
+    with Root(session, follow=False, owner=Owner(NOBODY, NOBODY)) as root:
+        os.close(root.open_file("shared"))
+        with pytest.raises(LocalReadError, match="Permission denied"):
+            root.open_file("secret")
+
+
+@needs_root
+def test_the_rights_are_those_of_one_thread_and_end_with_the_block(place: Path) -> None:
+    (place / "closed").mkdir(mode=0o700)
+    owner = Owner(NOBODY, NOBODY, (GROUP,))
+    groups, acting_now, others = os.getgroups(), threading.Event(), []
+
+    def try_meanwhile() -> None:
+        acting_now.wait(60)
+        others.append(_may_write(place / "closed"))
+
+    thread = threading.Thread(target=try_meanwhile)
+    thread.start()
+    with owner.acting(), owner.acting():
+        mine = _may_write(place / "closed")
+        acting_now.set()
+        thread.join(60)
+    with pytest.raises(ValueError, match="stopped"), acting(owner):
+        raise ValueError("stopped")
+
+    assert (mine, others, _may_write(place / "closed")) == (False, [True], True)
+    assert os.getgroups() == groups
+
+
+def _may_write(directory: Path) -> bool:
+    try:
+        os.close(os.open(directory / "probe", os.O_WRONLY | os.O_CREAT, 0o600))
+    except PermissionError:
+        return False
+    return True
+
+
+@needs_root
+def test_without_root_the_group_can_do_all_and_what_it_makes_stays_in_reach(place: Path) -> None:
+    session = place / "session"
+    session.mkdir()
+    session.chmod(0o770)
+    os.chown(session, NOBODY, GROUP)
+
+    with being_in_group(GROUP):
+        place_all(session / "root", Owner(NOBODY - 1, GROUP), follow=False)
+
+    assert facts(session / "root") == (NOBODY, GROUP, 0o2770)
+    assert facts(session / "root" / "small" / "er") == (NOBODY, GROUP, 0o2770)
+    for name in ("small/er", "copy", "staged"):
+        assert facts(session / "root" / name / "file") == (NOBODY, GROUP, 0o660)
+
+
+@needs_root
+def test_without_root_and_without_the_group_it_fails_by_name(place: Path) -> None:
+    session = place / "session"
+    session.mkdir()
+    session.chmod(0o777)
+
+    with being_in_group(GROUP + 1), pytest.raises(LocalWriteError, match="Operation not permitted"):
+        place_all(session / "root", Owner(NOBODY - 1, GROUP), follow=False)
+
+
+def test_a_file_where_a_directory_must_be_is_told(place: Path) -> None:
+    (place / "file").touch()
+
+    with pytest.raises(FileExistsError):
+        make_directories(place / "file", Owner(os.geteuid(), os.getegid()), shared=False)
