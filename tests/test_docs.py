@@ -17,7 +17,7 @@ import msgspec
 import pytest
 from msgspec import inspect
 
-from agent_plugin.cli import cache, doctor, manifest, queue
+from agent_plugin.cli import cache, doctor, manifest, queue, worker_serve
 from agent_plugin.cli.demo_screen import DemoResult
 from agent_plugin.cli.main import COMMANDS, propmaster
 from agent_plugin.cli.worker_install import InstallResult
@@ -261,6 +261,7 @@ RESULTS: dict[str, Any] = {
     "worker status": WorkerStatus,
     "doctor": doctor.DoctorResult,
     "demo": DemoResult,
+    "worker serve": worker_serve.ServeResult,
 }
 
 

@@ -3,6 +3,7 @@
 import click
 
 from agent_plugin.cli.worker_install import install_command, status_command, uninstall_command
+from agent_plugin.cli.worker_serve import serve_command
 
 
 @click.group(name="worker")
@@ -10,6 +11,7 @@ def command() -> None:
     """Serve the worker agents of this host."""
 
 
+command.add_command(serve_command)
 command.add_command(install_command)
 command.add_command(status_command)
 command.add_command(uninstall_command)

@@ -44,6 +44,11 @@ MOUNT_ENDED: Final = "mount.ended"
 MOUNT_FELL_BACK: Final = "mount.fell_back"
 MOUNT_SERVER_DIED: Final = "mount.server_died"
 MOUNT_REMADE: Final = "mount.remade"
+SERVICE_STARTED: Final = "service.started"
+SERVICE_ENDED: Final = "service.ended"
+CALL_FINISHED: Final = "call.finished"
+CALL_REFUSED: Final = "call.refused"
+SWEEP_FAILED: Final = "sweep.failed"
 
 COMMAND_CRASHED: Final = "command.crashed"
 

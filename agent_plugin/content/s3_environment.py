@@ -152,6 +152,52 @@ class Credentials:
         return session
 
 
+def keys_of(environment: Mapping[str, str]) -> dict[str, object]:
+    """Return the keys of this moment in the form that a credential process prints.
+
+    Raises:
+        StoreAccessError: There are none.
+        SettingsInvalidError: The profile or its file makes no sense.
+
+    Source: https://docs.aws.amazon.com/sdkref/latest/guide/feature-process-credentials.html
+    """
+    keys = Credentials(environment).session().get_credentials()
+    if keys is None:
+        raise _none_found()
+    with boto_errors("read credentials"):
+        frozen = keys.get_frozen_credentials()
+    # Of keys that expire, which botocore has no other way to tell.
+    expiry = getattr(keys, "_expiry_time", None)
+    return {
+        "Version": 1,
+        "AccessKeyId": frozen.access_key,
+        "SecretAccessKey": frozen.secret_key,
+        **({"SessionToken": frozen.token} if frozen.token else {}),
+        **({"Expiration": expiry.isoformat()} if expiry is not None else {}),
+    }
+
+
+def region_of(environment: Mapping[str, str]) -> str | None:
+    """Return the region that variables or profile say.
+
+    Raises:
+        SettingsInvalidError: The profile or its file makes no sense.
+    """
+    named = environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION")
+    if named or "region" not in _config_text(environment):
+        return named
+    with boto_errors("read the AWS configuration"):
+        region: str | None = _botocore_session(environment).get_config_variable("region")
+        return region
+
+
+def preload() -> None:
+    """Load the S3 libraries, for a process whose children need them; starts no thread."""
+    import botocore.config  # noqa: PLC0415
+    import botocore.credentials  # noqa: F401, PLC0415
+    import obstore.store  # noqa: F401, PLC0415
+
+
 def _none_found() -> StoreAccessError:
     return StoreAccessError(
         "there are no AWS credentials",

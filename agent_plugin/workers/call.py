@@ -6,6 +6,8 @@ so that it runs alike in the process that the agent started and in a child of th
 Expected failures (PropmasterError) leave it as exceptions; `carry_out` tells them.
 """
 
+import importlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,9 @@ VFS_MOUNT: Final = "vfs-mount"
 VFS_UNMOUNT: Final = "vfs-unmount"
 
 EXIT_CRASHED: Final = 1
+
+# C0, DEL and C1.
+_CONTROLS: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 # Who the job is, where its session is, and which credentials it has. A service takes nothing else
 # of an asker's environment.
@@ -64,10 +69,12 @@ class Call:
     Attributes:
         kind: Which drop-in: one of the constants above.
         arguments: Its command line without the program.
-        session_dir: Where the agent started it.
-        environment: Of FORWARDED, what is set.
+        session_dir: Where the agent started it; of VFS_UNMOUNT the directory above the mount point,
+            which nobody has looked at.
+        environment: Of FORWARDED, what is set; os.environ says the same, and in a service nothing
+            else of AWS.
         job_user: None where the files are this process's user's.
-        say: Prints one line into the agent's log at once.
+        say: Prints one line into the agent's log at once; control characters are escaped.
         cancellation: Wished when whoever asked is gone, and on SIGTERM and SIGINT.
     """
 
@@ -82,23 +89,51 @@ class Call:
 
 Run = Callable[[Call, Settings], int]
 
+# Kind of call -> module and function, imported when they are called.
+DROP_INS: Final = {
+    ATTACHMENT_DOWNLOAD: "agent_plugin.workers.deadline.attachment_download:run",
+    ATTACHMENT_UPLOAD: "agent_plugin.workers.deadline.attachment_upload:run",
+    VFS_MOUNT: "agent_plugin.workers.deadline.vfs:run_mount",
+    VFS_UNMOUNT: "agent_plugin.workers.deadline.vfs:run_unmount",
+}
+
+
+def find_drop_in(named: str) -> Run:
+    """Return the function that `module:function` names."""
+    module, _, function = named.partition(":")
+    run: Run = getattr(importlib.import_module(module), function)
+    return run
+
 
 def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
     """Return what a call has of an environment."""
     return {name: environment[name] for name in sorted(FORWARDED & environment.keys())}
 
 
+def one_line(text: str) -> str:
+    r"""Return a text in which each control character is spelled: `\n`, `\t`, `\x1b`.
+
+    The agent obeys lines like `openjd_env: A=1`; a file's name must not make one.
+    """
+    return _CONTROLS.sub(lambda found: repr(found[0])[1:-1], text)
+
+
 def carry_out(call: Call, settings: Settings, run: Run) -> int:
-    """Run a drop-in; tell an expected failure in the agent's words and in ours, return its code."""
+    """Run a drop-in; a failure is told in the agent's words and in ours, and is its exit code."""
     try:
         return run(call, settings)
     except PropmasterError as error:
-        call.say(f"openjd_fail: {error.message}")
-        call.say(f"error[{error.reference}]: {error.message}")
-        if error.hint:
-            call.say(f"hint: {error.hint}")
-        return error.exit_code
+        return tell(error, call.say)
     except Exception:  # noqa: BLE001 - a door: told as a defect, with its trace
         events.get_logger().exception(events.COMMAND_CRASHED)
         call.say("openjd_fail: propmaster crashed; this is a defect of it")
         return EXIT_CRASHED
+
+
+def tell(error: PropmasterError, say: Callable[[str], None]) -> int:
+    """Say an expected failure; return its exit code."""
+    say(f"openjd_fail: {error.message}")
+    say(f"error[{error.reference}]: {error.message}")
+    if error.hint:
+        say(f"hint: {error.hint}")
+    return error.exit_code
