@@ -1,5 +1,8 @@
 """The mounts of this host as its settings have them, for whoever makes and ends some."""
 
+import os
+from pathlib import Path
+
 from agent_plugin.services import scope_of, state_directory, store_limits
 from agent_plugin.session.mounts import CachePlace, Mounts
 from agent_plugin.settings import Settings
@@ -46,3 +49,13 @@ def open_mounts(
         transport=transport or settings.mounts.transport,
         passthrough=settings.mounts.passthrough,
     )
+
+
+def path_of_mount(named: Path) -> Path:
+    """Return the path by which the kernel's table knows a mount point.
+
+    Its last component is not looked at, since its server may hang; links above it are followed.
+    """
+    if named.name in ("", ".."):
+        return Path(os.path.realpath(named))
+    return Path(os.path.realpath(named.parent), named.name)

@@ -64,6 +64,9 @@ def main(arguments: list[str]) -> int:
         _raise_descriptor_limit()
         path = Path(arguments[0])
         spec = read_spec(path)
+        if spec.owner_pid and os.fork():
+            # What ends all processes of the owner, by who started whom, is not to end this.
+            os._exit(0)
         server = Server(spec, path)
         supervisor = Supervisor(
             spec, server.serve, started=started, stack_depth=server.plan.stack_depth
@@ -99,7 +102,7 @@ class Server:
         self._opening = threading.Lock()
         self._opened: Store | None = None
         for manifest in spec.manifests:
-            self._tree.add(decode(_read(manifest), source=manifest))
+            self._tree.add(decode(_read(manifest), source=spec.called or manifest))
         self._open_files = OpenFiles()
         # Decided before anything is added to the tree, for all servers.
         directory = Path(spec.cache_dir or spec.work_dir)

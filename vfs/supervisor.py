@@ -97,7 +97,7 @@ class Supervisor:
             size: Returns how many files and bytes there are.
 
         Raises:
-            PropmasterError: It could not be mounted; nothing is left.
+            PropmasterError: It could not be mounted, or lost its servers; nothing is left.
         """
         os.chdir("/")
         wake = self._listen()
@@ -293,7 +293,11 @@ class Supervisor:
         self._server = server
 
     def _watch(self, wake: int) -> int:
-        """Return when the mount is to go away."""
+        """Return when the mount is to go away.
+
+        Raises:
+            MountFailedError: It has no server any more.
+        """
         owner = _pidfd(self._spec.owner_pid)
         mounts = os.open("/proc/self/mounts", os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -313,7 +317,10 @@ class Supervisor:
                 if code == 0:
                     return 0
                 if not self._replace(code):
-                    return 1
+                    raise MountFailedError(
+                        f"{self._mountpoint}: the server died, and could not be replaced",
+                        hint="see what it wrote before this",
+                    )
             return 0  # Somebody unmounted it; of two mounts, the upper one.
         finally:
             os.close(mounts)

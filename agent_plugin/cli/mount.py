@@ -3,21 +3,19 @@
 import os
 import stat
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 import click
 
-from agent_plugin.cli.mounting import path_of_mount
 from agent_plugin.cli.options import common_options, print_json, say, store_option
 from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.content.errors import LocalReadError, LocalWriteError, SessionStateError
-from agent_plugin.content.manifest import MAX_MANIFEST_BYTES, decode
 from agent_plugin.content.mount_probe import TRANSPORTS
 from agent_plugin.content.mount_spec import NO_WRITES, OVERLAY, OVERLAYFS
 from agent_plugin.content.mount_table import is_mounted
 from agent_plugin.content.writes_probe import WritesChoice, choose_writes
-from agent_plugin.mounting import open_mounts
-from agent_plugin.session.mounts import MountRequest
+from agent_plugin.mounting import open_mounts, path_of_mount
+from agent_plugin.session.mounts import ManifestFile, MountRequest
 from agent_plugin.settings import load
 from agent_plugin.transfer.progress import format_bytes
 
@@ -96,19 +94,19 @@ def command(
     else:
         chosen = choose_writes(writes, work_dir)
     place = _mountpoint(mountpoint)
-    request = MountRequest(
-        manifest=decode(_read(manifest), source=os.fspath(manifest)),
-        mountpoint=place,
-        work_dir=work_dir or mounts.work_dir(place),
-        store_url=store_url,
-        account_id="",
-        writes=chosen.writes,
-        writes_reason=chosen.reason,
-        uid=os.geteuid(),
-        gid=os.getegid(),
-        owner_pid=owner_pid,
-    )
-    with cancel_on_signals() as cancellation:
+    with _open(manifest) as file, cancel_on_signals() as cancellation:
+        request = MountRequest(
+            manifest=ManifestFile(file.fileno(), os.fspath(manifest)),
+            mountpoint=place,
+            work_dir=work_dir or mounts.work_dir(place),
+            store_url=store_url,
+            account_id="",
+            writes=chosen.writes,
+            writes_reason=chosen.reason,
+            uid=os.geteuid(),
+            gid=os.getegid(),
+            owner_pid=owner_pid,
+        )
         ready = mounts.start(request, cancellation=cancellation)
     if as_json:
         print_json(ready)
@@ -120,10 +118,9 @@ def command(
         )
 
 
-def _read(path: Path) -> bytes:
+def _open(path: Path) -> BinaryIO:
     try:
-        with path.open("rb") as file:
-            return file.read(MAX_MANIFEST_BYTES + 1)
+        return path.open("rb")
     except OSError as error:
         raise LocalReadError(f"{path}: {error.strerror}") from error
 

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import click
 
-from agent_plugin.cli.mounting import path_of_mount
 from agent_plugin.cli.options import common_options, print_json, say
-from agent_plugin.mounting import open_mounts
+from agent_plugin.mounting import open_mounts, path_of_mount
 from agent_plugin.settings import load
 
 

@@ -25,13 +25,18 @@ _CAP_SYS_ADMIN: Final = 21
 
 
 def find() -> str | None:
-    """Return the program's path, None if there is none that could mount for this process."""
-    program = shutil.which("fusermount3") or shutil.which("fusermount")
-    if program is None:
+    """Return the program's path, None if there is none that could mount for this process.
+
+    The first of that name may be a script that stands for it, such as a drop-in's.
+    """
+    if not _has("CapBnd"):
         return None
-    status = os.stat(program)  # noqa: PTH116 - of a path as text
-    is_setuid = status.st_uid == 0 and bool(status.st_mode & stat.S_ISUID)
-    return program if is_setuid and _has("CapBnd") else None
+    for name in ("fusermount3", "fusermount"):
+        for directory in os.get_exec_path():
+            program = shutil.which(name, path=directory)
+            if program is not None and _is_setuid_root(program):
+                return program
+    return None
 
 
 def may_administer() -> bool:
@@ -79,6 +84,11 @@ def unmount(at: Path, *, lazily: bool = False) -> None:
         OSError: EBUSY: somebody uses it. EPERM: any other refusal; the text says why.
     """
     _run(["-u", "-z", "--", os.fspath(at)] if lazily else ["-u", "--", os.fspath(at)])
+
+
+def _is_setuid_root(program: str) -> bool:
+    status = os.stat(program)  # noqa: PTH116 - of a path as text
+    return status.st_uid == 0 and bool(status.st_mode & stat.S_ISUID)
 
 
 def _run(

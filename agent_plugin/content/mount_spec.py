@@ -84,11 +84,16 @@ class MountSpec(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fiel
         control: The control socket's path.
         passthrough: Whether the kernel is to read cached blobs itself, if it can: `on`, `off`, or
             `auto` to decide by the size of the files.
-        owner_pid: The process without which the mount goes away; 0 for none.
+        owner_pid: The process without which the mount goes away; 0 for none. Such a mount's own
+            process is no child of whoever starts it, and so is left to clear up when all of the
+            owner's processes are killed at once.
         layers: What was added, in that order.
         store_limits: None for what they are by default.
         transport: `auto`, `kernel` or `fusepy`.
         cache_scope: For whom blobs are fetched (BlobCache.open).
+        called: What the manifest is called in messages; empty for its own path.
+        gives_back: Whether the work directory is given to `uid` when nothing is mounted any more,
+            and removed if nothing was written, so that its user can remove it.
     """
 
     version: int
@@ -116,6 +121,8 @@ class MountSpec(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fiel
     store_limits: StoreLimits | None = None
     transport: str = "auto"
     cache_scope: str = ""
+    called: str = ""
+    gives_back: bool = False
 
     @property
     def lower(self) -> Path:
@@ -200,6 +207,18 @@ def leave_only_upper(spec: MountSpec) -> None:
         for name in ("lower", "spool", "work/work", "work"):
             with suppress(OSError):
                 (place / name).rmdir()
+        if spec.gives_back:
+            _give_back(spec, place, work_dir)
+
+
+def _give_back(spec: MountSpec, place: Path, work_dir: int) -> None:
+    with suppress(OSError):
+        (place / "upper").rmdir()
+        (place / "marks").unlink(missing_ok=True)
+        Path(spec.work_dir).rmdir()
+        return
+    if os.geteuid() == 0:
+        os.fchown(work_dir, spec.uid, spec.gid)
 
 
 def read_spec(path: Path) -> MountSpec:

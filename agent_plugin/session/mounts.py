@@ -9,10 +9,7 @@ kernel's table, without touching what may hang.
 import fcntl
 import json
 import os
-import select
-import signal
 import socket
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -25,13 +22,16 @@ import msgspec
 from agent_plugin.content import events
 from agent_plugin.content.digest import hash_name
 from agent_plugin.content.errors import (
+    LocalReadError,
     LocalWriteError,
+    ManifestInvalidError,
     MountFailedError,
+    PropmasterError,
     SessionStateError,
     local_write_error,
 )
 from agent_plugin.content.leftovers import remove_tree
-from agent_plugin.content.manifest import FileEntry, Manifest, encode
+from agent_plugin.content.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest, encode
 from agent_plugin.content.mount_probe import AUTO
 from agent_plugin.content.mount_spec import (
     VERSION,
@@ -45,18 +45,23 @@ from agent_plugin.content.mount_spec import (
 )
 from agent_plugin.content.mount_table import is_mounted, read_mounts, unmount_all
 from agent_plugin.content.store import Cancellation
+from agent_plugin.session.mount_process import (
+    LAST_READERS_SECONDS,
+    await_ready,
+    end_process,
+    end_servers,
+    last_error,
+    lives,
+    servers_of,
+    spawn,
+    told_holders,
+)
 from agent_plugin.transfer.ledger import lease_owner
 
-# A mount of 1,000,000 files takes some 4 s here; hosts under load take longer.
-READY_SECONDS: Final = 60.0
-# The process itself gives leavers 2 s and last readers 5 s; then it is killed.
-END_SECONDS: Final = 15.0
-# As the mount process gives them: a server that is left without it goes on as long as it is asked.
-LAST_READERS_SECONDS: Final = 2.0
 # A server answers from memory, but may have to wait for a core.
 ANSWER_SECONDS: Final = 30.0
 _POLL_SECONDS: Final = 0.02
-_LOG_TAIL_BYTES: Final = 2000
+_COPIED_AT_ONCE: Final = 4 * 1024 * 1024
 
 log = events.get_logger()
 
@@ -81,6 +86,19 @@ class FailedRead(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True, slots=True)
+class ManifestFile:
+    """A manifest that only the mount's process looks into: that it is one turns out there.
+
+    Attributes:
+        fd: The file, open; all of it counts.
+        name: What it is called in messages.
+    """
+
+    fd: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class MountRequest:
     """What is to be mounted.
 
@@ -93,9 +111,10 @@ class MountRequest:
         uid, gid: Whose the files are.
         owner_pid: The process without which the mount goes away; 0 for none.
         layers: What was added to the last mount with this work directory.
+        gives_back: As MountSpec has it.
     """
 
-    manifest: Manifest
+    manifest: Manifest | ManifestFile
     mountpoint: Path
     work_dir: Path
     store_url: str
@@ -106,6 +125,7 @@ class MountRequest:
     owner_pid: int = 0
     layers: Sequence[Layer] = ()
     writes_reason: str = ""
+    gives_back: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +193,7 @@ class Mounts:
 
         Raises:
             MountFailedError: The host can not, or did not within READY_SECONDS; nothing is left.
+            ManifestInvalidError: The manifest is none; nothing is left.
             SessionStateError: Something is mounted there already.
             CancelledError: Cancellation was wished; nothing is left.
             NoSpaceError, LocalWriteError: The state could not be written.
@@ -191,21 +212,27 @@ class Mounts:
                     self._end(place)
                 place.mkdir(mode=0o700)
                 (place / "starter").write_text(lease_owner() or "", encoding="ascii")
-            manifest = place / "manifest"
-            manifest.touch(mode=0o600)
-            manifest.write_bytes(encode(request.manifest))
+            _keep_manifest(request.manifest, place / "manifest")
         except OSError as error:
             raise local_write_error(error, os.fspath(place)) from error
+        except PropmasterError:
+            self._forget(place)
+            raise
         spec = self._spec(request, place)
         write_spec(spec, place / "spec.json")
-        pid, stdout = _spawn(place, environment)
+        pid, stdout = spawn(place, environment)
         process = lease_owner(pid) or ""
         try:
-            ready = _await_ready(stdout, place, request.mountpoint, cancellation)
-            record = MountRecord(process, ready)
+            ready = await_ready(stdout, place, request.mountpoint, cancellation)
+            if ready.pid != pid:
+                # With an owner it goes on in a process that is nobody's child.
+                os.waitpid(pid, 0)
+            record = MountRecord(lease_owner(ready.pid) or "", ready)
             (place / "record.json").write_bytes(msgspec.json.encode(record))
         except BaseException:
-            _end_process(pid, process)
+            end_process(pid, process)
+            for left in servers_of(place / "spec.json"):
+                end_process(left, lease_owner(left) or "")
             _clear(spec)
             self._forget(place)
             raise
@@ -257,6 +284,44 @@ class Mounts:
             return None
         return Ended(self._end(place))
 
+    def forget_ended(self, mountpoint: Path, ready: Ready) -> str:
+        """Clear what is left of a mount whose process is gone, unless somebody else does or did.
+
+        Args:
+            mountpoint: Where it was.
+            ready: What its process said of itself.
+
+        Returns:
+            Why the process gave the mount up; empty if somebody took the mount away.
+        """
+        place = self._place(mountpoint)
+        until = time.monotonic() + LAST_READERS_SECONDS
+        # Whoever ends a mount has a little to do after its process is gone.
+        while is_ours := _is_record_of(place, ready):
+            if time.monotonic() > until:
+                break
+            time.sleep(_POLL_SECONDS)
+        if not is_ours:
+            return ""
+        with self._locked():
+            if not _is_record_of(place, ready) or self._is_served(place):
+                return ""
+            told = last_error(place)
+            self._end(place)
+        return told[1] if told else ""
+
+    def spec_of(self, mountpoint: Path) -> tuple[MountSpec, str] | None:
+        """Return the spec of what was begun at a path and not ended, and which mount of it that is.
+
+        Raises:
+            SessionStateError: What is known of it can not be read.
+        """
+        place = self._place(mountpoint)
+        record = _read_record(place)
+        if record is None:
+            return None
+        return read_spec(place / "spec.json"), record.process
+
     def clear_stale(self) -> list[Path]:
         """End the mounts whose process is gone; return where they were."""
         cleared = []
@@ -302,6 +367,7 @@ class Mounts:
             name=f"propmaster:{place.name}",
             mountpoint=os.fspath(request.mountpoint),
             manifests=[os.fspath(place / "manifest")],
+            called=_called(request.manifest),
             store_url=request.store_url,
             account_id=request.account_id,
             cache_dir=os.fspath(self._cache.directory),
@@ -319,6 +385,7 @@ class Mounts:
             control=os.fspath(place / "control"),
             passthrough=self._passthrough,
             owner_pid=request.owner_pid,
+            gives_back=request.gives_back,
             layers=[*request.layers],
             store_limits=self._store_limits,
             transport=self._transport,
@@ -327,7 +394,7 @@ class Mounts:
 
     def _is_served(self, place: Path) -> bool:
         record = _read_record(place)
-        return record is not None and _lives(record.ready.pid, record.process)
+        return record is not None and lives(record.ready.pid, record.process)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -358,11 +425,11 @@ class Mounts:
         """End what a place knows of; return who held it."""
         record = _read_record(place)
         if record is not None:
-            _end_process(record.ready.pid, record.process)
+            end_process(record.ready.pid, record.process)
         with suppress(SessionStateError):
             _clear(read_spec(place / "spec.json"))
-        _end_servers(place / "spec.json")
-        holders = _told_holders(place / "log")
+        end_servers(place / "spec.json")
+        holders = told_holders(place / "log")
         self._forget(place)
         return holders
 
@@ -447,120 +514,36 @@ def _read_record(place: Path) -> MountRecord | None:
         return None
 
 
-def _lives(pid: int, process: str) -> bool:
-    # If it is a child of this process it has to be reaped before it is gone.
-    with suppress(ChildProcessError):
-        os.waitpid(pid, os.WNOHANG)
-    return lease_owner(pid) == process
+def _is_record_of(place: Path, ready: Ready) -> bool:
+    record = _read_record(place)
+    return record is not None and record.ready == ready
 
 
-def _end_process(pid: int, process: str) -> None:
-    """Ask a process to unmount and end, and kill it if it does not."""
-    if not _lives(pid, process):
+def _called(manifest: Manifest | ManifestFile) -> str:
+    return manifest.name if isinstance(manifest, ManifestFile) else ""
+
+
+def _keep_manifest(manifest: Manifest | ManifestFile, path: Path) -> None:
+    """Keep what is mounted, for servers to come.
+
+    Raises:
+        ManifestInvalidError: The file is larger than any manifest.
+        LocalReadError: It can not be read.
+        OSError: It can not be kept.
+    """
+    path.touch(mode=0o600)
+    if isinstance(manifest, Manifest):
+        path.write_bytes(encode(manifest))
         return
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGTERM)
-    until = time.monotonic() + END_SECONDS
-    while _lives(pid, process):
-        if time.monotonic() > until:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            return
-        time.sleep(_POLL_SECONDS)
-
-
-def _end_servers(spec: Path) -> None:
-    """Kill the servers of a mount that is gone; they end by themselves, if they can."""
-    until = time.monotonic() + LAST_READERS_SECONDS
-    while servers := _servers_of(spec):
-        if time.monotonic() > until:
-            for server in servers:
-                with suppress(ProcessLookupError):
-                    os.kill(server, signal.SIGKILL)
-            return
-        time.sleep(_POLL_SECONDS)
-
-
-def _servers_of(spec: Path) -> list[int]:
-    """Return what is left of a mount's processes: a server has the supervisor's command line."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            words = (process / "cmdline").read_bytes().split(b"\0")
-            is_ours = process.stat().st_uid == os.geteuid()
-            if is_ours and os.fsencode(spec) in words and b"vfs" in words:
-                found.append(int(process.name))
-    return found
-
-
-def _spawn(place: Path, environment: Mapping[str, str]) -> tuple[int, int]:
-    """Start the mount process; return its id and where its stdout can be read."""
-    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    os.set_blocking(writer, True)
-    null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-    written = os.open(place / "log", flags, 0o600)
-    try:
-        # Not subprocess: the process is to outlive whoever starts it.
-        pid = os.posix_spawn(
-            sys.executable,
-            # -P: a job may have put a `vfs` or a `json` where this process happens to be.
-            [sys.executable, "-P", "-m", "vfs", os.fspath(place / "spec.json")],
-            environment,
-            file_actions=[
-                (os.POSIX_SPAWN_DUP2, null, 0),
-                (os.POSIX_SPAWN_DUP2, writer, 1),
-                (os.POSIX_SPAWN_DUP2, written, 2),
-            ],
-            # The agent may end the group of a hook that has finished.
-            setsid=True,
+    size = os.fstat(manifest.fd).st_size
+    if size > MAX_MANIFEST_BYTES:
+        raise ManifestInvalidError(
+            f"{manifest.name}: {size} bytes are more than {MAX_MANIFEST_BYTES}"
         )
-    except BaseException:
-        os.close(reader)
-        raise
-    finally:
-        for fd in (writer, null, written):
-            os.close(fd)
-    return pid, reader
-
-
-def _await_ready(stdout: int, place: Path, mountpoint: Path, cancellation: Cancellation) -> Ready:
-    until = time.monotonic() + READY_SECONDS
-    line = b""
-    while not line.endswith(b"\n"):
-        cancellation.check()
-        if time.monotonic() > until:
-            raise MountFailedError(f"{mountpoint} was not mounted within {READY_SECONDS:.0f} s")
-        if not select.select([stdout], [], [], _POLL_SECONDS)[0]:
-            continue
-        piece = os.read(stdout, 4096)
-        if not piece:
-            raise MountFailedError(
-                f"{mountpoint} could not be mounted: {_tail(place)}",
-                hint="`propmaster doctor` says what this host can do",
-            )
-        line += piece
-    return msgspec.json.decode(line, type=Ready)
-
-
-def _told_holders(written: Path) -> list[str]:
-    """Return who held a mount, as its process has logged it before it let go."""
-    holders: list[str] = []
-    try:
-        lines = written.read_bytes().splitlines()
-    except OSError:
-        return holders
-    for line in lines:
-        with suppress(ValueError):
-            event = json.loads(line)
-            if isinstance(event, dict) and event.get("event") == events.MOUNT_BUSY:
-                holders += [holder for holder in event["holders"] if holder not in holders]
-    return holders
-
-
-def _tail(place: Path) -> str:
-    """Return the last error that the process told."""
-    lines = (place / "log").read_text(encoding="utf-8", errors="replace").splitlines()
-    told = [line for line in lines if line.startswith("error[")]
-    # What a server said comes before what its supervisor made of it.
-    return (told[:1] or lines or ["it said nothing"])[-1][-_LOG_TAIL_BYTES:]
+    with path.open("wb") as file:
+        for offset in range(0, size, _COPIED_AT_ONCE):
+            try:
+                data = os.pread(manifest.fd, _COPIED_AT_ONCE, offset)
+            except OSError as error:
+                raise LocalReadError(f"{manifest.name}: {error.strerror}") from error
+            file.write(data)
