@@ -30,7 +30,7 @@ from agent_plugin.content.store import Store
 from vfs.control import ControlSocket
 from vfs.error_ledger import ErrorLedger
 from vfs.mount import FUSE_KIND
-from vfs.nodes import Nodes
+from vfs.nodes import Caller, Nodes
 from vfs.overlay import Overlay
 from vfs.overlay_upper import Upper
 from vfs.reader import FETCHES_AT_ONCE, STRICT_BYTES, BlobReader
@@ -241,7 +241,7 @@ class Server:
             return None
         # A file has the mode that whoever makes it wishes, less what the kernel took off for them.
         os.umask(0)
-        upper = Upper(spec.upper, Path(spec.work_dir, "work"))
+        upper = Upper(spec.upper, Path(spec.work_dir, "work"), shown_owner=_shown_owner(spec))
         return Overlay(service, upper, self._instance, again=again)
 
     def _add(self, layers: Sequence[Layer]) -> list[tuple[int, bytes]]:
@@ -296,6 +296,13 @@ def _fusepy_transport(nodes: Nodes, spec: MountSpec, at: Path) -> "FusepyTranspo
     except (ImportError, OSError) as error:
         raise MountFailedError(f"libfuse 2 can not be loaded: {error}") from error
     return FusepyTransport(nodes, at, spec.name, FUSE_KIND, xattrs=spec.xattrs, seen_at=spec.lower)
+
+
+def _shown_owner(spec: MountSpec) -> Caller | None:
+    """Return whose everything is to seem, if this process can not make it theirs."""
+    if os.geteuid() == 0 or spec.uid == os.geteuid():
+        return None
+    return Caller(spec.uid, spec.gid)
 
 
 def _raise_descriptor_limit() -> None:

@@ -110,9 +110,7 @@ class OverlayFiles(OverlayNodes):
                 kill_privileges(self._copy.open(found).fd)
             above, name = self._copy.at(found)
             if changes.uid is not None or changes.gid is not None:
-                uid = -1 if changes.uid is None else changes.uid
-                gid = -1 if changes.gid is None else changes.gid
-                os.chown(name, uid, gid, dir_fd=above.fd, follow_symlinks=False)
+                self._upper.give_away((above.fd, name), changes.uid, changes.gid)
             if changes.mode is not None:
                 change_mode(above.fd, name, stat.S_IMODE(changes.mode))
             if changes.atime_ns is not None or changes.mtime_ns is not None:

@@ -262,8 +262,9 @@ class OverlayNodes:
                 ctime_ns = max(status.st_mtime_ns, self._touched.get(found.node, 0))
         elif found.shows:
             blocks = -(-size // BLOCK_BYTES)
+        uid, gid = self._upper.shown_owner or (status.st_uid, status.st_gid)
         return Attributes(
-            found.node, status.st_mode, nlink, status.st_uid, status.st_gid, status.st_rdev,
+            found.node, status.st_mode, nlink, uid, gid, status.st_rdev,
             size, blocks, status.st_atime_ns, status.st_mtime_ns, ctime_ns,
         )  # fmt: skip
 

@@ -75,18 +75,29 @@ class Upper:
         marks: Which attributes are used.
         node_mark: On what came from an input: which node it is, for a server's successor.
         has_devices: Whether a whiteout may be a character device.
+        shown_owner: Whose everything seems to be; None: whose it is.
 
     Args:
         upper: Exists.
         work: Beside it; exists, and is this overlay's own.
         privileged: False to keep to what needs no privilege, on a host of any kind.
+        shown_owner: See above: for who serves another user, and may give nothing away. Everything
+            in the directory is then this process's own.
 
     Raises:
         LocalWriteError: The file system lacks what can not be done without.
         NoSpaceError: It is full.
     """
 
-    def __init__(self, upper: Path, work: Path, *, privileged: bool = True) -> None:
+    def __init__(
+        self,
+        upper: Path,
+        work: Path,
+        *,
+        privileged: bool = True,
+        shown_owner: Caller | None = None,
+    ) -> None:
+        self.shown_owner = shown_owner
         try:
             self.root = open_directory(os.fspath(upper))
             self.work = open_directory(os.fspath(work))
@@ -181,13 +192,28 @@ class Upper:
         """Set owner and permissions of what was just made; return its status."""
         directory, name = at
         status = os.stat(name, dir_fd=directory, follow_symlinks=False)
-        if (status.st_uid, status.st_gid) != caller:
+        if self.shown_owner is None and (status.st_uid, status.st_gid) != caller:
             os.chown(name, caller.uid, caller.gid, dir_fd=directory, follow_symlinks=False)
             status = os.stat(name, dir_fd=directory, follow_symlinks=False)
         if not stat.S_ISLNK(mode) and stat.S_IMODE(status.st_mode) != stat.S_IMODE(mode):
             change_mode(directory, name, stat.S_IMODE(mode))
             status = os.stat(name, dir_fd=directory, follow_symlinks=False)
         return status
+
+    def give_away(self, at: Place, uid: int | None, gid: int | None) -> None:
+        """Change an owner; None leaves it as it is.
+
+        Raises:
+            PermissionError: It may not be changed.
+        """
+        directory, name = at
+        owner = -1 if uid is None else uid, -1 if gid is None else gid
+        if self.shown_owner is None:
+            os.chown(name, *owner, dir_fd=directory, follow_symlinks=False)
+        elif any(
+            new not in (-1, shown) for new, shown in zip(owner, self.shown_owner, strict=True)
+        ):
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
     # ------------------------------------------------------------------ what is gone
 

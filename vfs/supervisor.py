@@ -243,9 +243,10 @@ class Supervisor:
                 for name in ("lower", "upper", "work", "spool"):
                     with suppress(FileExistsError):
                         os.mkdir(name, 0o700, dir_fd=work_dir)
-                if spec.writes != NO_WRITES:
-                    # What is written belongs to the job's user, its root included.
+                # What is written belongs to the job's user, its root included, if it can.
+                if spec.writes != NO_WRITES and os.geteuid() in (0, spec.uid):
                     os.chown("upper", spec.uid, spec.gid, dir_fd=work_dir, follow_symlinks=False)
+                if spec.writes != NO_WRITES:
                     os.chmod("upper", _UPPER_MODE, dir_fd=work_dir)
         except OSError as error:
             raise local_write_error(error, spec.work_dir) from error

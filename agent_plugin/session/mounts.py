@@ -311,16 +311,18 @@ class Mounts:
         return told[1] if told else ""
 
     def spec_of(self, mountpoint: Path) -> tuple[MountSpec, str] | None:
-        """Return the spec of what was begun at a path and not ended, and which mount of it that is.
+        """Return what was begun at a path and not ended, and which process mounted it.
+
+        The process is `pid:start-time`, and empty as long as nothing is mounted.
 
         Raises:
             SessionStateError: What is known of it can not be read.
         """
         place = self._place(mountpoint)
-        record = _read_record(place)
-        if record is None:
+        if not (place / "spec.json").exists():
             return None
-        return read_spec(place / "spec.json"), record.process
+        record = _read_record(place)
+        return read_spec(place / "spec.json"), record.process if record is not None else ""
 
     def clear_stale(self) -> list[Path]:
         """End the mounts whose process is gone; return where they were."""

@@ -66,6 +66,8 @@ class RootState(msgspec.Struct, rename="camel"):
         gone: Of a mounted root, the inputs that are not at their path any more.
         errors_told: Of a mounted root, how many failed reads finish-task has told of.
         layers: Of a mounted root, the outputs of other steps that were added to it.
+        served_by: Of a root that was mounted for the session by another command, the process of
+            its mount, `pid:start-time`; else empty.
     """
 
     local_root: str
@@ -79,6 +81,7 @@ class RootState(msgspec.Struct, rename="camel"):
     gone: list[str] = []
     errors_told: int = 0
     layers: list[Layer] = []
+    served_by: str = ""
 
 
 class OutputManifestResult(msgspec.Struct, rename="camel", omit_defaults=True):
