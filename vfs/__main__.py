@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,6 +23,7 @@ from agent_plugin.content.errors import (
     PropmasterError,
 )
 from agent_plugin.content.fusermount import may_administer
+from agent_plugin.content.leftovers import remove_tree
 from agent_plugin.content.manifest import decode
 from agent_plugin.content.mount_probe import LIBFUSE2, TransportChoice
 from agent_plugin.content.mount_spec import NO_WRITES, OVERLAY, Layer, MountSpec, read_spec
@@ -71,12 +73,25 @@ def main(arguments: list[str]) -> int:
         supervisor = Supervisor(
             spec, server.serve, started=started, stack_depth=server.plan.stack_depth
         )
-        return supervisor.run(tell_on_stdout, server.size)
+        code = supervisor.run(tell_on_stdout, server.size)
+        if supervisor.abandoned:
+            _forget(path.parent)
     except PropmasterError as error:
         sys.stderr.write(f"error[{error.reference}]: {error.message}\n")
         if error.hint:
             sys.stderr.write(f"hint: {error.hint}\n")
         return error.exit_code
+    return code
+
+
+def _forget(place: Path) -> None:
+    """Remove what is known of a mount that nobody is left to ask for."""
+    with suppress(OSError):
+        above = os.open(place.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            remove_tree(above, place.name)
+        finally:
+            os.close(above)
 
 
 class Server:

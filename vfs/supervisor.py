@@ -68,6 +68,9 @@ log = events.get_logger()
 class Supervisor:
     """One mount.
 
+    Attributes:
+        abandoned: Whether the process that it was made for is gone, so that nobody asks for it.
+
     Args:
         spec: What is mounted, and where.
         serve: The server; called in a process of its own.
@@ -82,6 +85,7 @@ class Supervisor:
         self._serve = serve
         self._started = started
         self._stack_depth = stack_depth
+        self.abandoned = False
         self._deaths: deque[float] = deque(maxlen=RESTARTS_A_MINUTE)
         self._fd = -1
         self._session: Session | None = None
@@ -308,7 +312,8 @@ class Supervisor:
                     ready = _poll([wake, server, *([owner] if owner >= 0 else [])], mounts)
                 finally:
                     os.close(server)
-                if wake in ready or (owner >= 0 and owner in ready):
+                self.abandoned = owner >= 0 and owner in ready
+                if wake in ready or self.abandoned:
                     return 0
                 if server not in ready:
                     continue

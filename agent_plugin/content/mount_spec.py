@@ -214,10 +214,10 @@ def leave_only_upper(spec: MountSpec) -> None:
 def _give_back(spec: MountSpec, place: Path, work_dir: int) -> None:
     with suppress(OSError):
         (place / "upper").rmdir()
+    if not (place / "upper").exists():
         (place / "marks").unlink(missing_ok=True)
         Path(spec.work_dir).rmdir()
-        return
-    if os.geteuid() == 0:
+    elif os.geteuid() == 0:
         os.fchown(work_dir, spec.uid, spec.gid)
 
 

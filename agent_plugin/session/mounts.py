@@ -292,7 +292,7 @@ class Mounts:
             ready: What its process said of itself.
 
         Returns:
-            Why the process gave the mount up; empty if somebody took the mount away.
+            Why the process gave the mount up, or left it; empty if somebody took the mount away.
         """
         place = self._place(mountpoint)
         until = time.monotonic() + LAST_READERS_SECONDS
@@ -307,8 +307,11 @@ class Mounts:
             if not _is_record_of(place, ready) or self._is_served(place):
                 return ""
             told = last_error(place)
+            was_left = self.is_there(mountpoint)
             self._end(place)
-        return told[1] if told else ""
+        if told:
+            return told[1]
+        return f"the process that served {mountpoint} was killed" if was_left else ""
 
     def spec_of(self, mountpoint: Path) -> tuple[MountSpec, str] | None:
         """Return what was begun at a path and not ended, and which process mounted it.
