@@ -39,6 +39,7 @@ from agent_plugin.content.retry import RetryPolicy
 from agent_plugin.content.safe_path import Root
 from agent_plugin.content.writes_probe import AUTO, choose_writes
 from agent_plugin.mounting import open_mounts, path_of_mount
+from agent_plugin.queue_settings import settings_of_queue
 from agent_plugin.session.adopt import kept_writes, take_back
 from agent_plugin.session.mounts import ManifestFile, MountRequest, Mounts
 from agent_plugin.settings import Settings
@@ -157,7 +158,12 @@ def run_mount(call: Call, settings: Settings) -> int:
     if place == session_dir or place in session_dir.parents:
         raise NotAllowedError(f"{place} holds the session directory: it can be no mount point")
     check_mapped_root(place, session_dir, call.job_user, settings.worker)
-    mounts = open_mounts(settings)
+    queue_id = call.environment.get("DEADLINE_QUEUE_ID", "")
+    mounts = open_mounts(
+        settings_of_queue(settings, queue_id) if queue_id else settings,
+        queue_id=queue_id,
+        user_id=None if call.job_user is None else call.job_user.uid,
+    )
     mounts.clear_stale()
     environment = _environment(call, arguments)
     with _open_manifest(arguments.manifest, session_dir, call) as manifest:
