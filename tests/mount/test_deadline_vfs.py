@@ -13,12 +13,22 @@ from pathlib import Path
 import pytest
 
 from agent_plugin.content.digest import Digest
-from agent_plugin.content.errors import CancelledError, MountFailedError, NotAllowedError
+from agent_plugin.content.errors import (
+    CancelledError,
+    MountFailedError,
+    MountReadFailedError,
+    NotAllowedError,
+)
+from agent_plugin.content.manifest import decode
 from agent_plugin.content.mount_table import is_mounted
+from agent_plugin.session.adopt import adopt_mounts
+from agent_plugin.session.finish_task import finish_task
+from agent_plugin.session.job import JobDocument
+from agent_plugin.session.state import VERSION, RootState, SessionState, session_id
 from agent_plugin.workers.call import JobUser
 from tests.servers.fault_proxy import FaultProxy
 from tests.servers.faults import Fault
-from tests.servers.hooks import CALL_SECONDS
+from tests.servers.hooks import CALL_SECONDS, FARM, JOB, QUEUE, action
 from tests.servers.other_user import NOBODY
 from tests.servers.proxied_object import until
 from tests.servers.s3_server import S3Server
@@ -325,3 +335,80 @@ def test_a_job_user_has_only_manifests_of_its_session_read(
 
     assert here.ended() == NotAllowedError.exit_code
     assert not is_mounted(drop_in.root)
+
+
+def test_what_a_task_wrote_to_the_mount_is_its_output_and_nothing_else_is(
+    drop_in: DropIn, s3: S3Server
+) -> None:
+    manifest = drop_in.stored(FILES)
+    drop_in.here(drop_in.arguments(drop_in.manifest_file(manifest)))
+    with drop_in.host.state(drop_in.session_dir) as state_file:
+        state_file.write(state_of(drop_in))
+
+    (drop_in.root / "renders").mkdir()
+    (drop_in.root / "renders/1.exr").write_bytes(b"first")
+    (drop_in.root / "tex/old.tx").unlink()
+    assert finished(drop_in, 0) == (["renders/1.exr"], ["tex/old.tx"])
+    assert drop_in.status()["counts"]["bytes_fetched"] == 0
+    # Unmounted and mounted with more, as before the task of another step.
+    assert drop_in.unmount_here() == 0
+    more = drop_in.stored({**FILES, "tex/0.tx": b"of another step"})
+    drop_in.here(drop_in.arguments(drop_in.manifest_file(more)))
+    (drop_in.root / "renders/2.exr").write_bytes(b"second")
+    assert finished(drop_in, 1) == (["renders/2.exr"], [])
+    gone = f"{drop_in.root_prefix}/Data/{Digest.of(b'of another step').hex}.xxh128"
+    s3.client().delete_object(Bucket=s3.bucket, Key=gone)
+    with pytest.raises(OSError, match="Input/output"):
+        (drop_in.root / "tex/0.tx").read_bytes()
+    with pytest.raises(MountReadFailedError, match=r"tex/0\.tx"):
+        finished(drop_in, 2)
+    assert drop_in.unmount_here() == 0
+
+
+def state_of(drop_in: DropIn) -> SessionState:
+    """Return the state of a session whose roots the agent has brought in."""
+    document = {
+        "farmId": FARM,
+        "queueId": QUEUE,
+        "jobId": JOB,
+        "store": drop_in.host.store_url,
+        "attachments": {
+            "manifests": [
+                {
+                    "rootPath": "/show",
+                    "rootPathFormat": "posix",
+                    "outputRelativeDirectories": ["renders", "tex"],
+                }
+            ]
+        },
+    }
+    return SessionState(
+        version=VERSION,
+        session_id=session_id(drop_in.session_dir),
+        session_dir=str(drop_in.session_dir),
+        ready=True,
+        job=JobDocument.decode(json.dumps(document).encode(), "the test's job"),
+        roots=[RootState(str(drop_in.root), "/show", "COPIED", [0], ["renders", "tex"])],
+    )
+
+
+def finished(drop_in: DropIn, task: int) -> tuple[list[str], list[str]]:
+    """Finish a task; return the paths of its outputs, and of what it removed."""
+    manifests: list[bytes] = []
+    with (
+        drop_in.host.state(drop_in.session_dir) as state_file,
+        drop_in.host.services() as context,
+    ):
+        state = state_file.read_ready()
+        mounts = drop_in.host.mounts
+        if adopt_mounts(state, mounts):
+            state_file.write(state)
+        result = finish_task(
+            action(1, task),
+            context,
+            state_file,
+            mounts=mounts,
+            on_manifest=lambda _index, data: manifests.append(data),
+        )
+    paths = [entry.path for data in manifests for entry in decode(data, source="it").entries]
+    return paths, result.deleted
