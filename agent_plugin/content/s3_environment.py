@@ -193,6 +193,7 @@ def region_of(environment: Mapping[str, str]) -> str | None:
 
 def preload() -> None:
     """Load the S3 libraries, for a process whose children need them; starts no thread."""
+    import boto3.session  # noqa: F401, PLC0415 - see the module
     import botocore.config  # noqa: PLC0415
     import botocore.credentials  # noqa: F401, PLC0415
     import obstore.store  # noqa: F401, PLC0415

@@ -24,6 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
+from agent_plugin.content import events
 from agent_plugin.content.errors import (
     PropmasterError,
     SettingsInvalidError,
@@ -101,6 +102,8 @@ def ask_as(peer: Peer, question: Callable[[], object]) -> object:
             os.closerange(writer + 1, os.sysconf("SC_OPEN_MAX"))
             become(peer)
             _write_whole(writer, json.dumps(_answer(question)).encode("ascii"))
+        except BaseException:  # noqa: BLE001 - the last door of this process
+            events.get_logger().exception(events.COMMAND_CRASHED)
         finally:
             os._exit(0)
     os.close(writer)

@@ -8,11 +8,27 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from agent_plugin.content.errors import local_write_error
 from agent_plugin.content.leftovers import remove_tree
 from agent_plugin.session.state import session_id
 
 _SESSION: Final = "session.json"
+
+
+class Note(msgspec.Struct, frozen=True, rename="camel"):
+    """What is noted of a session.
+
+    Attributes:
+        session_dir: Its directory.
+        uid: Of the job's user.
+        had_manifests: Whether the agent's `manifests` were seen in it.
+    """
+
+    session_dir: str
+    uid: int
+    had_manifests: bool
 
 
 def place_of(state_dir: Path, session_dir: Path) -> Path:
@@ -43,25 +59,26 @@ def write_note(place: Path, name: str, data: bytes) -> None:
         raise local_write_error(error, os.fspath(path)) from error
 
 
-def note_session(state_dir: Path, session_dir: Path) -> None:
-    """Note that a session is the agent's, and whether it has the agent's `manifests` by now.
+def note_session(state_dir: Path, session_dir: Path, uid: int) -> None:
+    """Note whose session it is, and whether it has the agent's `manifests` by now.
 
     Raises:
         NoSpaceError, LocalWriteError: It can not be written.
     """
     place = place_of(state_dir, session_dir)
-    has_manifests = os.path.lexists(session_dir / "manifests") or _had_manifests(place)
-    note = {"sessionDir": os.fspath(session_dir), "hadManifests": has_manifests}
-    write_note(place, _SESSION, json.dumps(note).encode("ascii"))
+    before = _read(place)
+    has_manifests = os.path.lexists(session_dir / "manifests") or (
+        before is not None and before.had_manifests
+    )
+    write_note(place, _SESSION, _encode(Note(os.fspath(session_dir), uid, has_manifests)))
 
 
-def noted_sessions(state_dir: Path) -> Iterator[tuple[Path, Path, bool]]:
-    """Yield of each noted session the place, its directory, and whether it had `manifests`."""
+def noted_sessions(state_dir: Path) -> Iterator[Note]:
+    """Yield what is noted of each session."""
     with suppress(FileNotFoundError):
         for place in sorted((state_dir / "workers").iterdir()):
-            with suppress(OSError, ValueError, KeyError):
-                note = json.loads((place / _SESSION).read_bytes())
-                yield place, Path(note["sessionDir"]), bool(note["hadManifests"])
+            if (note := _read(place)) is not None:
+                yield note
 
 
 def forget(place: Path) -> None:
@@ -74,7 +91,12 @@ def forget(place: Path) -> None:
             os.close(fd)
 
 
-def _had_manifests(place: Path) -> bool:
-    with suppress(OSError, ValueError, KeyError):
-        return bool(json.loads((place / _SESSION).read_bytes())["hadManifests"])
-    return False
+def _read(place: Path) -> Note | None:
+    with suppress(OSError, ValueError):
+        return msgspec.convert(json.loads((place / _SESSION).read_bytes()), Note)
+    return None
+
+
+def _encode(note: Note) -> bytes:
+    # Paths may hold lone surrogates, which msgspec refuses.
+    return json.dumps(msgspec.to_builtins(note)).encode("ascii")

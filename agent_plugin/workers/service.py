@@ -333,7 +333,7 @@ class Service:
         job_user = check_session_directory(request.session_dir, peer, self._settings.worker)
         session_dir = Path(request.session_dir)
         state_dir = state_directory(self._settings)
-        note_session(state_dir, session_dir)
+        note_session(state_dir, session_dir, peer.uid)
         given = forwarded(request.environment)
         return job_user, environment_of(given, peer, job_user, place_of(state_dir, session_dir))
 

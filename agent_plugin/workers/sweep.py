@@ -6,6 +6,7 @@ the one that it was in is there: else a disk is not mounted, perhaps. One that h
 mounted can not be removed; that the agent's own `manifests` are gone from it says the same.
 """
 
+import json
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ from agent_plugin.services import open_records, state_directory
 from agent_plugin.session.end import end
 from agent_plugin.session.state import locked_state
 from agent_plugin.settings import Settings
-from agent_plugin.workers.notes import forget, noted_sessions
+from agent_plugin.workers.notes import forget, noted_sessions, place_of
 
 log = events.get_logger()
 
@@ -33,36 +34,46 @@ class _Where(msgspec.Struct, rename="camel"):
 def sweep(settings: Settings) -> None:
     """End the sessions whose directory the agent has removed, or emptied as far as it could."""
     state_dir = state_directory(settings)
-    noted = {session_dir: (place, had) for place, session_dir, had in noted_sessions(state_dir)}
-    for session_dir in sorted({*noted, *_known(state_dir)}):
-        place, had_manifests = noted.get(session_dir, (None, False))
-        if not _is_over(session_dir, had_manifests=had_manifests):
+    noted = {note.session_dir: note for note in noted_sessions(state_dir)}
+    for named in sorted({*noted, *_known(state_dir)}):
+        session_dir, note = Path(named), noted.get(named)
+        if not _is_over(session_dir, had_manifests=note is not None and note.had_manifests):
             continue
         try:
-            with locked_state(state_dir, session_dir) as state_file:
-                end(session_dir, open_records(settings), state_file, mounts=open_mounts(settings))
+            _end(session_dir, state_dir, settings, note.uid if note is not None else None)
         except SessionStateError:
             # A call works on it still; it ends when its asker does.
             continue
         except PropmasterError as error:
-            log.warning(
-                events.SWEEP_FAILED,
-                extra={"session_dir": os.fspath(session_dir), "reason": error.message},
-            )
+            log.warning(events.SWEEP_FAILED, extra={"session_dir": named, "reason": error.message})
             continue
-        if place is not None:
-            # The agent has tried to, and something was mounted there.
+        if note is not None:
+            # The agent could not, as long as something was mounted there.
             with suppress(OSError):
                 session_dir.rmdir()
-            forget(place)
+            forget(place_of(state_dir, session_dir))
 
 
-def _known(state_dir: Path) -> set[Path]:
+def _end(session_dir: Path, state_dir: Path, settings: Settings, uid: int | None) -> None:
+    with locked_state(state_dir, session_dir) as state_file:
+        state = state_file.read()
+        queue_id = state.job.queue_id if state is not None else ""
+        records = open_records(settings, queue_id=queue_id, user_id=uid)
+        mounts = open_mounts(settings, queue_id=queue_id, user_id=uid)
+        end(session_dir, records, state_file, mounts=mounts)
+
+
+def _known(state_dir: Path) -> set[str]:
+    """Return the directories of the sessions that have a state."""
     found = set()
-    with suppress(FileNotFoundError):
-        for path in (state_dir / "sessions").glob("*.json"):
-            with suppress(OSError, msgspec.DecodeError):
-                found.add(Path(msgspec.json.decode(path.read_bytes(), type=_Where).session_dir))
+    for path in (state_dir / "sessions").glob("*.json"):
+        with suppress(OSError, ValueError, KeyError):
+            data = path.read_bytes()
+            try:
+                found.add(msgspec.json.decode(data, type=_Where).session_dir)
+            except msgspec.DecodeError:
+                # Paths may hold lone surrogates, which msgspec refuses.
+                found.add(str(json.loads(data)["sessionDir"]))
     return found
 
 

@@ -5,8 +5,7 @@ import os
 import signal
 import socket
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from agent_plugin.content.errors import (
 )
 from agent_plugin.workers.wire import MAX_REQUEST_BYTES
 from tests.servers.hooks import CALL_SECONDS
+from tests.servers.proxied_object import until
 from tests.servers.service_host import (
     JOB_GROUP,
     JOB_USER,
@@ -62,15 +62,6 @@ def request(session_dir: Path, kind: str = "who", **changes: object) -> bytes:
 def exit_code(answer: bytes) -> int:
     code: int = json.loads(answer.splitlines()[-1])["exit"]
     return code
-
-
-def waited_for(condition: Callable[[], bool]) -> bool:
-    until = time.monotonic() + CALL_SECONDS
-    while time.monotonic() < until:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return False
 
 
 # ---------------------------------------------------------------------------- what a call is given
@@ -165,7 +156,7 @@ def test_no_secret_is_in_a_file_a_log_or_a_command_line(host: ServiceHost) -> No
     words = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
     asker.kill()
     asker.communicate()
-    assert waited_for((session_dir / "cancelled").exists)
+    until((session_dir / "cancelled").exists)
     files = [path for path in host.home.rglob("*") if path.is_file()]
     assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
     assert not any(SECRET.encode() in each for each in words)
@@ -274,7 +265,7 @@ def test_who_stays_silent_keeps_nobody_waiting(host: ServiceHost) -> None:
     finally:
         for connection in silent:
             connection.close()
-    assert waited_for(lambda: not host.calls())
+    until(lambda: not host.calls())
 
 
 @pytest.mark.slow
@@ -326,7 +317,7 @@ sys.stdin.read()
 
     assert root_host.ask(root_host.session("unharmed"), "who").returncode == 7
     flood.communicate()
-    assert waited_for(lambda: not root_host.calls())
+    until(lambda: not root_host.calls())
 
 
 # ----------------------------------------------------------------------------------- how calls end
@@ -341,8 +332,8 @@ def test_a_call_whose_asker_is_killed_is_cancelled(host: ServiceHost) -> None:
     asker.send_signal(signal.SIGKILL)
     asker.communicate()
 
-    assert waited_for((session_dir / "cancelled").exists)
-    assert waited_for(lambda: not host.calls())
+    until((session_dir / "cancelled").exists)
+    until(lambda: not host.calls())
 
 
 @pytest.fixture

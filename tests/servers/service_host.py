@@ -44,6 +44,14 @@ while piece := connection.recv(65536):
 """
 
 
+# The fallback starts a Python from a Python.
+_LOOK = """
+import msgspec, os, sys
+pid = os.posix_spawn(sys.argv[1], [sys.argv[1], "-c", ""], os.environ)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
 class ServiceHost:
     """One host; made by `service_host`.
 
@@ -62,7 +70,7 @@ class ServiceHost:
         self.socket = home / "run/worker.socket"
         self.log = home / "service.log"
         self.sessions = home / "sessions"
-        self.settings: dict[str, dict[str, object]] = {}
+        self.settings: dict[str, Mapping[str, object]] = {}
         self._service: subprocess.Popen[bytes] | None = None
         for directory in ("run", "sessions", "private"):
             (home / directory).mkdir()
@@ -71,19 +79,7 @@ class ServiceHost:
 
     def start(self, environment: Mapping[str, str] | None = None, *argv: str) -> None:
         """Start the service, and wait until it can be asked."""
-        tables: dict[str, Mapping[str, object]] = {
-            "paths": {
-                "cache_dir": str(self.home / "private/cache"),
-                "state_dir": str(self.home / "private/state"),
-            },
-            "worker": {"socket": str(self.socket)},
-        }
-        self.config.write_text(
-            "".join(
-                f"[{name}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in table.items())
-                for name, table in tables.items()
-            )
-        )
+        self.write_config()
         words = argv or ("-m", "tests.servers.worker_calls", self.socket, self.config)
         with self.log.open("ab") as log:
             self._service = subprocess.Popen(
@@ -95,6 +91,23 @@ class ServiceHost:
             )
         assert self._service.stdout is not None
         assert self._service.stdout.readline().startswith(b"ready"), self.log.read_text()
+
+    def write_config(self) -> None:
+        """Write the settings that the service and job users read."""
+        tables: dict[str, Mapping[str, object]] = {
+            "paths": {
+                "cache_dir": str(self.home / "private/cache"),
+                "state_dir": str(self.home / "private/state"),
+            },
+            "worker": {"socket": str(self.socket)},
+            **self.settings,
+        }
+        self.config.write_text(
+            "".join(
+                f"[{name}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in table.items())
+                for name, table in tables.items()
+            )
+        )
 
     @property
     def pid(self) -> int:
@@ -203,7 +216,7 @@ def _python_for_others() -> str:
     """Return a Python that everybody may run; that of the tests may be below a closed home."""
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     for python in (sys.executable, shutil.which(version, path=os.defpath)):
-        argv = [*_become(JOB_USER, JOB_GROUP, []), str(python), "-P", "-c", "import msgspec"]
+        argv = [*_become(JOB_USER, JOB_GROUP, []), str(python), "-P", "-c", _LOOK, str(python)]
         if (
             python
             and not subprocess.run(

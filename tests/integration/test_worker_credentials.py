@@ -1,0 +1,220 @@
+"""The credentials of a job are looked up with the job user's rights, and nothing is with more."""
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agent_plugin.content.errors import NotAllowedError, SettingsInvalidError, StoreAccessError
+from tests.servers.service_host import (
+    JOB_GROUP,
+    JOB_USER,
+    OTHER_JOB_GROUP,
+    SERVICE_USER,
+    ServiceHost,
+    service_host,
+)
+
+SECRET = "pLaNtEdSeCrEt"
+
+
+@pytest.fixture(scope="module")
+def root_host() -> Iterator[ServiceHost]:
+    with service_host() as made:
+        made.start({"AWS_PROFILE": "of-the-service", "AWS_CONFIG_FILE": "/no/such/file"})
+        yield made
+
+
+@pytest.fixture(scope="module")
+def user_host() -> Iterator[ServiceHost]:
+    with service_host(user=SERVICE_USER) as made:
+        made.start()
+        yield made
+
+
+def queue_files(
+    host: ServiceHost, name: str, *, owner: int, group: int = JOB_GROUP, mode: int = 0o640
+) -> dict[str, str]:
+    """Make a profile with a credential process; return the variables that name it."""
+    directory = host.home / name
+    directory.mkdir()
+    script = directory / "get_aws_credentials.sh"
+    keys = {
+        "Version": 1,
+        "AccessKeyId": "AKIDPROCESS",
+        "SecretAccessKey": SECRET,
+        "SessionToken": "token",
+        "Expiration": "2099-01-01T00:00:00Z",
+    }
+    script.write_text(f"#!/bin/sh\nid -u >{directory}/ran\necho '{json.dumps(keys)}'\n")
+    config = directory / "config"
+    config.write_text(f"[profile deadline-q]\ncredential_process = {script}\nregion = eu-north-1\n")
+    credentials = directory / "credentials"
+    credentials.touch()
+    for path in (directory, script, config, credentials):
+        os.chown(path, owner, group)
+    directory.chmod(0o770 if owner == JOB_USER else 0o750)
+    script.chmod(0o750)
+    config.chmod(mode)
+    credentials.chmod(mode)
+    return {
+        "AWS_PROFILE": "deadline-q",
+        "AWS_CONFIG_FILE": str(config),
+        "AWS_SHARED_CREDENTIALS_FILE": str(credentials),
+    }
+
+
+def ran_as(host: ServiceHost, name: str) -> int | None:
+    try:
+        return int((host.home / name / "ran").read_text())
+    except FileNotFoundError:
+        return None
+
+
+def test_a_planted_credential_process_runs_as_the_job_user(root_host: ServiceHost) -> None:
+    environment = queue_files(root_host, "planted", owner=JOB_USER)
+
+    done = root_host.ask(root_host.session("planted-1"), "keys", environment=environment)
+
+    assert done.stdout == "AKIDPROCESS eu-north-1\n", root_host.log.read_text()
+    assert ran_as(root_host, "planted") == JOB_USER
+
+
+def test_the_agents_credential_process_runs_as_the_job_user(root_host: ServiceHost) -> None:
+    environment = queue_files(root_host, "agents", owner=0)
+    (root_host.home / "agents").chmod(0o770)
+
+    done = root_host.ask(root_host.session("agents-1"), "keys", environment=environment)
+
+    assert done.stdout == "AKIDPROCESS eu-north-1\n", root_host.log.read_text()
+    assert ran_as(root_host, "agents") == JOB_USER
+
+
+def test_files_that_the_job_user_may_not_read_are_not_read(root_host: ServiceHost) -> None:
+    environment = queue_files(root_host, "closed", owner=0, group=OTHER_JOB_GROUP)
+
+    done = root_host.ask(root_host.session("closed-1"), "keys", environment=environment)
+
+    assert done.returncode in (SettingsInvalidError.exit_code, StoreAccessError.exit_code)
+    assert ran_as(root_host, "closed") is None
+
+
+def test_a_file_of_secrets_is_not_quoted(root_host: ServiceHost) -> None:
+    """Whatever a job names as its AWS file is read with the job user's rights, if at all."""
+    secret = root_host.home / "private/secret"
+    secret.write_text(f"region {SECRET}\n")
+    environment = {"AWS_PROFILE": "x", "AWS_CONFIG_FILE": str(secret)}
+
+    done = root_host.ask(root_host.session("quoted-1"), "keys", environment=environment)
+
+    assert done.returncode != 0
+    assert SECRET not in done.stdout
+    assert SECRET not in root_host.log.read_text()
+
+
+def test_a_job_without_credentials_has_none(root_host: ServiceHost) -> None:
+    done = root_host.ask(root_host.session("none-1"), "keys")
+
+    assert done.returncode == StoreAccessError.exit_code
+    assert "of-the-service" not in done.stdout
+
+
+def test_keys_of_the_environment_come_first(root_host: ServiceHost) -> None:
+    environment = queue_files(root_host, "first", owner=JOB_USER)
+    environment |= {"AWS_ACCESS_KEY_ID": "AKIDGIVEN", "AWS_SECRET_ACCESS_KEY": SECRET}
+
+    done = root_host.ask(root_host.session("first-1"), "keys", environment=environment)
+
+    assert done.stdout == "AKIDGIVEN eu-north-1\n"
+    assert ran_as(root_host, "first") is None
+
+
+def test_what_is_written_for_a_credential_process_holds_no_secret(root_host: ServiceHost) -> None:
+    environment = queue_files(root_host, "unwritten", owner=JOB_USER)
+    done = root_host.ask(root_host.session("unwritten-1"), "keys", environment=environment)
+    assert done.returncode == 0
+
+    state = root_host.home / "private/state"
+    files = [path for path in state.rglob("*") if path.is_file()]
+    assert any(path.name == "aws-config" for path in files)
+    assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
+    assert SECRET not in root_host.log.read_text()
+
+
+def test_the_process_that_becomes_the_job_user_can_not_be_looked_into(
+    root_host: ServiceHost,
+) -> None:
+    """What it inherits from the service is no matter for other processes of that user."""
+    environment = queue_files(root_host, "slow", owner=JOB_USER)
+    script = root_host.home / "slow/get_aws_credentials.sh"
+    pids = root_host.home / "slow/pids"
+    script.write_text(f"#!/bin/sh\necho $PPID >{pids}.new\nmv {pids}.new {pids}\nexec sleep 600\n")
+    asker = root_host.begin(root_host.session("slow-1"), "keys", environment=environment)
+    try:
+        while not pids.exists():
+            assert asker.poll() is None, asker.communicate()
+        parent = int(pids.read_text())
+        status = Path(f"/proc/{parent}/status").read_text()
+        assert f"Uid:\t{JOB_USER}\t{JOB_USER}\t{JOB_USER}\t{JOB_USER}\n" in status
+        assert f"Groups:\t{JOB_GROUP} \n" in status
+        become = f"setpriv --reuid={JOB_USER} --regid={JOB_GROUP} --clear-groups --"
+        look = subprocess.run(
+            [*become.split(), "cat", f"/proc/{parent}/environ"], capture_output=True, check=False
+        )
+        assert look.returncode != 0
+        os.kill(parent, signal.SIGKILL)
+    finally:
+        asker.kill()
+        asker.communicate()
+
+
+def test_without_root_a_planted_file_is_refused(user_host: ServiceHost) -> None:
+    environment = queue_files(user_host, "planted", owner=JOB_USER)
+
+    done = user_host.ask(user_host.session("planted-1"), "keys", environment=environment)
+
+    assert done.returncode == NotAllowedError.exit_code, done.stdout
+    assert ran_as(user_host, "planted") is None
+
+
+def test_without_root_the_agents_files_are_taken(user_host: ServiceHost) -> None:
+    environment = queue_files(user_host, "agents", owner=SERVICE_USER)
+
+    done = user_host.ask(user_host.session("agents-1"), "keys", environment=environment)
+
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.startswith("AKIDPROCESS ")
+    assert ran_as(user_host, "agents") == SERVICE_USER
+
+
+@pytest.mark.parametrize(
+    ("group", "mode"), [(JOB_GROUP, 0o660), (OTHER_JOB_GROUP, 0o640), (JOB_GROUP, 0o600)]
+)
+def test_without_root_files_of_others_or_open_ones_are_refused(
+    user_host: ServiceHost, group: int, mode: int
+) -> None:
+    """Another queue's profile is for another queue's job user, though the agent may read both."""
+    name = f"refused-{group}-{mode}"
+    environment = queue_files(user_host, name, owner=SERVICE_USER, group=group, mode=mode)
+
+    done = user_host.ask(user_host.session(name), "keys", environment=environment)
+
+    assert done.returncode == NotAllowedError.exit_code, done.stdout
+    assert ran_as(user_host, name) is None
+
+
+def test_without_root_a_link_to_a_file_of_others_is_refused(user_host: ServiceHost) -> None:
+    environment = queue_files(user_host, "other-queue", owner=SERVICE_USER, group=OTHER_JOB_GROUP)
+    session_dir = user_host.session("linked-1")
+    link = session_dir / "config"
+    link.symlink_to(environment["AWS_CONFIG_FILE"])
+    environment["AWS_CONFIG_FILE"] = str(link)
+
+    done = user_host.ask(session_dir, "keys", environment=environment)
+
+    assert done.returncode == NotAllowedError.exit_code, done.stdout
+    assert ran_as(user_host, "other-queue") is None

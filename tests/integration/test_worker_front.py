@@ -1,0 +1,243 @@
+"""What the agent starts: in this process, by the service, or as if propmaster were not there."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agent_plugin.content.errors import (
+    LocalWriteError,
+    ServiceUnavailableError,
+    SettingsInvalidError,
+)
+from agent_plugin.workers.listener import listen, notify_systemd
+from tests.servers.hooks import CALL_SECONDS, REPOSITORY
+from tests.servers.service_host import JOB_USER, ServiceHost, service_host
+
+_RUN_TEST_CALL = """
+import sys
+from agent_plugin.workers import front
+from tests.servers.worker_calls import KINDS
+front.DROP_INS = KINDS
+sys.exit(front.main(sys.argv[1], sys.argv[2:]))
+"""
+ORIGINAL = "import os, sys; print('original', sys.argv[1:], 'PROPMASTER_X' in os.environ)\n"
+
+
+def run_here(
+    session_dir: Path, *words: str, **environment: str
+) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-P", "-c", _RUN_TEST_CALL, *words],
+        cwd=session_dir,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
+        capture_output=True,
+        text=True,
+        timeout=CALL_SECONDS,
+        check=False,
+    )
+
+
+def test_whose_session_it_is_runs_it_itself(tmp_path: Path) -> None:
+    done = run_here(tmp_path, "who", "a", AWS_PROFILE="p", SOMETHING="else")
+
+    assert done.returncode == 7, done.stderr
+    told = json.loads(done.stdout)
+    assert told["job_user"] is None
+    assert told["arguments"] == ["a"]
+    assert told["environment"] == {"AWS_PROFILE": "p"}
+    assert done.stderr == ""
+
+
+def test_a_failure_here_is_told_in_the_same_words(tmp_path: Path) -> None:
+    done = run_here(tmp_path, "refuse")
+
+    assert done.returncode == 66
+    assert done.stdout.splitlines()[0] == "openjd_fail: no refuse\\nopenjd_env: A=1"
+
+
+def test_a_signal_cancels_what_runs_here(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", _RUN_TEST_CALL, "wait"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "waiting\n"
+    process.terminate()
+
+    stdout, _ = process.communicate(timeout=CALL_SECONDS)
+    assert process.returncode == 77
+    assert "error[cancelled]" in stdout
+    assert (tmp_path / "cancelled").exists()
+
+
+@pytest.fixture(scope="module")
+def idle_host() -> Iterator[ServiceHost]:
+    """A host whose service does not run."""
+    with service_host() as made:
+        made.write_config()
+        yield made
+
+
+def test_a_job_user_without_a_service_runs_the_agents_own_script(idle_host: ServiceHost) -> None:
+    original = idle_host.home / "attachment_download.py"
+    original.write_text(ORIGINAL)
+    environment = {
+        "PROPMASTER_ORIGINAL": str(original),
+        "PROPMASTER_ORIGINAL_PYTHON": idle_host.python,
+        "PROPMASTER_X": "1",
+    }
+
+    done = idle_host.ask(
+        idle_host.session("fallback"), "attachment-download", "-s3", "b", environment=environment
+    )
+
+    assert done.returncode == 0, done.stdout
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("propmaster: no propmaster service answers at ")
+    assert lines[1].startswith("openjd_status: propmaster is not running on this host")
+    assert lines[2] == "original ['-s3', 'b'] False"
+
+
+def test_without_a_script_to_fall_back_on_the_call_fails(idle_host: ServiceHost) -> None:
+    done = idle_host.ask(idle_host.session("nothing"), "vfs-mount", "/mnt")
+
+    assert done.returncode == ServiceUnavailableError.exit_code
+    assert done.stdout.startswith("openjd_fail: no propmaster service answers at ")
+
+
+def test_a_job_user_never_runs_a_call_itself(idle_host: ServiceHost) -> None:
+    """It could make a state directory of its own, and lose what the host shares."""
+    home = idle_host.home / "job-home"
+    home.mkdir()
+    os.chown(home, JOB_USER, JOB_USER)
+
+    done = idle_host.ask(
+        idle_host.session("itself"),
+        "attachment-download",
+        environment={"HOME": str(home), "PROPMASTER_STATE_DIR": str(home / "state")},
+    )
+
+    assert done.returncode == ServiceUnavailableError.exit_code
+    assert list(home.iterdir()) == []
+
+
+def test_what_somebody_else_has_put_in_the_services_place_is_told_nothing(
+    idle_host: ServiceHost,
+) -> None:
+    """Credentials are sent: only root, and whose the directory is, may listen."""
+    with socket.socket(socket.AF_UNIX) as impostor:
+        os.seteuid(JOB_USER + 5)
+        try:
+            os.seteuid(0)
+            impostor.bind(os.fspath(idle_host.socket))
+            idle_host.socket.chmod(0o666)
+            os.seteuid(JOB_USER + 5)
+            impostor.listen()
+        finally:
+            os.seteuid(0)
+
+        done = idle_host.ask(idle_host.session("impostor"), "attachment-download")
+
+    idle_host.socket.unlink()
+    assert done.returncode == ServiceUnavailableError.exit_code
+    assert f"belongs to the user with id {JOB_USER + 5}" in done.stdout
+
+
+def test_it_starts_without_home_and_says_how_it_is_used(tmp_path: Path) -> None:
+    environment = {"PATH": os.defpath, "PYTHONPATH": str(REPOSITORY)}
+
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "agent_plugin.workers"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 1
+    assert "attachment-download|attachment-upload|vfs-mount|vfs-unmount" in done.stderr
+
+
+# ------------------------------------------------------------------------------------- the socket
+
+
+def test_a_socket_of_systemds_is_taken(tmp_path: Path) -> None:
+    code = """
+import os, sys
+from pathlib import Path
+from agent_plugin.workers.listener import listen
+os.environ["LISTEN_PID"] = str(os.getpid())
+with listen(Path("/no/such/place")) as listener:
+    print(listener.getsockname(), "LISTEN_FDS" in os.environ, os.get_inheritable(3))
+"""
+    with socket.socket(socket.AF_UNIX) as given:
+        given.bind(os.fspath(tmp_path / "s"))
+        given.listen()
+        os.dup2(given.fileno(), 3) if given.fileno() != 3 else None
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "LISTEN_FDS": "1"},
+            pass_fds=[3],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    assert done.stdout == f"{tmp_path / 's'} False False\n", done.stderr
+
+
+def test_what_is_no_socket_that_listens_is_refused(tmp_path: Path) -> None:
+    environment = {"LISTEN_FDS": "2", "LISTEN_PID": str(os.getpid())}
+
+    with (
+        pytest.raises(SettingsInvalidError, match="gave 2 sockets"),
+        listen(tmp_path / "run/s", environment),
+    ):
+        pass
+
+
+def test_systemds_variables_for_another_process_are_not_ours(tmp_path: Path) -> None:
+    environment = {"LISTEN_FDS": "1", "LISTEN_PID": "1"}
+
+    with listen(tmp_path / "run/s", environment) as listener:
+        assert listener.getsockname().endswith("/s")
+    assert not (tmp_path / "run/s").exists()
+    assert environment == {}
+
+
+def test_a_directory_where_others_could_listen_instead_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o1777)
+
+    with (
+        pytest.raises(LocalWriteError, match="others could listen there"),
+        listen(tmp_path / "open/s", {}),
+    ):
+        pass
+
+
+def test_a_long_path_is_no_matter_for_the_service(tmp_path: Path) -> None:
+    path = tmp_path / ("d" * 100) / "worker.socket"
+
+    with listen(path, {}):
+        assert path.is_socket()
+        assert path.stat().st_mode & 0o777 == 0o666
+
+
+def test_systemd_is_told_if_it_wants_to_know(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(os.fspath(tmp_path / "notify"))
+
+        notify_systemd("READY=1", {"NOTIFY_SOCKET": str(tmp_path / "notify")})
+        assert manager.recv(100) == b"READY=1"
+    notify_systemd("READY=1", {})
