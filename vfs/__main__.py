@@ -19,21 +19,32 @@ from agent_plugin.content.blob_cache import BlobCache
 from agent_plugin.content.errors import (
     LocalError,
     LocalReadError,
+    ManifestInvalidError,
     MountFailedError,
     PropmasterError,
+    local_write_error,
 )
 from agent_plugin.content.fusermount import may_administer
 from agent_plugin.content.leftovers import remove_tree
-from agent_plugin.content.manifest import decode
+from agent_plugin.content.manifest import MAX_MANIFEST_BYTES, decode
 from agent_plugin.content.mount_probe import LIBFUSE2, TransportChoice
-from agent_plugin.content.mount_spec import NO_WRITES, OVERLAY, Layer, MountSpec, read_spec
+from agent_plugin.content.mount_spec import (
+    INPUTS,
+    NO_WRITES,
+    OVERLAY,
+    Layer,
+    MountSpec,
+    read_spec,
+)
 from agent_plugin.content.open_store import build_store
+from agent_plugin.content.pinned import own_directory
 from agent_plugin.content.store import Store
 from vfs.control import ControlSocket
 from vfs.error_ledger import ErrorLedger
 from vfs.mount import FUSE_KIND
 from vfs.nodes import Caller, Nodes
 from vfs.overlay import Overlay
+from vfs.overlay_reveal import Revealing
 from vfs.overlay_upper import Upper
 from vfs.reader import FETCHES_AT_ONCE, STRICT_BYTES, BlobReader
 from vfs.service import NodeService, Ownership
@@ -73,7 +84,7 @@ def main(arguments: list[str]) -> int:
         supervisor = Supervisor(
             spec, server.serve, started=started, stack_depth=server.plan.stack_depth
         )
-        code = supervisor.run(tell_on_stdout, server.size)
+        code = supervisor.run(tell_on_stdout, server.size, server.prepare)
         if supervisor.abandoned:
             _forget(path.parent)
     except PropmasterError as error:
@@ -139,6 +150,42 @@ class Server:
     def size(self) -> tuple[int, int]:
         """Return how many files and bytes there are."""
         return self._tree.files, self._tree.bytes
+
+    def prepare(self) -> None:
+        """Have what was written over other inputs hide none that came since.
+
+        Raises:
+            NoSpaceError, LocalWriteError: What is written can not be kept there.
+        """
+        spec = self._spec
+        if not spec.gives_back or spec.writes == NO_WRITES:
+            return
+        try:
+            with own_directory(Path(spec.work_dir)) as work_dir:
+                place = Path(f"/proc/self/fd/{work_dir}")
+                inputs = Path(spec.manifests[0]).read_bytes()
+                before = _read_inputs(place / INPUTS)
+                if before not in (None, inputs):
+                    self._reveal(place, before or b"")
+                _write_inputs(place / INPUTS, inputs)
+        except OSError as error:
+            raise local_write_error(error, spec.work_dir) from error
+
+    def _reveal(self, place: Path, inputs: bytes) -> None:
+        def before() -> Tree:
+            tree = Tree()
+            tree.add(decode(inputs, source="the inputs of the mount before"))
+            return tree
+
+        owner = Caller(self._spec.uid, self._spec.gid)
+        upper = Upper(place / "upper", place / "work", shown_owner=_shown_owner(self._spec))
+        try:
+            Revealing(upper, before, self._tree, owner).run()
+        except ManifestInvalidError as error:
+            # Whose they are in between may have changed them: then nothing is known to be new.
+            log.warning(
+                events.MOUNT_CHANGE_DROPPED, extra={"path": INPUTS, "reason": error.message}
+            )
 
     def serve(
         self, fd: int, session: Session | None, choice: TransportChoice, again: bool, tell: int
@@ -318,6 +365,24 @@ def _shown_owner(spec: MountSpec) -> Caller | None:
     if os.geteuid() == 0 or spec.uid == os.geteuid():
         return None
     return Caller(spec.uid, spec.gid)
+
+
+def _read_inputs(path: Path) -> bytes | None:
+    """Return what was kept of the mount before; None if there was none."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    with os.fdopen(fd, "rb") as file:
+        return file.read(MAX_MANIFEST_BYTES + 1)
+
+
+def _write_inputs(path: Path, inputs: bytes) -> None:
+    new = path.with_suffix(".new")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    with os.fdopen(os.open(new, flags, 0o600), "wb") as file:
+        file.write(inputs)
+    new.replace(path)
 
 
 def _raise_descriptor_limit() -> None:

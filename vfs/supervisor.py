@@ -93,12 +93,18 @@ class Supervisor:
         self._server = 0
         self._mountpoint = Path(spec.mountpoint)
 
-    def run(self, tell: Callable[[Ready], None], size: Callable[[], tuple[int, int]]) -> int:
+    def run(
+        self,
+        tell: Callable[[Ready], None],
+        size: Callable[[], tuple[int, int]],
+        prepare: Callable[[], None],
+    ) -> int:
         """Mount, serve, and return the exit code when the mount is gone.
 
         Args:
             tell: Called once, when the mount can be used.
             size: Returns how many files and bytes there are.
+            prepare: Called before anything is mounted, when the directories are there.
 
         Raises:
             PropmasterError: It could not be mounted, or lost its servers; nothing is left.
@@ -107,6 +113,7 @@ class Supervisor:
         wake = self._listen()
         try:
             self._make_directories()
+            prepare()
             self._choose()
             self._start(again=False)
             raise_read_ahead(self._spec.lower)

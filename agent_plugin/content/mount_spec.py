@@ -24,6 +24,8 @@ OVERLAYFS: Final = "overlayfs"
 OVERLAY: Final = "overlay"
 NO_WRITES: Final = "none"
 WRITES: Final = (OVERLAYFS, OVERLAY, NO_WRITES)
+# In the work directory of a mount that may be made again with others: what it was written over.
+INPUTS: Final = "inputs"
 
 
 class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -215,7 +217,8 @@ def _give_back(spec: MountSpec, place: Path, work_dir: int) -> None:
     with suppress(OSError):
         (place / "upper").rmdir()
     if not (place / "upper").exists():
-        (place / "marks").unlink(missing_ok=True)
+        for name in ("marks", INPUTS):
+            (place / name).unlink(missing_ok=True)
         Path(spec.work_dir).rmdir()
     elif os.geteuid() == 0:
         os.fchown(work_dir, spec.uid, spec.gid)

@@ -18,11 +18,13 @@ from typing import Final
 from agent_plugin.content.digest import hash_name
 from agent_plugin.content.errors import local_write_error
 from agent_plugin.content.leftovers import partial_name, remove_tree
+from agent_plugin.content.mount_spec import INPUTS
 from agent_plugin.session.mounts import Mounts
 from agent_plugin.session.state import VIRTUAL, SessionState
 from agent_plugin.session.virtual import work_dir_name
 
-_UPPER: Final = "upper"
+# What is there again with the next mount, and of which kind it has to be.
+_KEPT: Final = {"upper": stat.S_ISDIR, INPUTS: stat.S_ISREG}
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -91,7 +93,8 @@ def take_back(work_dir: Path, uid: int) -> None:
         os.fchmod(fd, 0o700)
         # From here on nobody else changes what is in it. All but what was written is made anew.
         for name in os.listdir(fd):  # noqa: PTH208 - a descriptor
-            if name != _UPPER or not _is_directory(fd, name):
+            is_kept = name in _KEPT and _KEPT[name](_mode(fd, name))
+            if not is_kept:
                 remove_tree(fd, name)
     except OSError as error:
         raise local_write_error(error, os.fspath(work_dir)) from error
@@ -99,7 +102,7 @@ def take_back(work_dir: Path, uid: int) -> None:
         os.close(fd)
 
 
-def _is_directory(directory: int, name: str) -> bool:
+def _mode(directory: int, name: str) -> int:
     with suppress(FileNotFoundError):
-        return stat.S_ISDIR(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
-    return False
+        return os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode
+    return 0

@@ -115,6 +115,41 @@ def test_what_was_written_is_there_when_the_root_is_mounted_again_with_more_inpu
     assert second.ended() == 0
 
 
+@pytest.mark.parametrize("kept_by", ["overlayfs", "overlay"])
+def test_what_came_since_is_not_hidden_by_what_was_written_before(
+    drop_in: DropIn, kept_by: str
+) -> None:
+    if kept_by == "overlay":
+        # Which overlayfs takes for its own among its options.
+        drop_in.new_session("a,b")
+    inputs = {name: name.encode() for name in ("cut/a", "cut/b", "cut/c/d", "new/a", "x/a", "y")}
+    others = {"made/2": b"m", "cut/e": b"e", "cut/b": b"b2", "cut/c/f": b"f", "new/b": b"n"}
+    others |= {"made/deep/er": b"d", "y": b"y2", "x/b": b"b"}
+    root = drop_in.root
+    drop_in.here(drop_in.arguments(drop_in.manifest_file(drop_in.stored(inputs))))
+    assert drop_in.status()["writes"] == kept_by
+    # A directory where none was; one that takes the place of inputs; what is removed, or touched.
+    (root / "made/deep").mkdir(parents=True)
+    (root / "made/1").write_bytes(b"1")
+    shutil.rmtree(root / "cut")
+    shutil.rmtree(root / "new")
+    (root / "new").mkdir()
+    (root / "new/own").write_bytes(b"own")
+    (root / "x/a").unlink()
+    (root / "y").chmod(0o600)
+    assert drop_in.unmount_here() == 0
+
+    drop_in.here(drop_in.arguments(drop_in.manifest_file(drop_in.stored(inputs | others))))
+
+    found = {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for path in root.rglob("*")
+        if path.is_file()
+    }
+    assert found == {**others, "made/1": b"1", "new/own": b"own"}
+    assert drop_in.unmount_here() == 0
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
