@@ -1,0 +1,141 @@
+"""The real worker agent's own mounting code, and the real agent, with our `deadline_vfs`."""
+
+import grp
+import json
+import os
+import pwd
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent_plugin.content.digest import Digest
+from agent_plugin.content.manifest import FileEntry, Manifest, encode
+from agent_plugin.content.open_store import build_store
+from tests.servers.deadline_peers import AGENT_PYTHON, SCRIPTS
+from tests.servers.hooks import QUEUE
+from tests.servers.s3_server import S3Server
+from tests.servers.worker_host import WorkerHost
+from tests.servers.worker_vfs import MountingHost, mounting_host
+
+pytestmark = [pytest.mark.peers, pytest.mark.timeout(600)]
+
+MTIME_US = 1_622_505_600_123_457
+FILES = {"scene.usd": b"#usda 1.0\n", "tex/wood.tx": b"w" * 50_000, "tex/old.tx": b"old"}
+MORE = {"renders/2.exr": b"of another worker", "tex/new.tx": b"new"}
+
+WRITE = (
+    "cat scene.usd && mkdir renders && echo 1 > renders/1.exr && rm tex/old.tx"
+    " && stat -c '%U %.6Y' tex/wood.tx"
+)
+
+
+def manifest_of(s3: S3Server, prefix: str, files: dict[str, bytes]) -> bytes:
+    """Store files; return the manifest."""
+    url = f"s3://{s3.bucket}/{prefix}"
+    store = build_store(url, environment=s3.environment, account_id="")
+    entries = []
+    for number, (path, data) in enumerate(files.items()):
+        store.put(Digest.of(data), data)
+        entries.append(FileEntry(Digest.of(data).hex, MTIME_US + number, path, len(data)))
+    return encode(Manifest.of(entries))
+
+
+def session_of(host: WorkerHost, name: str) -> Path:
+    """Make a session directory as the agent does."""
+    directory = host.directory / f"sessions-{name}"
+    directory.mkdir(mode=0o755)
+    session = directory / "session-1"
+    session.mkdir()
+    owner, group = pwd.getpwnam(host.agent).pw_uid, grp.getgrnam(host.job).gr_gid
+    os.chown(directory, owner, -1)
+    os.chown(session, owner, group)
+    session.chmod(0o770)
+    return session
+
+
+def credentials_of(host: WorkerHost, s3: S3Server, session: Path) -> dict[str, str]:
+    """Write the queue's profile as the agent does; return the variables that name it."""
+    keys = f"aws_access_key_id = {s3.access_key}\naws_secret_access_key = {s3.secret_key}\n"
+    config = session.parent / "config"
+    config.write_text(f"[profile queue]\nregion = us-east-1\n{keys}")
+    os.chown(config, pwd.getpwnam(host.agent).pw_uid, grp.getgrnam(host.job).gr_gid)
+    config.chmod(0o640)
+    return {
+        "AWS_PROFILE": "queue",
+        "AWS_CONFIG_FILE": str(config),
+        "AWS_SHARED_CREDENTIALS_FILE": str(session.parent / "none"),
+        "DEADLINE_QUEUE_ID": QUEUE,
+    }
+
+
+def mount_as_the_agent(
+    host: WorkerHost, ours: MountingHost, request: dict[str, Any]
+) -> dict[str, Any]:
+    """Have the agent's library mount and unmount, as the agent's user."""
+    script = host.directory / "mounting.py"
+    script.write_bytes((SCRIPTS / "mounting.py").read_bytes())
+    done = subprocess.run(
+        host.argv_as(host.agent, [host.agent_python(AGENT_PYTHON), script]),
+        input=json.dumps(request),
+        env={
+            "PATH": "/usr/local/bin:/usr/bin:/bin",
+            "HOME": str(host.home(host.agent)),
+            "DEADLINE_VFS_PATH": str(ours.prefix),
+            "AWS_EC2_METADATA_DISABLED": "true",
+        },
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:] + ours.log.read_text()
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def test_the_agents_own_code_mounts_mounts_again_and_unmounts(
+    s3: S3Server, s3_prefix: str, worker_host: WorkerHost
+) -> None:
+    session = session_of(worker_host, s3_prefix)
+    root = session / "assetroot-0123456789abcdef0123"
+    endpoints = {"AWS_ENDPOINT_URL_S3": s3.endpoint_url}
+    manifests = []
+    for name, files in (("first", FILES), ("second", FILES | MORE)):
+        path = session.parent / name
+        path.write_bytes(manifest_of(s3, s3_prefix, files))
+        manifests.append(str(path))
+    request = {
+        "sessionDirectory": str(session),
+        "root": str(root),
+        "jobUser": worker_host.job,
+        "group": worker_host.job,
+        "bucket": s3.bucket,
+        "rootPrefix": s3_prefix,
+        "environment": credentials_of(worker_host, s3, session),
+        "manifests": manifests,
+        "commands": [
+            WRITE,
+            "cat renders/* tex/new.tx && ls tex && findmnt -n -o FSTYPE .",
+        ],
+    }
+
+    with mounting_host(worker_host, endpoints) as ours:
+        answer = mount_as_the_agent(worker_host, ours, request)
+
+        assert answer["launched"] == [True, True], answer["log"]
+        assert answer["outputs"] == [
+            f"#usda 1.0\n{worker_host.job} 1622505600.123458\n",
+            "1\nof another workernewnew.tx\nwood.tx\noverlay\n",
+        ], answer["log"]
+        assert answer["isMounted"] is False
+        assert "error[" not in answer["log"]
+        assert "deadline_vfs" in answer["log"]
+        assert ours.known_mounts() == []
+    # What the agent does with the session's directory: first as the job's user, then as itself.
+    for user in (worker_host.job, worker_host.agent):
+        argv = worker_host.argv_as(user, ["sh", "-c", f"rm -rf {session}/* {session}/.[!.]*"])
+        subprocess.run(argv, check=False, capture_output=True)
+    assert list(session.iterdir()) == []
