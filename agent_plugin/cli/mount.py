@@ -13,6 +13,7 @@ from agent_plugin.content.errors import LocalReadError, LocalWriteError, Session
 from agent_plugin.content.mount_probe import TRANSPORTS
 from agent_plugin.content.mount_spec import NO_WRITES, OVERLAY, OVERLAYFS
 from agent_plugin.content.mount_table import is_mounted
+from agent_plugin.content.open_store import refuse_missing_store
 from agent_plugin.content.writes_probe import WritesChoice, choose_writes
 from agent_plugin.mounting import open_mounts, path_of_mount
 from agent_plugin.session.mounts import ManifestFile, MountRequest
@@ -85,6 +86,8 @@ def command(
 ) -> None:
     """Mount the files of MANIFEST at MOUNTPOINT, an empty directory."""
     settings = load(config)
+    # Later it would be each reader who is told.
+    refuse_missing_store(store_url)
     mounts = open_mounts(settings, verify=verify, xattrs=xattrs, transport=transport)
     mounts.clear_stale()
     if writes in (OVERLAYFS, OVERLAY) and work_dir is None:

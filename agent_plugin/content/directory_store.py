@@ -122,6 +122,14 @@ class DirectoryStore:
                 _sync_names(self._root.parent)
         self._may_be_made = False
 
+    def see_that_it_is_there(self) -> None:
+        """Refuse to go on without the directory, for who only reads.
+
+        Raises:
+            StoreAccessError, UnsafePathError: It can not be opened.
+        """
+        os.close(self._open_root())
+
     def find_missing(self, digests: Collection[Digest]) -> set[Digest]:
         """Look for each blob; the legacy key does not count."""
         with self._directory(_BLOBS) as directory:

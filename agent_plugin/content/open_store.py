@@ -65,6 +65,19 @@ def build_store(
     return S3Store(access, policy=policy, concurrency=concurrency)
 
 
+def refuse_missing_store(url: str) -> None:
+    """Refuse a store that is not there, as far as that is known without asking a network.
+
+    Raises:
+        SettingsInvalidError: The URL makes no sense.
+        StoreAccessError, UnsafePathError: The directory is missing, or may not be used.
+    """
+    if urlsplit(url).scheme != "s3":
+        store = build_store(url)
+        assert isinstance(store, DirectoryStore)  # noqa: S101 - the other kind is S3's
+        store.see_that_it_is_there()
+
+
 def _directory_of(url: str) -> Path:
     parts = urlsplit(url)
     path = os.fsdecode(unquote_to_bytes(parts.path))
