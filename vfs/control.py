@@ -9,6 +9,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +18,7 @@ from agent_plugin.content import events
 
 _CREDENTIALS: Final = struct.Struct("iII")  # struct ucred: pid, uid, gid
 _PATIENCE_SECONDS: Final = 5.0
+_NEXT_TRY_SECONDS: Final = 0.1
 # Room for all the paths of a large session.
 _MOST_BYTES: Final = 256 * 1024 * 1024
 
@@ -52,6 +54,11 @@ class ControlSocket:
         while True:
             try:
                 connection, _ = self._listener.accept()
+            except OSError:
+                # No descriptor is free, say: whoever asks waits until one is.
+                time.sleep(_NEXT_TRY_SECONDS)
+                continue
+            try:
                 with connection:
                     self._answer(connection)
             except (OSError, ValueError, LookupError, TypeError, AttributeError):

@@ -251,16 +251,28 @@ class Supervisor:
         spec = self._spec
         try:
             with own_directory(Path(spec.work_dir), make=True) as work_dir:
-                for name in ("lower", "upper", "work", "spool"):
+                for name in ("lower", "work", "spool"):
                     with suppress(FileExistsError):
                         os.mkdir(name, 0o700, dir_fd=work_dir)
-                # What is written belongs to the job's user, its root included, if it can.
-                if spec.writes != NO_WRITES and os.geteuid() in (0, spec.uid):
-                    os.chown("upper", spec.uid, spec.gid, dir_fd=work_dir, follow_symlinks=False)
                 if spec.writes != NO_WRITES:
-                    os.chmod("upper", _UPPER_MODE, dir_fd=work_dir)
+                    self._make_upper(work_dir)
         except OSError as error:
             raise local_write_error(error, spec.work_dir) from error
+
+    def _make_upper(self, work_dir: int) -> None:
+        """Make the upper directory, if none is there that has an owner and mode already."""
+        with suppress(FileNotFoundError):
+            os.stat("upper", dir_fd=work_dir, follow_symlinks=False)
+            return
+        # Elsewhere, so that whoever is killed leaves none that is not its owner's yet.
+        new = "work/upper"
+        with suppress(FileExistsError):
+            os.mkdir(new, 0o700, dir_fd=work_dir)
+        # What is written belongs to the job's user, its root included, if it can.
+        if os.geteuid() in (0, self._spec.uid):
+            os.chown(new, self._spec.uid, self._spec.gid, dir_fd=work_dir, follow_symlinks=False)
+        os.chmod(new, _UPPER_MODE, dir_fd=work_dir)
+        os.rename(new, "upper", src_dir_fd=work_dir, dst_dir_fd=work_dir)
 
     def _start(self, *, again: bool) -> None:
         """Fork a server and wait until it serves.

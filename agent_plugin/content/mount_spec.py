@@ -206,7 +206,7 @@ def leave_only_upper(spec: MountSpec) -> None:
                 status = kept.lstat()
                 if stat.S_ISCHR(status.st_mode) and status.st_rdev == 0:
                     kept.unlink()
-        for name in ("lower", "spool", "work/work", "work"):
+        for name in ("lower", "staged", "spool", "work/work", "work"):
             with suppress(OSError):
                 (place / name).rmdir()
         if spec.gives_back:
