@@ -283,6 +283,19 @@ def test_an_input_that_is_appended_to_has_both(mounter: Mounter, mnt: Path, sour
     assert (mounter.host.cache_dir).is_dir()
 
 
+def test_owner_and_mode_of_the_root_are_there_when_it_is_mounted_again(
+    mounter: Mounter, inputs: Manifest, mnt: Path, kept_by: str
+) -> None:
+    assert stat.S_IMODE(mnt.stat().st_mode) == 0o755
+    mnt.chmod(0o1770)
+    os.chown(mnt, 1, 2)
+    for _ in range(2):
+        status = mnt.stat()
+        assert (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid) == (0o1770, 1, 2)
+        assert mounter.host.mounts.end(mnt)
+        mounter.mount(inputs, writes=kept_by)
+
+
 def test_a_page_of_an_input_is_changed_through_a_map(mnt: Path, source: Path) -> None:
     before = (source / "tex/wood.tx").read_bytes()
     with (mnt / "tex/wood.tx").open("r+b") as file, closing(mmap.mmap(file.fileno(), 0)) as mapped:
@@ -846,6 +859,22 @@ def test_a_writable_mount_by_command_keeps_what_is_written(
     assert host.run("unmount", f"{mounter.home}/host/../mnt/").returncode == 0
     assert (work / "upper/new").read_bytes() == b"written"
     assert sorted(path.name for path in work.iterdir()) == ["host", "upper"]
+    mounter.assert_nothing_is_left()
+
+
+def test_a_store_that_is_not_there_is_told_before_anything_is_mounted(
+    mounter: Mounter, inputs: Manifest
+) -> None:
+    host, at = mounter.host, mounter.home / "mnt"
+    manifest = mounter.manifest_file(inputs)
+    for url, code, reason in [
+        (f"file://{mounter.home}/nowhere", 70, f"{mounter.home}/nowhere: No such file"),
+        ("file:///no/where", 70, "/no/where: No such file"),
+        ("store", 67, "'store' is not a store"),
+    ]:
+        done = host.run("mount", manifest, at, "--store", url)
+        assert (done.returncode, reason in done.stderr) == (code, True), done.stderr
+    assert not at.exists()
     mounter.assert_nothing_is_left()
 
 

@@ -37,6 +37,16 @@ kernel_transport.WANTED &= ~kernel_transport.Feature.HAS_RESEND
 from vfs.__main__ import main
 sys.exit(main([sys.argv[1]]))
 """
+# No server but the first one comes to serve.
+ONE_SERVER = (
+    """
+import os, sys
+from vfs.__main__ import Server
+serve = Server.serve
+Server.serve = lambda self, *given: os._exit(9) if given[3] else serve(self, *given)
+"""
+    + WITHOUT_RESEND
+)
 
 
 @pytest.mark.parametrize("kept", ["none", "overlayfs", "overlay"])
@@ -63,6 +73,20 @@ def test_a_mount_whose_kernel_can_not_ask_again_is_made_again(
     assert len(mount.errors.read_bytes().splitlines()) == 2, "each is told of the task"
     assert not is_mounted(at)
     assert not (mounter.home / "work/staged").exists()
+
+
+def test_a_mount_that_can_not_be_made_again_leaves_what_was_written_and_nothing_else(
+    mounter: Mounter, tmp_path: Path
+) -> None:
+    mount = Prepared(mounter, tmp_path, "overlayfs")
+    with mount.served_by(ONE_SERVER) as process:
+        (mount.at / "new").write_bytes(b"written before")
+        os.kill(json.loads(ask_mount(mount.control, {"ask": "status"}))["pid"], signal.SIGKILL)
+        process.wait(END_SECONDS)
+    assert process.returncode == 1
+    assert mounter.mounted() == []
+    assert [path.name for path in (mounter.home / "work").iterdir()] == ["upper"]
+    assert (mounter.home / "work/upper/new").read_bytes() == b"written before"
 
 
 def _has(mount: Prepared, remade: int) -> bool:
