@@ -3,27 +3,32 @@
 Each case is submitted twice by the real client, below two root prefixes, and worked on once by the
 agent's own scripts and once by propmaster, with the same job, task and session action ids. Keys,
 metadata and bytes must then be equal. What propmaster does better on purpose has its own test:
-the scripts overlook names that start with a dot.
+the scripts overlook names that start with a dot. The last test has propmaster's drop-ins in the
+place of the scripts, and the agent's own classes read what they print.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import pytest
 
 from tests.servers.deadline_peers import (
     FARM_ID,
     QUEUE_ID,
+    ActionResult,
     DeadlinePeers,
     Submission,
     SyncJob,
+    SyncStep,
     TaskRun,
+    WorkerRun,
     new_job_id,
 )
 from tests.servers.s3_server import S3Server
-from tests.servers.trees import write_files
+from tests.servers.trees import files_below, write_files
 from tests.servers.worker_session import Propmaster, WorkerSession
 
 pytestmark = [pytest.mark.peers, pytest.mark.timeout(300)]
@@ -353,3 +358,87 @@ def without_guids(attachments: dict[str, object]) -> object:
 
 def by_last_name(stored: dict[str, StoredObject]) -> dict[str, StoredObject]:
     return {key.rpartition("/")[2]: found for key, found in stored.items()}
+
+
+OTHER_STEP = "step-" + "2" * 32
+LOG = f"""mkdir -p "$ROOT_1/logs"; ls -A "$ROOT_0/renders" > "$ROOT_1/logs/list"
+          touch -d '{STAMP}.75' "$ROOT_1/logs/list\""""
+
+
+@pytest.mark.slow
+def test_the_drop_ins_leave_and_tell_what_the_scripts_do(
+    peers: DeadlinePeers, propmaster: Propmaster, s3: S3Server, s3_prefix: str, tmp_path: Path
+) -> None:
+    """A session of one step with tasks and a chunk, and one of a step that depends on it."""
+    root, outputs = tmp_path / "shöt 010", tmp_path / "outputs"
+    write_files(root, INPUTS, mtime_ns=MTIME_NS)
+    outputs.mkdir()
+    tasks = [*tasks_of([RENDER, "true", FRAMES[0]]), *tasks_of([LOG], task_id=None)]
+    later = msgspec.structs.replace(tasks_of([f"{LOG}\n{FRAMES[1]}"])[0], step_id=OTHER_STEP)
+    sessions: dict[str, list[SyncJob | SyncStep | TaskRun]] = {
+        "session-1": [SyncJob(), *tasks],
+        "session-2": [SyncJob(), SyncStep(depends_on=[STEP]), later],
+    }
+    job_id = new_job_id()
+
+    def work(by: str, scripts: Mapping[str, Sequence[str]] | None) -> list[WorkerRun]:
+        first, second = (
+            peers.submit(
+                place,
+                bucket=s3.bucket,
+                root_prefix=f"{s3_prefix}-{by}",
+                output_directories=["renders", "logs"],
+            )
+            for place in (root, outputs)
+        )
+        submission = first.joined_with(second)
+        return [
+            peers.work(
+                submission,
+                job_id,
+                session_directory=tmp_path / by / name,
+                actions=actions,
+                scripts=scripts,
+                script_environment=propmaster.drop_in_environment if scripts else None,
+            )
+            for name, actions in sessions.items()
+        ]
+
+    theirs = work("scripts", None)
+    ours = work("drop-ins", propmaster.drop_ins)
+
+    of_scripts, of_us = (outputs_below(s3, f"{s3_prefix}-{by}") for by in ("scripts", "drop-ins"))
+    assert of_us == of_scripts
+    assert len([key for key in of_us if key.endswith("_output")]) == 5
+    for their_run, our_run in zip(theirs, ours, strict=True):
+        for their_root, our_root in zip(
+            their_run.roots.values(), our_run.roots.values(), strict=True
+        ):
+            assert_same_files(Path(our_root), Path(their_root))
+        for their_action, our_action in zip(their_run.actions, our_run.actions, strict=True):
+            assert our_action.uploads == their_action.uploads
+            assert told_manifests(our_run, our_action) == told_manifests(their_run, their_action)
+            assert our_action.failures == []
+    syncs = [ours[0].actions[0], *ours[1].actions[:2]]
+    assert [sync.progress[-1] for sync in syncs] == [100.0] * 3
+    assert all(sync.statuses for sync in syncs)
+
+
+def assert_same_files(ours: Path, theirs: Path) -> None:
+    """Times may differ by the microsecond that the scripts lose."""
+    our_files, their_files = files_below(ours), files_below(theirs)
+    assert our_files.keys() == their_files.keys()
+    for path, found in our_files.items():
+        expected = their_files[path]
+        assert (found.size, found.sha256) == (expected.size, expected.sha256), path
+        assert abs(found.mtime_us - expected.mtime_us) <= 1, path
+
+
+def told_manifests(run: WorkerRun, action: ActionResult) -> dict[str, bytes]:
+    """Return the manifests that an upload has left for later calls, by the job's root."""
+    roots = {local: root for root, local in run.roots.items()}
+    found = {}
+    for snapshot in action.snapshots:
+        directory = Path(snapshot["root"]).parent
+        found[roots[snapshot["root"]]] = (directory / snapshot["manifest"]).read_bytes()
+    return found

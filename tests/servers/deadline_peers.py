@@ -134,11 +134,15 @@ class SyncStep(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
 
 
 class ActionResult(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
-    """What a script did: its wall time as a process, its output, what it told the agent."""
+    """What a script did: its wall time as a process, its output, what the agent understood."""
 
     seconds: float
     output: str
     uploads: list[dict[str, str]]
+    snapshots: list[dict[str, str]]
+    progress: list[float]
+    statuses: list[str]
+    failures: list[str]
 
 
 class WorkerRun(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
@@ -230,8 +234,18 @@ class DeadlinePeers:
         *,
         session_directory: Path,
         actions: Iterable[SyncJob | SyncStep | TaskRun],
+        scripts: Mapping[str, Sequence[str]] | None = None,
+        script_environment: Mapping[str, str] | None = None,
     ) -> WorkerRun:
-        """Run one session with the worker agent's own attachment scripts.
+        """Run one session with the worker agent's own attachment scripts, or others in their place.
+
+        Args:
+            submission: The job's attachments and store.
+            job_id: The job.
+            session_directory: Made when missing.
+            actions: What the agent is to do.
+            scripts: By the name of the agent's script what is run instead, without its arguments.
+            script_environment: What the scripts have besides the peers' variables.
 
         Raises:
             PeerFailedError: A script or a task's command failed.
@@ -240,6 +254,8 @@ class DeadlinePeers:
             **submission.of_job(job_id),
             "sessionDirectory": str(session_directory),
             "actions": msgspec.to_builtins(list(actions)),
+            "scripts": scripts,
+            "scriptEnvironment": script_environment,
         }
         return msgspec.convert(self._call(AGENT_PYTHON, "worker.py", request), WorkerRun)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from tests.servers.deadline_peers import Submission, TaskRun, environment_of_host
+from tests.servers.deadline_peers import REPOSITORY, Submission, TaskRun, environment_of_host
 
 COMMAND = Path(sys.executable).with_name("propmaster")
 
@@ -80,6 +80,20 @@ class Propmaster:
         # So that coverage sees what these processes run (pyproject.toml, patch = ["subprocess"]).
         if started := os.environ.get("COVERAGE_PROCESS_CONFIG"):
             self._environment["COVERAGE_PROCESS_CONFIG"] = started
+
+    @property
+    def drop_ins(self) -> dict[str, list[str]]:
+        """What an agent runs instead of each of its scripts, in `drop_in_environment`."""
+        workers = [sys.executable, "-P", "-m", "agent_plugin.workers"]
+        return {
+            "attachment_download.py": [*workers, "attachment-download"],
+            "attachment_upload.py": [*workers, "attachment-upload"],
+        }
+
+    @property
+    def drop_in_environment(self) -> dict[str, str]:
+        """The variables of this host for a process that an agent starts."""
+        return {**self._environment, "PYTHONPATH": str(REPOSITORY)}
 
     def run(self, *arguments: str | Path) -> bytes:
         """Run `propmaster <arguments> --json` and return its stdout.

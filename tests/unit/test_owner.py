@@ -1,5 +1,6 @@
 """Files and directories for another user: with whose rights they are made, and whose they are."""
 
+import codecs
 import os
 import stat
 import tempfile
@@ -47,6 +48,8 @@ def session(place: Path) -> Path:
 @contextmanager
 def being_in_group(group: int) -> Iterator[None]:
     """Make this process a user that is not root, and in a group."""
+    # Loaded now: the Python that runs the tests may be in a directory of root's.
+    codecs.lookup("ascii")
     groups, gid = os.getgroups(), os.getegid()
     os.setgroups([group])
     os.setegid(NOBODY)

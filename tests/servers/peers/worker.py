@@ -11,19 +11,24 @@ is done here with the agent's library. Reads one JSON request on stdin, writes o
         {"kind": "syncStep", "dependsOn": ["step-…"]},
         {"kind": "task", "command": "shell text", "environment": {…}, "stepId": "step-…",
          "taskId": "task-…-0" or null, "sessionActionId": "sessionaction-…-1",
-         "startedAt": 1.5}]}
+         "startedAt": 1.5}],
+     "scripts": {"attachment_download.py": ["argv", …], …} or null, "scriptEnvironment": {…}}
+
+`scripts` are run in place of the agent's own, with `scriptEnvironment` on top of this process's.
 
 The answer's `actions` are parallel to the request's: `seconds` for each script's whole process,
-`output` with what it printed, `uploads` as it reported them to the agent. In a command $ROOT_0 is
-the first root's local directory, $ROOT_1 the second's.
+`output` with what it printed, and what the agent has understood of it: `uploads`, `snapshots`,
+`progress`, `statuses` and `failures`. In a command $ROOT_0 is the first root's local directory,
+$ROOT_1 the second's.
 """
 
 import json
+import logging
 import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +39,14 @@ from deadline.job_attachments.models import (
     JobAttachmentS3Settings,
     ManifestProperties,
     PathFormat,
+    UploadManifestInfo,
 )
 from deadline_worker_agent.sessions.attachment_models import WorkerManifestProperties
+from deadline_worker_agent.sessions.log_config import (
+    ActionOutputCaptureFilter,
+    ActionOutputMessageKind,
+)
+from openjd.sessions._action_filter import ActionMessageKind, ActionMonitoringFilter
 
 SCRIPTS = Path(deadline_worker_agent.sessions.actions.scripts.__file__).parent
 
@@ -91,7 +102,7 @@ class Session:
                 root.local_input_manifest_path = manifest
                 wanted.append(root)
         if not wanted or not action.get("download", True):
-            return {"seconds": 0.0, "output": "", "uploads": []}
+            return {"seconds": 0.0, "output": "", **understood("")}
         return self._run_script("attachment_download.py", wanted, {})
 
     def run_task(self, action: dict[str, Any]) -> dict[str, Any]:
@@ -112,14 +123,9 @@ class Session:
         if action["taskId"]:
             environment["DEADLINE_TASK_ID"] = action["taskId"]
         result = self._run_script("attachment_upload.py", self.roots, environment)
-        for line in result["output"].splitlines():
-            word, _, text = line.partition(": ")
-            if word == "ja_snapshot":
-                snapshot = json.loads(text)
-                [root] = [one for one in self.roots if one.local_root_path == snapshot["root"]]
-                root.local_manifest_paths.append(str(self.directory / snapshot["manifest"]))
-            if word == "ja_upload":
-                result["uploads"] = json.loads(text)
+        for snapshot in result["snapshots"]:
+            [root] = [one for one in self.roots if one.local_root_path == snapshot["root"]]
+            root.local_manifest_paths.append(str(self.directory / snapshot["manifest"]))
         return result
 
     def _run_script(
@@ -127,7 +133,9 @@ class Session:
     ) -> dict[str, Any]:
         properties = self.directory / f"roots-{time.time_ns()}.json"
         properties.write_text(json.dumps([root.to_dict() for root in roots]))
-        argv = [sys.executable, str(SCRIPTS / name), "-s3", self.settings.to_s3_root_uri()]
+        own = [sys.executable, str(SCRIPTS / name)]
+        argv = [*(self.request.get("scripts") or {name: own})[name], "-s3"]
+        argv.append(self.settings.to_s3_root_uri())
         started = time.perf_counter()
         done = subprocess.run(
             [*argv, "-wp", str(properties)],
@@ -139,6 +147,7 @@ class Session:
                 "DEADLINE_JOB_ID": self.request["jobId"],
                 "PYTHONIOENCODING": "utf-8",
                 **environment,
+                **(self.request.get("scriptEnvironment") or {}),
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -148,7 +157,39 @@ class Session:
         seconds = time.perf_counter() - started
         if done.returncode:
             sys.exit(f"{name} exited with {done.returncode}:\n{done.stdout}")
-        return {"seconds": seconds, "output": done.stdout, "uploads": []}
+        return {"seconds": seconds, "output": done.stdout, **understood(done.stdout)}
+
+
+def understood(output: str) -> dict[str, list[Any]]:
+    """Return what the agent's own filters make of what a script has printed."""
+    found: dict[str, list[Any]] = {
+        name: [] for name in ("uploads", "snapshots", "progress", "statuses", "failures")
+    }
+    words = {
+        ActionMessageKind.PROGRESS: "progress",
+        ActionMessageKind.STATUS: "statuses",
+        ActionMessageKind.FAIL: "failures",
+    }
+
+    def on_action(kind: ActionMessageKind, value: Any, _cancel: bool) -> None:
+        found[words[kind]].append(value)
+
+    def on_attachments(kind: ActionOutputMessageKind, value: Any) -> None:
+        if kind == ActionOutputMessageKind.JA_SNAPSHOT:
+            found["snapshots"].append(value)
+        else:
+            # As the session makes them: a key that it does not know would be refused here.
+            found["uploads"] = [asdict(UploadManifestInfo(**one)) for one in json.loads(value)]
+
+    filters = [
+        ActionMonitoringFilter(session_id="session", callback=on_action),
+        ActionOutputCaptureFilter(session_id="session", callback=on_attachments),
+    ]
+    for line in output.splitlines():
+        record = logging.makeLogRecord({"msg": line, "session_id": "session"})
+        for one in filters:
+            one.filter(record)
+    return found
 
 
 def main() -> None:

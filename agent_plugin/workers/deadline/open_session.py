@@ -1,0 +1,175 @@
+"""What both attachment drop-ins need for a call: the session's lock and state, and the services."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from agent_plugin.content.errors import SessionStateError
+from agent_plugin.content.owner import Owner
+from agent_plugin.content.store import Cancellation
+from agent_plugin.mounting import open_mounts
+from agent_plugin.services import open_services, state_directory
+from agent_plugin.session.adopt import adopt_mounts
+from agent_plugin.session.job import JobDocument
+from agent_plugin.session.known_roots import baseline_of, know_roots, started_elsewhere
+from agent_plugin.session.mounts import Mounts
+from agent_plugin.session.state import VIRTUAL, SessionState, StateFile, locked_state
+from agent_plugin.settings import Settings
+from agent_plugin.transfer.context import TransferContext
+from agent_plugin.transfer.progress import View
+from agent_plugin.workers.call import Call
+from agent_plugin.workers.deadline.properties import (
+    Arguments,
+    SessionDirectory,
+    WorkerRoot,
+    job_of,
+    parse_arguments,
+    read_roots,
+)
+from agent_plugin.workers.rights import check_mapped_root, peer_of_user
+
+# A call whose asker was killed goes on for a second at most, and holds the session's lock so long.
+LOCK_SECONDS: Final = 10.0
+_POLL_SECONDS: Final = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a call is about, read and checked.
+
+    Attributes:
+        directory: The session directory.
+        owner: Whose the session's files are; None: this process's user.
+        arguments: Of the command line.
+        roots: That the call tells of.
+        job: As far as the call tells; its manifests are those of `roots`, in their order.
+    """
+
+    directory: SessionDirectory
+    owner: Owner | None
+    arguments: Arguments
+    roots: Sequence[WorkerRoot]
+    job: JobDocument
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSession:
+    """A session, locked, and what is needed to work on it."""
+
+    state_file: StateFile
+    context: TransferContext
+    mounts: Mounts
+
+
+def read_call(call: Call, settings: Settings) -> Asked:
+    """Return what a call is about.
+
+    Raises:
+        JobInvalidError, PathMappingError, UnsafePathError, LocalReadError: It says what it may not.
+        NotAllowedError: A root is where the job may have none.
+    """
+    arguments = parse_arguments(call.arguments)
+    owner = _owner_of(call)
+    directory = SessionDirectory(call.session_dir, owner)
+    roots = read_roots(directory, arguments.properties)
+    for root in roots:
+        check_mapped_root(root.local_root, call.session_dir, call.job_user, settings.worker)
+    job = job_of(roots, arguments, call.environment, call.session_dir)
+    return Asked(directory, owner, arguments, roots, job)
+
+
+def _owner_of(call: Call) -> Owner | None:
+    user = call.job_user
+    if user is None:
+        return None
+    return Owner(user.uid, user.gid, tuple(sorted(peer_of_user(user).groups)))
+
+
+@contextmanager
+def open_session(
+    call: Call,
+    settings: Settings,
+    asked: Asked,
+    *,
+    view: Callable[[str], View],
+    expect: Callable[[int, int], None] = lambda _files, _bytes: None,
+) -> Iterator[OpenSession]:
+    """Lock the session of a call, and open what is needed to work on it.
+
+    Raises:
+        SessionStateError: Another call works on the session, and does not end.
+        PropmasterError: Any other of the tree.
+    """
+    with ExitStack() as stack:
+        state_file = _lock(stack, state_directory(settings), call.session_dir, call.cancellation)
+        state = state_file.read()
+        queue_id = asked.job.queue_id
+        user_id = asked.owner.uid if asked.owner is not None else None
+        context = stack.enter_context(
+            open_services(
+                settings,
+                asked.job.store_url,
+                cancellation=call.cancellation,
+                queue_id=queue_id,
+                user_id=user_id,
+                account_id=state.account_id if state is not None else None,
+                environment=call.environment,
+                owner=asked.owner,
+                view=view,
+                expect=expect,
+            )
+        )
+        mounts = open_mounts(settings, queue_id=queue_id, user_id=user_id)
+        yield OpenSession(state_file, context, mounts)
+
+
+def _lock(
+    stack: ExitStack, state_dir: Path, session_dir: Path, cancellation: Cancellation
+) -> StateFile:
+    tries = int(LOCK_SECONDS / _POLL_SECONDS)
+    for _ in range(tries):
+        try:
+            return stack.enter_context(locked_state(state_dir, session_dir))
+        except SessionStateError:
+            cancellation.sleep(_POLL_SECONDS)
+    return stack.enter_context(locked_state(state_dir, session_dir))
+
+
+def know_session(asked: Asked, session: OpenSession) -> SessionState:
+    """Return the state of a session that knows the roots of a call, whoever has started it.
+
+    What was in the output directories of a root that it did not know is what the agent's manifests
+    say, without what is to be brought in now.
+
+    Raises:
+        SessionStateError: Its start did not finish; or the call is about another job.
+        PropmasterError: Any other of the tree.
+    """
+    state = session.state_file.read()
+    if state is None:
+        state = started_elsewhere(asked.job, asked.directory.path)
+    elif not state.ready:
+        session.state_file.read_ready()
+    added = know_roots(state, asked.job, [root.local_root for root in asked.roots])
+    adopt_mounts(state, session.mounts)
+    for index, root in added.items():
+        worker_root = asked.roots[index]
+        if root.file_system == VIRTUAL:
+            # What was written to a mount is all that counts of it.
+            continue
+        known = [
+            path
+            for path in worker_root.manifests
+            if not (worker_root.brings_step_outputs and path == worker_root.input_manifest)
+        ]
+        manifest = asked.directory.read_manifests(known)
+        root.baseline = {**baseline_of(manifest, root), **root.baseline}
+    session.state_file.write(state)
+    return state
+
+
+def summary(files: int, *parts: str, seconds: float) -> str:
+    """Return the one line that a call ends with."""
+    return f"propmaster: {files} files, {', '.join(parts)}, {seconds:.1f} s"
