@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from agent_plugin.content.errors import MountFailedError
 from agent_plugin.content.mount_table import is_mounted
 from agent_plugin.session.mounts import ask_mount
 from tests.mount.conftest import END_SECONDS, Mounter
@@ -83,7 +84,7 @@ def test_a_mount_that_can_not_be_made_again_leaves_what_was_written_and_nothing_
         (mount.at / "new").write_bytes(b"written before")
         os.kill(json.loads(ask_mount(mount.control, {"ask": "status"}))["pid"], signal.SIGKILL)
         process.wait(END_SECONDS)
-    assert process.returncode == 1
+    assert process.returncode == MountFailedError.exit_code
     assert mounter.mounted() == []
     assert [path.name for path in (mounter.home / "work").iterdir()] == ["upper"]
     assert (mounter.home / "work/upper/new").read_bytes() == b"written before"
