@@ -18,8 +18,9 @@ MOUNT_PACKAGES := fio git rsync stress-ng
 # Debian also splits off Python's own tests.
 PYTHON_TESTS = $(shell "$(PYTHON)" -c 'import test.test_os' 2>/dev/null \
   || "$(PYTHON)" -c 'import sys; print("libpython%d.%d-testsuite" % sys.version_info[:2])')
-# For the benchmarks: what their client is compiled with, and what mounts are compared with.
-BENCH_PACKAGES := gcc libc6-dev bindfs
+# For the benchmarks: what their client is compiled with, what mounts are compared with, and by what
+# the worker agent becomes the job user.
+BENCH_PACKAGES := gcc libc6-dev bindfs sudo
 
 # $(call install_packages,PACKAGES): those that are missing, or else the exact command to run.
 define install_packages

@@ -13,6 +13,7 @@ SMALL_FILES, SMALL_BYTES = 5000, 16 * KIB
 LARGE_FILES, LARGE_BYTES = 4, 256 * MIB
 # Inputs of a big job, of few contents, so that bringing them in is not what takes the time.
 MANY_FILES, MANY_CONTENTS, MANY_BYTES = 100_000, 100, 64
+FRAME_BYTES = 4 * KIB
 
 _FILES_IN_DIRECTORY = 100
 
@@ -39,6 +40,22 @@ def make_many(root: Path) -> None:
     contents = [generator.randbytes(MANY_BYTES) for _ in range(MANY_CONTENTS)]
     for at in range(MANY_FILES):
         _path(root, at).write_bytes(contents[at % MANY_CONTENTS])
+
+
+def make_frames(root: Path) -> None:
+    """Make 5,000 files of 4 KiB below `root`, all different, 100 to a directory."""
+    _make_frames(root, SMALL_FILES)
+
+
+def make_many_frames(root: Path) -> None:
+    """Make 100,000 files of 4 KiB below `root`, all different, 100 to a directory."""
+    _make_frames(root, MANY_FILES)
+
+
+def _make_frames(root: Path, files: int) -> None:
+    generator = random.Random("frames")
+    for at in range(files):
+        _path(root, at).write_bytes(generator.randbytes(FRAME_BYTES))
 
 
 def _path(root: Path, at: int) -> Path:

@@ -39,8 +39,8 @@ class DeadlineCommand:
 
     def submit(self, bundle: Path, queue_id: str, *, file_system: str = "COPIED") -> str:
         """Submit a bundle; return the job's id."""
-        self._run("config", "set", "defaults.job_attachments_file_system", file_system)
-        printed = self._run("bundle", "submit", *_of(queue_id), "--yes", bundle)
+        how = ("--yes", "--job-attachments-file-system", file_system)
+        printed = self._run("bundle", "submit", *_of(queue_id), *how, bundle)
         if (found := re.search(r"\bjob-[0-9a-f]{32}\b", printed)) is None:
             raise PeerFailedError(f"bundle submit names no job: {printed}")
         return found[0]

@@ -143,7 +143,11 @@ class Session:
 
 @dataclass
 class Job:
-    """A job as CreateJob got it, and what became of it."""
+    """A job as CreateJob got it, and what became of it.
+
+    Attributes:
+        released: The worker knows that its sessions have ended, and has cleaned up after them.
+    """
 
     job_id: str
     queue_id: str
@@ -154,6 +158,7 @@ class Job:
     sessions: list[Session] = field(default_factory=list)
     ended_at: float | None = None
     cancelled: bool = False
+    released: bool = False
 
     @property
     def ended(self) -> bool:
@@ -236,6 +241,8 @@ class DeadlineJobs:
         """Take what the worker reports, and see which sessions and jobs have ended."""
         now = time.time()
         for job in self.jobs.values():
+            # The agent asks again when it has done all that the answer before made it do.
+            job.released = job.ended
             for action in job.actions:
                 if (body := updates.get(action.action_id)) is not None:
                     _apply(action, Update(now, body))

@@ -199,9 +199,12 @@ class DeadlineService:
         assert done, f"{what}: not within {seconds:.0f} s"
 
     def wait_for(self, job_id: str, *, seconds: float) -> Job:
-        """Wait until a job has ended."""
+        """Wait until a job has ended, and its worker has ended its sessions.
+
+        An agent that is told to end at that moment may never do so.
+        """
         job = self.job(job_id)
-        self.wait_until(lambda: job.ended, seconds=seconds, what=f"the end of {job_id}")
+        self.wait_until(lambda: job.released, seconds=seconds, what=f"the end of {job_id}")
         return job
 
     # ------------------------------------------------------------------------------- the worker

@@ -1,10 +1,10 @@
 """A host for the real worker agent: its own user, users for the jobs, and Pythons they may run.
 
-The agent runs a job's actions as the job user by `sudo -u <user> -i`. That starts a login shell
-with a fresh environment, so what the agent itself was started with does not reach the job, nor the
-attachment scripts: endpoints come to them by the job user's `.profile`, as on a host whose
-administrator has set a proxy or an endpoint for all logins. Credentials are not in it: they come
-by the profile that the agent writes and names in AWS_CONFIG_FILE.
+The agent runs a job's actions as the job user by `sudo -u <user> -i`, and the VFS by `sudo -E` with
+an environment of a few variables, so what the agent itself was started with reaches neither the
+job, nor the attachment scripts, nor a mount. Endpoints come to them by sudo: `env_file` in its
+configuration (sudoers(5)) sets variables for whatever the agent's user runs by it. Credentials are
+not in it: they come by the profile that the agent writes and names in AWS_CONFIG_FILE.
 
 The users are the host's real ones for as long as `open_host` is open, with a line each in
 /etc/sudoers.d; their names carry the process id, so that test runs beside each other do not meet.
@@ -69,15 +69,15 @@ class WorkerHost:
         """Return the home directory of a user."""
         return self.directory / "home" / user
 
-    def log_in_with(self, environment: Mapping[str, str]) -> None:
-        """Empty the homes of the job users, and give their logins an environment."""
-        lines = [f"export {name}={_quoted(value)}\n" for name, value in environment.items()]
+    def begin(self, environment: Mapping[str, str]) -> None:
+        """Empty all homes; from now on sudo sets `environment` for what the agent runs by it."""
+        lines = [f"{name}={value}\n" for name, value in environment.items()]
+        _environment_file(self.directory).write_text("".join(lines))
         for user in (self.agent, self.job, self.other_job):
             home = self.home(user)
             shutil.rmtree(home, ignore_errors=True)
             home.mkdir(parents=True, mode=0o750)
-            (home / ".profile").write_text("".join(lines))
-            _own(home, user)
+            shutil.chown(home, user, user)
 
     def make_python(self, name: str, *, packages: Sequence[Path], copies: Sequence[Path]) -> Path:
         """Make an environment that all users may run, and that may be changed.
@@ -163,12 +163,13 @@ def open_host() -> Iterator[WorkerHost]:
             _run("usermod", "--shell", "/bin/bash", name)
         for name in jobs:
             _run("usermod", "--append", "--groups", name, agent)
-        rule = f"{agent} ALL=({','.join([*jobs, 'root'])}) NOPASSWD:SETENV: ALL\n"
+        rule = f"Defaults:{agent} env_file={_environment_file(directory)}\n"
+        rule += f"{agent} ALL=({','.join([*jobs, 'root'])}) NOPASSWD:SETENV: ALL\n"
         _sudoers(agent).write_text(rule)
         _sudoers(agent).chmod(0o440)
         python = _find_python(directory, agent)
         host = WorkerHost(directory, agent, jobs[0], jobs[1], python)
-        host.log_in_with({})
+        host.begin({})
         yield host
     finally:
         _remove_users(names)
@@ -177,6 +178,10 @@ def open_host() -> Iterator[WorkerHost]:
         ]
         assert not left, f"still mounted: {left}"
         shutil.rmtree(directory)
+
+
+def _environment_file(directory: Path) -> Path:
+    return directory / "sudo.environment"
 
 
 def _sudoers(agent: str) -> Path:
@@ -220,14 +225,5 @@ def _remove_users(names: Sequence[str]) -> None:
             subprocess.run(argv, capture_output=True, check=False)
 
 
-def _own(root: Path, user: str) -> None:
-    for path in (root, *root.rglob("*")):
-        shutil.chown(path, user, user)
-
-
 def _run(*argv: str | Path) -> None:
     subprocess.run(argv, check=True, capture_output=True, timeout=_COMMAND_SECONDS)
-
-
-def _quoted(value: str) -> str:
-    return "'" + value.replace("'", "'\\''") + "'"

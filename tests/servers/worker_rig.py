@@ -81,7 +81,7 @@ def open_rig(
     environments: Sequence[JSON] = (),
     host_configuration: str | None = None,
     session_per: Literal["step", "job"] = "step",
-    login: Mapping[str, str] | None = None,
+    job_environment: Mapping[str, str] | None = None,
 ) -> Iterator[Rig]:
     """Start the services for one test.
 
@@ -93,7 +93,7 @@ def open_rig(
         environments: See DeadlineService.
         host_configuration: See DeadlineService.
         session_per: See DeadlineService.
-        login: More for the login environment of the job users.
+        job_environment: More for the environment that sudo gives to what the agent runs.
     """
     prefix = f"root-{uuid.uuid4().hex[:12]}"
     queues = queues or (
@@ -110,12 +110,12 @@ def open_rig(
         session_per=session_per,
     )
     with service, CloudWatchLogs() as logs:
-        host.log_in_with(
+        host.begin(
             {
                 **store.endpoints,
                 "DEADLINE_CLOUD_TELEMETRY_OPT_OUT": "true",
                 "AWS_EC2_METADATA_DISABLED": "true",
-                **(login or {}),
+                **(job_environment or {}),
             }
         )
         environment = {
