@@ -45,7 +45,7 @@ def open_mounts(
         cache,
         strict=strict,
         xattrs=xattrs or settings.mounts.xattrs,
-        store_limits=store_limits(settings),
+        store_limits=store_limits(settings, queue_id),
         transport=transport or settings.mounts.transport,
         passthrough=settings.mounts.passthrough,
     )

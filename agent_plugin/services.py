@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from agent_plugin.content import events
+from agent_plugin.content.bandwidth import Limit
 from agent_plugin.content.blob_cache import BlobCache
 from agent_plugin.content.errors import LocalError, LocalWriteError
 from agent_plugin.content.local_index import LocalIndex
@@ -33,12 +34,12 @@ class LazyStore:
     def __init__(
         self,
         url: str,
-        settings: Settings,
+        limits: StoreLimits,
         environment: Mapping[str, str],
         account_id: str | None,
     ) -> None:
         self._url = url
-        self._settings = settings
+        self._limits = limits
         self._environment = environment
         self._account_id = account_id
         self._lock = threading.Lock()
@@ -48,13 +49,14 @@ class LazyStore:
         """Return the store, opened."""
         with self._lock:
             if self._store is None:
-                limits = store_limits(self._settings)
+                limits = self._limits
                 self._store = build_store(
                     self._url,
                     environment=self._environment,
                     policy=limits.retry_policy(),
                     account_id=self._account_id,
                     concurrency=limits.concurrency,
+                    bandwidth=limits.bandwidth(),
                 )
             return self._store
 
@@ -67,9 +69,9 @@ class LazyStore:
             return getattr(self._store, "account_id", None)
 
 
-def store_limits(settings: Settings) -> StoreLimits:
-    """Return how the store is talked to, by commands and mounts alike."""
-    store = settings.store
+def store_limits(settings: Settings, queue_id: str = "") -> StoreLimits:
+    """Return how the store is talked to for a queue's jobs, by commands and mounts alike."""
+    store = settings.for_queue(queue_id).store
     return StoreLimits(
         concurrency=store.concurrency,
         attempts=store.attempts,
@@ -77,7 +79,24 @@ def store_limits(settings: Settings) -> StoreLimits:
         connect_timeout=store.connect_timeout,
         read_timeout=store.read_timeout,
         least_bytes_per_second=store.least_bytes_per_second,
+        download=_limit(settings, queue_id, "download", store.download_limit.bytes),
+        upload=_limit(settings, queue_id, "upload", store.upload_limit.bytes),
     )
+
+
+def _limit(
+    settings: Settings, queue_id: str, direction: str, bytes_per_second: int
+) -> Limit | None:
+    """Return a limit that holds for all for whom it was set together.
+
+    That is a queue with a limit of its own, or all without one.
+    """
+    if not bytes_per_second:
+        return None
+    is_own = settings.is_own(queue_id, f"store.{direction}_limit")
+    name = f"{direction}-{queue_id}" if is_own else direction
+    account = settings.paths.state_dir / "limits" / name
+    return Limit(bytes_per_second, os.fspath(account))
 
 
 def state_directory(settings: Settings) -> Path:
@@ -166,7 +185,7 @@ def ask_store(
         queue_id: Whose settings hold; empty for none.
         environment: Where credentials and endpoints come from.
     """
-    open_store = LazyStore(store_url, settings.for_queue(queue_id), environment, None)
+    open_store = LazyStore(store_url, store_limits(settings, queue_id), environment, None)
     return Asking(open_store=open_store, cancellation=cancellation)
 
 
@@ -203,6 +222,7 @@ def open_services(
         environment: Where credentials and endpoints come from.
     """
     records = open_records(settings, queue_id=queue_id, user_id=user_id)
+    limits = store_limits(settings, queue_id)
     settings = settings.for_queue(queue_id)
     with ExitStack() as stack:
         cache = records.open_cache(store_url)
@@ -212,7 +232,7 @@ def open_services(
         stack.callback(index.close)
         ledger = stack.enter_context(records.open_ledger())
         yield TransferContext(
-            open_store=LazyStore(store_url, settings, environment, account_id),
+            open_store=LazyStore(store_url, limits, environment, account_id),
             store_url=store_url,
             cache=cache,
             index=index,

@@ -22,7 +22,7 @@ from msgspec import Meta
 from agent_plugin import schema
 from agent_plugin.content.errors import SettingsInvalidError
 from agent_plugin.settings_file import SettingsFile
-from agent_plugin.sizes import Size
+from agent_plugin.sizes import Rate, Size
 
 CONFIG_VARIABLE: Final = "PROPMASTER_CONFIG"
 CACHE_VARIABLE: Final = "PROPMASTER_CACHE_DIR"
@@ -116,6 +116,8 @@ class StoreSettings(_Section, frozen=True, forbid_unknown_fields=True):
         least_bytes_per_second: A request that reads and is slower, on the average, is ended.
         existence_max_age: Seconds for which a blob seen in the store is asked for before it would
             be sent; 0 remembers nothing.
+        download_limit, upload_limit: Bytes a second of content and manifests, of all processes of
+            this host together; 0 for none.
     """
 
     concurrency: Annotated[int, Meta(ge=1, le=256)] = 16
@@ -125,6 +127,8 @@ class StoreSettings(_Section, frozen=True, forbid_unknown_fields=True):
     read_timeout: Annotated[float, Meta(gt=0, le=3600)] = 15.0
     least_bytes_per_second: Annotated[int, Meta(ge=1, le=2**30)] = 16384
     existence_max_age: Annotated[int, Meta(ge=0, le=365 * 86400)] = 86400
+    download_limit: Rate = Rate()
+    upload_limit: Rate = Rate()
 
 
 class OutputSettings(_Section, frozen=True, forbid_unknown_fields=True):
@@ -408,8 +412,8 @@ class _Queues:
 
 
 def _decode(kind: type, value: object) -> object:
-    if kind is Size:
-        return Size.parse(value)
+    if kind in (Size, Rate):
+        return kind.parse(value)
     if kind is Path:
         return _directory(value)
     raise NotImplementedError(kind)

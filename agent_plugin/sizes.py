@@ -13,6 +13,8 @@ _UNITS: Final = {
     **{f"{letter}b": 1000 ** (n + 1) for n, letter in enumerate("kmgt")},
     **{f"{letter}ib": 1024 ** (n + 1) for n, letter in enumerate("kmgt")},
 }
+# Below, one blob would hold up its readers for minutes.
+LEAST_RATE: Final = 16 * 1024
 
 
 class Size:
@@ -65,6 +67,30 @@ class Size:
         if not self.percent:
             return self.bytes
         return int(_filesystem_bytes(directory) * self.percent / 100)
+
+
+class Rate(Size):
+    """Bytes a second; 0 is no limit."""
+
+    __slots__ = ()
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        """Return the rate that a number of bytes or "50 MiB" says, each second.
+
+        Raises:
+            ValueError: It says none, or one that is too low to work with.
+        """
+        try:
+            rate = super().parse(value)
+        except ValueError:
+            rate = None
+        if rate is None or rate.percent or 0 < rate.bytes < LEAST_RATE:
+            raise ValueError(
+                f"{value!r} is no limit; allowed: bytes a second as a number, or text such as"
+                f" '50 MiB', at least {LEAST_RATE} of them; 0 for none"
+            )
+        return rate
 
 
 def _filesystem_bytes(directory: Path) -> int:

@@ -200,6 +200,7 @@ class Server:
             Path(spec.work_dir, "spool"),
             statistics,
             policy=StreamPolicy(may_stream=spec.stream),
+            fetches_at_once=_fetches_at_once(spec),
         )
         service = NodeService(
             self._tree,
@@ -345,8 +346,15 @@ class Server:
                     account_id=spec.account_id,
                     policy=limits.retry_policy() if limits else None,
                     concurrency=limits.concurrency if limits else FETCHES_AT_ONCE,
+                    bandwidth=limits.bandwidth() if limits else None,
                 )
             return self._opened
+
+
+def _fetches_at_once(spec: MountSpec) -> int:
+    """Return how many threads fetch: what they bring is waited for by readers, one by one."""
+    limits = spec.store_limits
+    return FETCHES_AT_ONCE if limits is None else min(2 * limits.concurrency, FETCHES_AT_ONCE)
 
 
 def _fusepy_transport(nodes: Nodes, spec: MountSpec, at: Path) -> "FusepyTransport":

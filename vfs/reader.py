@@ -56,7 +56,7 @@ SMALL_BYTES: Final = 1024 * 1024
 VERIFY_SECONDS: Final = 0.25
 # Blobs that are kept open, whose space the disk does not get back when the cache lets go of them.
 MOST_OPEN: Final = 4096
-# Threads that fetch: with 30 ms to the store, 32 bring 1,000 small files a second.
+# Threads that fetch, at most: with 30 ms to the store, 32 bring 1,000 small files a second.
 FETCHES_AT_ONCE: Final = 32
 # As many blobs that were used are told to the cache at once.
 USES_AT_ONCE: Final = 256
@@ -119,6 +119,7 @@ class BlobReader:
         spool: A directory for those files.
         statistics: What is counted.
         policy: How large blobs are read.
+        fetches_at_once: Threads that fetch.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class BlobReader:
         statistics: Statistics,
         *,
         policy: StreamPolicy,
+        fetches_at_once: int = FETCHES_AT_ONCE,
     ) -> None:
         self.on_corrupt: Callable[[Digest, PropmasterError], None] = _tell_nobody
         self._cache = cache
@@ -148,7 +150,7 @@ class BlobReader:
         self._checks: dict[str, Future[OpenBlob | None]] = {}
         self._used: set[str] = set()
         self._tells_use = False
-        self._threads = ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="fetch")
+        self._threads = ThreadPoolExecutor(fetches_at_once, thread_name_prefix="fetch")
         self._disk = ThreadPoolExecutor(LOOKS_AT_ONCE, thread_name_prefix="look")
         self._large = ThreadPoolExecutor(LARGE_LOOKS_AT_ONCE, thread_name_prefix="look-large")
         self._halt = Cancellation()

@@ -29,6 +29,7 @@ from urllib.parse import quote
 import xxhash
 
 from agent_plugin.content import events, layout, parts
+from agent_plugin.content.bandwidth import Bandwidth
 from agent_plugin.content.digest import READ_BYTES, Digest
 from agent_plugin.content.directory_files import STAGING, new_file, tidy_staging, write_file
 from agent_plugin.content.errors import (
@@ -85,13 +86,15 @@ class DirectoryStore:
         root: The directory, absolute; made by the first write if only itself is missing, so that a
             reader's mistake leaves no trace. Links that lead to it are followed: it is the
             operator's choice.
+        bandwidth: How much may move; as much as there is by default.
 
     Raises:
         StoreAccessError: It can not be opened, or is missing together with what should hold it.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, bandwidth: Bandwidth | None = None) -> None:
         self._root = root
+        self._bandwidth = bandwidth or Bandwidth()
         # The directories for unfinished files that this process has tidied; `add` is atomic.
         self._tidied: set[str] = set()
         # Once it was there it is never made again: its disk may have gone meanwhile.
@@ -139,6 +142,7 @@ class DirectoryStore:
 
     def get(self, digest: Digest) -> bytes:
         """See Store.get."""
+        self._bandwidth.download.take(digest.size)
         with self._blob(digest) as fd:
             data = _read(fd, 0, digest.size)
         if (actual := Digest.of(data)) != digest:
@@ -161,6 +165,7 @@ class DirectoryStore:
                 parts.reserve(fd, digest.size)
             for offset in range(0, digest.size, READ_BYTES):
                 cancellation.check()
+                self._bandwidth.download.take(min(READ_BYTES, digest.size - offset), cancellation)
                 data = _read(source, offset, min(READ_BYTES, digest.size - offset))
                 hashing.update(data)
                 parts.write_all(fd, data, offset)
@@ -178,6 +183,7 @@ class DirectoryStore:
         length = min(length, digest.size - offset)
         if length <= 0:
             return b""
+        self._bandwidth.download.take(length)
         with self._blob(digest) as fd:
             return _read(fd, offset, length)
 
@@ -185,7 +191,12 @@ class DirectoryStore:
         """See Store.put."""
         if (actual := Digest.of(data)) != digest:
             raise FileChangedError(f"{digest} is not what was read: {actual}")
-        return self._put_blob(digest, lambda fd: parts.write_all(fd, data, 0))
+
+        def write(target: int) -> None:
+            self._bandwidth.upload.take(len(data))
+            parts.write_all(target, data, 0)
+
+        return self._put_blob(digest, write)
 
     def put_file(
         self,
@@ -203,6 +214,7 @@ class DirectoryStore:
             # One byte more than there should be, to see whether the file has grown.
             while data := parts.read_all(fd, offset, min(READ_BYTES, digest.size + 1 - offset)):
                 cancellation.check()
+                self._bandwidth.upload.take(len(data), cancellation)
                 hashing.update(data)
                 parts.write_all(target, data, offset)
                 offset += len(data)
@@ -241,6 +253,7 @@ class DirectoryStore:
                     raise ManifestInvalidError(
                         f"{path} has {status.st_size} bytes, more than {max_bytes}"
                     )
+                self._bandwidth.download.take(status.st_size)
                 data = _read(fd, 0, status.st_size)
             metadata = _read_metadata(directory, name, path)
         return Document(DocumentInfo(key, len(data), status.st_mtime), data, metadata)
@@ -250,6 +263,7 @@ class DirectoryStore:
         place, name = _document_place(key)
         sidecar = json.dumps(layout.checked_metadata(metadata), sort_keys=True).encode()
         staging = partial(self._staging, _DOCUMENTS)
+        self._bandwidth.upload.take(len(data))
         self.make()
         self._sync_blob_names()
         with self._made_directory(place) as directory, _store_errors(f"{place}/{name}"):

@@ -13,6 +13,7 @@ from typing import Final
 
 import msgspec
 
+from agent_plugin.content.bandwidth import Allowance, Bandwidth, Limit
 from agent_plugin.content.errors import SessionStateError, local_write_error
 from agent_plugin.content.leftovers import is_partial
 from agent_plugin.content.pinned import own_directory
@@ -41,7 +42,11 @@ class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class StoreLimits(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
-    """How the store is talked to, as the settings' table `[store]` has it."""
+    """How the store is talked to, as the settings' table `[store]` has it.
+
+    Attributes:
+        download, upload: How much may move; None for as much as there is.
+    """
 
     concurrency: int
     attempts: int
@@ -49,6 +54,8 @@ class StoreLimits(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fi
     connect_timeout: float
     read_timeout: float
     least_bytes_per_second: float
+    download: Limit | None = None
+    upload: Limit | None = None
 
     def retry_policy(self) -> RetryPolicy:
         """Return when requests are sent again."""
@@ -59,6 +66,10 @@ class StoreLimits(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fi
             read_timeout=self.read_timeout,
             least_bytes_per_second=self.least_bytes_per_second,
         )
+
+    def bandwidth(self) -> Bandwidth:
+        """Return what may move, for one process of those that share the limits."""
+        return Bandwidth(Allowance(self.download), Allowance(self.upload))
 
 
 class MountSpec(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote_to_bytes, urlsplit
 
+from agent_plugin.content.bandwidth import Bandwidth
 from agent_plugin.content.directory_store import DirectoryStore
 from agent_plugin.content.errors import SettingsInvalidError
 from agent_plugin.content.retry import RetryPolicy
@@ -23,6 +24,7 @@ def build_store(
     policy: RetryPolicy | None = None,
     account_id: str | None = None,
     concurrency: int = 16,
+    bandwidth: Bandwidth | None = None,
 ) -> "S3Store | DirectoryStore":
     """Return the store at a URL; a directory that is missing is made by the first write.
 
@@ -35,6 +37,7 @@ def build_store(
             `S3Store.account_id`; empty if it is known to be unknown; None to find out, which may
             ask STS and take up to 4 s.
         concurrency: Threads that are expected to use the store at once, >= 1.
+        bandwidth: How much may move; as much as there is by default.
 
     Raises:
         SettingsInvalidError: The URL, or one of the AWS variables and files, makes no sense.
@@ -47,7 +50,7 @@ def build_store(
         )
     parts = urlsplit(url)
     if parts.scheme == "file":
-        return DirectoryStore(_directory_of(url))
+        return DirectoryStore(_directory_of(url), bandwidth=bandwidth)
     if parts.scheme != "s3" or not parts.netloc:
         raise SettingsInvalidError(f"{url[:200]!r} is not a store", hint=_HINT)
     # Imported here because a store in a directory needs no network library.
@@ -62,7 +65,7 @@ def build_store(
         policy=policy,
         account_id=account_id,
     )
-    return S3Store(access, policy=policy, concurrency=concurrency)
+    return S3Store(access, policy=policy, concurrency=concurrency, bandwidth=bandwidth)
 
 
 def refuse_missing_store(url: str) -> None:

@@ -159,6 +159,10 @@ class Movement:
     too_slow: float = math.inf
     seconds: float = 0.0
 
+    def held_back(self, seconds: float) -> None:
+        """Take a time into account in which nothing was to move."""
+        self.seconds += seconds
+
     def add(self, lasted: float) -> None:
         """Take an attempt into account that lasted so many seconds."""
         if lasted < self.too_slow:

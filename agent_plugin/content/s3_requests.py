@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import obstore
 from obstore.exceptions import BaseError as ObstoreError
 
+from agent_plugin.content.bandwidth import Bandwidth
 from agent_plugin.content.flight import AdaptiveLimit
 from agent_plugin.content.retry import Movement, RetryPolicy
 from agent_plugin.content.s3_access import QUICK_BODY_BYTES, Access, Clients
@@ -51,12 +52,22 @@ class Requests:
         access: The bucket and the clients for it.
         policy: When requests are sent again.
         limit: How many may be under way.
+        bandwidth: How much may move; it is taken before a request is sent, so that no store waits
+            for us with a connection open, and a request that is slow is slow by itself.
     """
 
-    def __init__(self, access: Access, *, policy: RetryPolicy, limit: AdaptiveLimit) -> None:
+    def __init__(
+        self,
+        access: Access,
+        *,
+        policy: RetryPolicy,
+        limit: AdaptiveLimit,
+        bandwidth: Bandwidth | None = None,
+    ) -> None:
         self.access = access
         self.policy = policy
         self._limit = limit
+        self.bandwidth = bandwidth or Bandwidth()
         self._conditional_puts = True
         self._bucket_seen = False
 
@@ -73,6 +84,8 @@ class Requests:
         *,
         policy: RetryPolicy | None = None,
         silence: float | None = None,
+        receives: int = 0,
+        sends: int = 0,
     ) -> T:
         """Return what `ask` returns, which makes one request and may be called again.
 
@@ -83,6 +96,8 @@ class Requests:
             policy: Instead of the usual one.
             silence: Seconds after which `ask` gives up while nothing moves; by default as long as
                 the client for reading does.
+            receives: Bytes that an attempt is to receive.
+            sends: Bytes that it is to send.
 
         Raises:
             StoreError: Whatever s3_errors.py makes of the last answer.
@@ -92,8 +107,14 @@ class Requests:
             self.access.silence() if silence is None else silence,
             too_slow=self.policy.longest(WHOLE_BLOB_BYTES),
         )
+
+        def attempt() -> T:
+            held = self.bandwidth.download.take(receives, cancellation)
+            movement.held_back(held + self.bandwidth.upload.take(sends, cancellation))
+            return self._ask(ask, what, cancellation, movement)
+
         return (policy or self.policy).call(
-            lambda: self._ask(ask, what, cancellation, movement),
+            attempt,
             what=what,
             cancellation=cancellation,
             movement=movement,
@@ -106,6 +127,7 @@ class Requests:
         cancellation: Cancellation | None = None,
         *,
         policy: RetryPolicy | None = None,
+        sends: int = 0,
     ) -> T:
         """As `make`, with boto3; `ask` gets the client and the arguments every call is given."""
         location = self.access.location
@@ -116,7 +138,7 @@ class Requests:
                 return ask(clients.boto(), common)
 
         silence = self.access.boto_silence
-        return self.make(ask_boto, what, cancellation, policy=policy, silence=silence)
+        return self.make(ask_boto, what, cancellation, policy=policy, silence=silence, sends=sends)
 
     def size(self, below: str, cancellation: Cancellation | None = None) -> int | None:
         """Return an object's size in bytes, None if it is absent."""
@@ -133,6 +155,7 @@ class Requests:
             what,
             cancellation,
             silence=self.access.silence(len(data)),
+            sends=len(data),
         )
 
     def put(self, below: str, data: bytes, metadata: dict[str, str]) -> None:
@@ -142,7 +165,8 @@ class Requests:
             store = _for_body(clients, data)
             obstore.put(store, below, data, attributes=metadata, use_multipart=False)
 
-        self.make(ask, f"put {self.place(below)}", silence=self.access.silence(len(data)))
+        silence = self.access.silence(len(data))
+        self.make(ask, f"put {self.place(below)}", silence=silence, sends=len(data))
 
     def list_below(self, start: str) -> "Iterator[ObjectTypeDef]":
         """Yield what boto3 says of the objects whose keys below the prefix start with `start`.

@@ -21,6 +21,7 @@ import obstore
 import xxhash
 
 from agent_plugin.content import events, layout, parts
+from agent_plugin.content.bandwidth import Bandwidth
 from agent_plugin.content.digest import Digest
 from agent_plugin.content.errors import (
     BlobCorruptError,
@@ -86,14 +87,24 @@ class S3Store:
         access: The bucket and the clients for it.
         policy: When requests are sent again.
         concurrency: Threads that are expected to call at once, >= 1.
+        bandwidth: How much may move; as much as there is by default.
     """
 
-    def __init__(self, access: Access, *, policy: RetryPolicy, concurrency: int = 16) -> None:
+    def __init__(
+        self,
+        access: Access,
+        *,
+        policy: RetryPolicy,
+        concurrency: int = 16,
+        bandwidth: Bandwidth | None = None,
+    ) -> None:
         requests = concurrency * REQUESTS_PER_CALLER
         self._access = access
         self._policy = policy
         self._concurrency = concurrency
-        self._requests = Requests(access, policy=policy, limit=AdaptiveLimit(requests))
+        self._requests = Requests(
+            access, policy=policy, limit=AdaptiveLimit(requests), bandwidth=bandwidth
+        )
         self._lanes = Lanes(requests)
 
     @property
@@ -253,11 +264,14 @@ class S3Store:
             return Document(info, data, metadata)
 
         try:
-            return self._requests.make(ask, f"get {self._requests.place(place)}")
+            document = self._requests.make(ask, f"get {self._requests.place(place)}")
         except ObjectAbsentError as error:
             raise DocumentNotFoundError(
                 error.message, hint="Check the job's manifest paths and the queue's root prefix."
             ) from error
+        # How large it is was not known before.
+        self._requests.bandwidth.download.take(len(document.data))
+        return document
 
     def put_document(self, key: str, data: bytes, metadata: Mapping[str, str]) -> None:
         """See Store.put_document.
@@ -321,7 +335,8 @@ class S3Store:
                 raise BlobCorruptError(f"{digest} is stored as xxh128:{actual}")
             return data
 
-        return self._requests.make(ask, f"get {self._requests.place(key)}", cancellation)
+        what = f"get {self._requests.place(key)}"
+        return self._requests.make(ask, what, cancellation, receives=digest.size)
 
     def _receive(
         self,
@@ -376,7 +391,8 @@ class S3Store:
             return parts.Part(meta["e_tag"] or "", meta["size"])
 
         try:
-            return self._requests.make(ask, f"get {self._requests.place(key)} from {offset}", stop)
+            what = f"get {self._requests.place(key)} from {offset}"
+            return self._requests.make(ask, what, stop, receives=length)
         except RangeUnsatisfiableError as error:
             raise BlobCorruptError(f"{digest} is stored as {offset} bytes or less") from error
 

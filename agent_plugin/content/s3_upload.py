@@ -96,7 +96,7 @@ class Upload:
                 part["ChecksumCRC32"] = answer["ChecksumCRC32"]
             return part
 
-        return self._requests.boto(ask, what, stop)
+        return self._requests.boto(ask, what, stop, sends=len(data))
 
     def complete(self, sent: "Sequence[CompletedPartTypeDef]", cancellation: Cancellation) -> None:
         """Make the object of its parts.

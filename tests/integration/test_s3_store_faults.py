@@ -34,7 +34,7 @@ from agent_plugin.content.open_store import build_store
 from agent_plugin.content.parts import PART_BYTES
 from agent_plugin.content.retry import RetryPolicy
 from agent_plugin.content.store import WHOLE_BLOB_BYTES, Cancellation, Store
-from agent_plugin.services import LazyStore
+from agent_plugin.services import LazyStore, store_limits
 from agent_plugin.settings import load
 from tests.servers.fault_proxy import FaultProxy
 from tests.servers.faults import Fault
@@ -749,7 +749,10 @@ def test_the_least_rate_is_what_the_settings_say(
         f"[store]\nread_timeout = 1.0\nattempts = 1\nleast_bytes_per_second = {8 * MIB}\n"
     )
     open_store = LazyStore(
-        f"s3://{s3.bucket}/{s3_prefix}", load(config), s3.environment_at(fault_proxy.url), ""
+        f"s3://{s3.bucket}/{s3_prefix}",
+        store_limits(load(config)),
+        s3.environment_at(fault_proxy.url),
+        "",
     )
     fault_proxy.inject(Fault.DRIP)
 

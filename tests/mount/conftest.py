@@ -6,7 +6,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class Mounter:
         store_url: str,
         *,
         environment: dict[str, str] | None = None,
-        store: dict[str, float] | None = None,
+        store: Mapping[str, float | str] | None = None,
         settings: dict[str, dict[str, Any]] | None = None,
         transport: str = "auto",
     ) -> None:

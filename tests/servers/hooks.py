@@ -113,7 +113,7 @@ class Host:
         store_url: str,
         *,
         environment: Mapping[str, str] | None = None,
-        store: Mapping[str, float] | None = None,
+        store: Mapping[str, float | str] | None = None,
         settings: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         home.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ import pytest
 
 from agent_plugin.content.errors import SettingsInvalidError
 from agent_plugin.settings import CacheSettings, Settings, load, load_explained
-from agent_plugin.sizes import Size
+from agent_plugin.sizes import Rate, Size
 
 GIB = 1024**3
 HOME = {"HOME": "/home/someone"}
@@ -101,6 +101,8 @@ def test_every_setting_can_be_set(tmp_path: Path) -> None:
         read_timeout = 2
         least_bytes_per_second = 1
         existence_max_age = 0
+        download_limit = "50 MiB"
+        upload_limit = 16384
         [outputs]
         upload_failed = true
 
@@ -117,6 +119,8 @@ def test_every_setting_can_be_set(tmp_path: Path) -> None:
     assert settings.store.deadline_seconds == 60.0
     assert settings.store.least_bytes_per_second == 1
     assert settings.store.existence_max_age == 0
+    assert settings.store.download_limit == Rate(50 * 1024**2)
+    assert settings.store.upload_limit == Rate(16384)
     assert settings.outputs.upload_failed is True
     assert settings.mounts.verify == "strict"
     assert settings.mounts.passthrough == "off"
@@ -196,6 +200,12 @@ def test_a_file_that_can_not_be_read_is_an_error(tmp_path: Path) -> None:
             "config.toml, line 2: paths.cache_dir: 'cache' is no directory; allowed: an absolute",
             "",
         ),
+        (
+            "store.upload_limit = '5 %'",
+            "config.toml, line 1: store.upload_limit: '5 %' is no limit; allowed: bytes a second",
+            "",
+        ),
+        ("store.download_limit = 1", "config.toml, line 1: store.download_limit: 1 is no", ""),
         ("paths = 3", "config.toml, line 1: paths: expected `object`, got `int`", ""),
         (
             "store.least_bytes_per_second = 0",
