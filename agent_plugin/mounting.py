@@ -1,10 +1,12 @@
 """The mounts of this host as its settings have them, for whoever makes and ends some."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 from agent_plugin.services import scope_of, state_directory, store_limits
 from agent_plugin.session.mounts import CachePlace, Mounts
+from agent_plugin.session_logs import log_place
 from agent_plugin.settings import Settings
 
 
@@ -48,6 +50,7 @@ def open_mounts(
         store_limits=store_limits(settings, queue_id),
         transport=transport or settings.mounts.transport,
         passthrough=settings.mounts.passthrough,
+        log_place=partial(log_place, settings),
     )
 
 

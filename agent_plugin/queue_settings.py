@@ -79,6 +79,10 @@ def _in_effect(settings: Settings, key: str, value: object) -> object:
         value = settings.cache.max_bytes_on(cache_dir)
     elif key == "cache.min_free":
         value = settings.cache.min_free_bytes_on(cache_dir)
+    elif key == "logs.directory":
+        value = settings.log_directory
+    elif key == "logs.max_bytes":
+        value = settings.logs.max_bytes.on(settings.log_directory)
     if isinstance(value, Size):
         return value.bytes
     if isinstance(value, list):

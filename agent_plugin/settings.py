@@ -179,6 +179,21 @@ class WorkerSettings(_Section, frozen=True, forbid_unknown_fields=True):
     mapped_roots: list[Path] = []
 
 
+class LogSettings(_Section, frozen=True, forbid_unknown_fields=True):
+    """What becomes of the events of sessions and mounts, besides going to standard error.
+
+    Attributes:
+        directory: One file for each session. Default: `logs` in the state directory.
+        keep_days: How long after its last event a file is kept; 0 writes none.
+        max_bytes: The most that all of them may take: the oldest go first, and one that is as large
+            is not written to any more.
+    """
+
+    directory: Path | None = None
+    keep_days: Annotated[int, Meta(ge=0, le=3650)] = 14
+    max_bytes: Size = Size(256 * 1024**2)
+
+
 class _CachePath(_Section, frozen=True, forbid_unknown_fields=True):
     """The one path that a queue may have of its own."""
 
@@ -223,6 +238,7 @@ class Settings(_Section, frozen=True, forbid_unknown_fields=True):
     outputs: OutputSettings = OutputSettings()
     mounts: MountSettings = MountSettings()
     worker: WorkerSettings = WorkerSettings()
+    logs: LogSettings = LogSettings()
     queues: dict[str, Queue] = {}
 
     def for_queue(self, queue_id: str) -> "Settings":
@@ -244,6 +260,11 @@ class Settings(_Section, frozen=True, forbid_unknown_fields=True):
     def is_own(self, queue_id: str, key: str) -> bool:
         """Whether a queue has a key, such as `store.upload_limit`, in a table of its own."""
         return queue_id in self.queues and key in self.queues[queue_id].own
+
+    @property
+    def log_directory(self) -> Path:
+        """Where the log files of sessions are."""
+        return self.logs.directory or self.paths.state_dir / "logs"
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,11 +31,14 @@ MAY_IMPORT = {
     "agent_plugin/sizes.py": [],
     "agent_plugin/settings": SETTINGS,
     "agent_plugin/services.py": [*SETTINGS, *TRANSFER],
+    "agent_plugin/session_logs.py": SETTINGS,
     "agent_plugin/queue_settings.py": [*HOST, "agent_plugin.session.queues"],
-    "agent_plugin/mounting.py": [*HOST, "agent_plugin.session.mounts"],
+    "agent_plugin/mounting.py": [
+        *(*HOST, "agent_plugin.session.mounts", "agent_plugin.session_logs"),
+    ],
     "agent_plugin/workers/": [
         *(*HOST, "agent_plugin.mounting", "agent_plugin.session", "agent_plugin.workers"),
-        "agent_plugin.queue_settings",
+        *("agent_plugin.queue_settings", "agent_plugin.session_logs"),
     ],
     "agent_plugin/doctor": [
         *(*SETTINGS, *TRANSFER, "agent_plugin.session.mounts"),

@@ -26,6 +26,7 @@ from agent_plugin.content.errors import (
 )
 from agent_plugin.content.fusermount import may_administer
 from agent_plugin.content.leftovers import remove_tree
+from agent_plugin.content.log_file import LogFile
 from agent_plugin.content.manifest import MAX_MANIFEST_BYTES, decode
 from agent_plugin.content.mount_probe import LIBFUSE2, TransportChoice
 from agent_plugin.content.mount_spec import (
@@ -80,6 +81,8 @@ def main(arguments: list[str]) -> int:
         if spec.owner_pid and os.fork():
             # What ends all processes of the owner, by who started whom, is not to end this.
             os._exit(0)
+        if spec.log is not None:
+            events.get_logger().addHandler(LogFile(spec.log))
         server = Server(spec, path)
         supervisor = Supervisor(
             spec, server.serve, started=started, stack_depth=server.plan.stack_depth

@@ -21,6 +21,7 @@ from agent_plugin.content import events
 from agent_plugin.content.blob_cache import BlobCache, CacheUsage, CollectReport, VerifyReport
 from agent_plugin.content.errors import CancelledError
 from agent_plugin.session.job import check_id
+from agent_plugin.session_logs import collect_logs
 from agent_plugin.settings import Settings, load
 from agent_plugin.sizes import Size
 from agent_plugin.transfer.progress import format_bytes
@@ -184,13 +185,17 @@ def verify_command(queue_id: str | None, as_json: bool, config: Path | None) -> 
 def collect_command(
     to: Size | None, queue_id: str | None, as_json: bool, config: Path | None
 ) -> None:
-    """Remove what is stale, and the blobs least recently used until the cache keeps its limits."""
+    """Remove what is stale, and the blobs least recently used until the cache keeps its limits.
+
+    Logs of sessions that are older than they are kept go as well.
+    """
     settings = _settings(config, queue_id)
     to_bytes = None if to is None else to.on(settings.paths.cache_dir)
     with _opened(settings) as cache:
         report = CollectReport(within_limits=True)
         if cache is not None:
             report = cache.collect(to_bytes=to_bytes)
+    collect_logs(settings)
     _print_collected(settings, report, as_json=as_json)
 
 

@@ -11,6 +11,7 @@ import click
 from agent_plugin.cli.options import common_options, print_json, say, session_dir_option
 from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.content.errors import JobInvalidError, LocalReadError, SessionStateError
+from agent_plugin.content.log_file import writing_to
 from agent_plugin.mounting import open_mounts
 from agent_plugin.queue_settings import settings_of_queue
 from agent_plugin.services import open_records, open_services, state_directory
@@ -19,7 +20,8 @@ from agent_plugin.session.finish_task import TaskAction, finish_task
 from agent_plugin.session.job import MAX_JOB_BYTES, JobDocument, check_id
 from agent_plugin.session.roots import LAST_SECOND
 from agent_plugin.session.start import StartResult, start, sync_step
-from agent_plugin.session.state import StateFile, locked_state
+from agent_plugin.session.state import StateFile, locked_state, session_id
+from agent_plugin.session_logs import collect_logs, log_place
 from agent_plugin.settings import Settings, load
 from agent_plugin.transfer.context import TransferContext
 from agent_plugin.transfer.progress import format_bytes
@@ -65,6 +67,7 @@ def start_command(
     with (
         cancel_on_signals() as cancellation,
         locked_state(state_directory(settings), session_dir) as state_file,
+        writing_to(log_place(settings, session_id(session_dir))),
         open_services(
             settings, job.store_url, cancellation=cancellation, queue_id=job.queue_id
         ) as context,
@@ -181,10 +184,13 @@ def end_command(session_dir: Path, keep_files: bool, as_json: bool, config: Path
         # Lent to nobody: an end that has begun goes on to its end, half a root helps nobody.
         cancel_on_signals(),
         locked_state(state_directory(settings), session_dir) as state_file,
+        # A mistyped directory leaves no log.
+        writing_to(log_place(settings, session_id(session_dir)) if state_file.exists else None),
     ):
         mounts = open_mounts(settings)
         records = open_records(settings, queue_id=_queue_of(state_file))
         result = end(session_dir, records, state_file, mounts=mounts, keep_files=keep_files)
+    collect_logs(settings)
     if as_json:
         print_json(result)
         return
@@ -202,13 +208,16 @@ def _started(
         locked_state(state_directory(settings), session_dir) as state_file,
     ):
         state = state_file.read_ready()
-        with open_services(
-            settings,
-            state.job.store_url,
-            cancellation=cancellation,
-            queue_id=state.job.queue_id,
-            account_id=state.account_id,
-        ) as context:
+        with (
+            writing_to(log_place(settings, state.session_id)),
+            open_services(
+                settings,
+                state.job.store_url,
+                cancellation=cancellation,
+                queue_id=state.job.queue_id,
+                account_id=state.account_id,
+            ) as context,
+        ):
             yield context, state_file, state.job.queue_id
 
 

@@ -33,6 +33,8 @@ LEDGER_UNAVAILABLE: Final = "ledger.unavailable"
 UPLOAD_LEFT: Final = "upload.left_behind"
 FILE_SKIPPED: Final = "file.skipped"
 FILE_REREAD: Final = "file.reread"
+LOG_UNAVAILABLE: Final = "log.unavailable"
+LOG_COLLECTED: Final = "log.collected"
 OWNER_UNKNOWN: Final = "store.owner_unknown"
 MOUNT_READ_FAILED: Final = "mount.read_failed"
 MOUNT_CHANGE_DROPPED: Final = "mount.change_dropped"
@@ -59,8 +61,11 @@ LOGGER_NAME: Final = "propmaster"
 _RESERVED = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime"}
 
 
-class _JsonFormatter(logging.Formatter):
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line."""
+
     def format(self, record: logging.LogRecord) -> str:
+        """Return an event as docs/LOG_EVENTS.md has it."""
         document: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -86,7 +91,7 @@ def get_logger() -> logging.Logger:
 def configure(*, level: int = logging.INFO, stream: TextIO | None = None) -> None:
     """Write events of at least `level` to `stream` (stderr), one JSON object a line."""
     handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(_JsonFormatter())
+    handler.setFormatter(JsonFormatter())
     logger = get_logger()
     logger.handlers[:] = [handler]
     logger.setLevel(level)

@@ -16,6 +16,7 @@ import msgspec
 from agent_plugin.content.bandwidth import Allowance, Bandwidth, Limit
 from agent_plugin.content.errors import SessionStateError, local_write_error
 from agent_plugin.content.leftovers import is_partial
+from agent_plugin.content.log_file import LogPlace
 from agent_plugin.content.pinned import own_directory
 from agent_plugin.content.retry import RetryPolicy
 
@@ -103,6 +104,7 @@ class MountSpec(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fiel
         layers: What was added, in that order.
         store_limits: None for what they are by default.
         transport: `auto`, `kernel` or `fusepy`.
+        log: Where events go beside the process's standard error, if anywhere.
         cache_scope: For whom blobs are fetched (BlobCache.open).
         called: What the manifest is called in messages; empty for its own path.
         gives_back: Whether the work directory is given to `uid` when nothing is mounted any more,
@@ -136,6 +138,7 @@ class MountSpec(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fiel
     cache_scope: str = ""
     called: str = ""
     gives_back: bool = False
+    log: LogPlace | None = None
 
     @property
     def lower(self) -> Path:

@@ -11,7 +11,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from agent_plugin.content.errors import (
     local_write_error,
 )
 from agent_plugin.content.leftovers import remove_tree
+from agent_plugin.content.log_file import LogPlace
 from agent_plugin.content.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest, encode
 from agent_plugin.content.mount_probe import AUTO
 from agent_plugin.content.mount_spec import (
@@ -112,6 +113,7 @@ class MountRequest:
         owner_pid: The process without which the mount goes away; 0 for none.
         layers: What was added to the last mount with this work directory.
         gives_back: As MountSpec has it.
+        session: The key of the session that it is for; empty if it is for none.
     """
 
     manifest: Manifest | ManifestFile
@@ -126,6 +128,7 @@ class MountRequest:
     layers: Sequence[Layer] = ()
     writes_reason: str = ""
     gives_back: bool = False
+    session: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +164,7 @@ class Mounts:
         store_limits: How mounts talk to their store; None for what is so by default.
         transport: Of what is mounted from now on: `auto`, `fusepy` or `kernel`.
         passthrough: Whether the kernel reads cached blobs itself: `auto`, `on` or `off`.
+        log_place: Where events go, by the key of a session or `mount-` and the mount's name.
     """
 
     def __init__(
@@ -173,6 +177,7 @@ class Mounts:
         store_limits: StoreLimits | None = None,
         transport: str = AUTO,
         passthrough: str = "auto",
+        log_place: Callable[[str], LogPlace | None] = lambda _name: None,
     ) -> None:
         self._directory = state_dir / "mounts"
         self._cache = cache
@@ -181,6 +186,7 @@ class Mounts:
         self._store_limits = store_limits
         self._transport = transport
         self._passthrough = passthrough
+        self._log_place = log_place
 
     def start(
         self,
@@ -395,6 +401,7 @@ class Mounts:
             store_limits=self._store_limits,
             transport=self._transport,
             cache_scope=self._cache.scope,
+            log=self._log_place(request.session or f"mount-{place.name}"),
         )
 
     def _is_served(self, place: Path) -> bool:

@@ -164,6 +164,11 @@ class StateFile:
         self._path = path
         self._session_dir = session_dir
 
+    @property
+    def exists(self) -> bool:
+        """Whether there is one, readable or not."""
+        return self._path.exists()
+
     def read(self) -> SessionState | None:
         """Return the state, or None when there is none.
 

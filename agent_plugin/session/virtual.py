@@ -142,6 +142,7 @@ def mount(
         uid=owner.uid,
         gid=owner.gid,
         layers=root.layers,
+        session=state.session_id,
     )
     mounts.start(request, cancellation=context.cancellation, environment=environment)
 

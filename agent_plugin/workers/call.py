@@ -15,7 +15,10 @@ from typing import Final
 
 from agent_plugin.content import events
 from agent_plugin.content.errors import PropmasterError
+from agent_plugin.content.log_file import writing_to
 from agent_plugin.content.store import Cancellation
+from agent_plugin.session.state import session_id
+from agent_plugin.session_logs import log_place
 from agent_plugin.settings import Settings
 
 ATTACHMENT_DOWNLOAD: Final = "attachment-download"
@@ -121,7 +124,8 @@ def one_line(text: str) -> str:
 def carry_out(call: Call, settings: Settings, run: Run) -> int:
     """Run a drop-in; a failure is told in the agent's words and in ours, and is its exit code."""
     try:
-        return run(call, settings)
+        with writing_to(log_place(settings, session_id(call.session_dir))):
+            return run(call, settings)
     except PropmasterError as error:
         return tell(error, call.say)
     except Exception:  # noqa: BLE001 - a door: told as a defect, with its trace

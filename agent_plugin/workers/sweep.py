@@ -19,6 +19,7 @@ from agent_plugin.mounting import open_mounts
 from agent_plugin.services import open_records, state_directory
 from agent_plugin.session.end import end
 from agent_plugin.session.state import locked_state
+from agent_plugin.session_logs import collect_logs
 from agent_plugin.settings import Settings
 from agent_plugin.workers.notes import forget, noted_sessions, place_of
 
@@ -35,6 +36,7 @@ def sweep(settings: Settings) -> None:
     """End the sessions whose directory the agent has removed, or emptied as far as it could."""
     state_dir = state_directory(settings)
     noted = {note.session_dir: note for note in noted_sessions(state_dir)}
+    has_ended = False
     for named in sorted({*noted, *_known(state_dir)}):
         session_dir, note = Path(named), noted.get(named)
         if not _is_over(session_dir, had_manifests=note is not None and note.had_manifests):
@@ -47,11 +49,14 @@ def sweep(settings: Settings) -> None:
         except PropmasterError as error:
             log.warning(events.SWEEP_FAILED, extra={"session_dir": named, "reason": error.message})
             continue
+        has_ended = True
         if note is not None:
             # The agent could not, as long as something was mounted there.
             with suppress(OSError):
                 session_dir.rmdir()
             forget(place_of(state_dir, session_dir))
+    if has_ended:
+        collect_logs(settings)
 
 
 def _end(session_dir: Path, state_dir: Path, settings: Settings, uid: int | None) -> None:

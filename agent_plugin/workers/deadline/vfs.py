@@ -42,6 +42,7 @@ from agent_plugin.mounting import open_mounts, path_of_mount
 from agent_plugin.queue_settings import settings_of_queue
 from agent_plugin.session.adopt import kept_writes, take_back
 from agent_plugin.session.mounts import ManifestFile, MountRequest, Mounts
+from agent_plugin.session.state import session_id
 from agent_plugin.settings import Settings
 from agent_plugin.workers.call import Call
 from agent_plugin.workers.rights import check_mapped_root
@@ -332,6 +333,7 @@ def _request(
         gid=gid,
         owner_pid=os.getpid(),
         gives_back=True,
+        session=session_id(session_dir),
     )
 
 
