@@ -143,6 +143,14 @@ class Caller(NamedTuple):
     gid: int
 
 
+def listed_for(uid: int, names: list[bytes]) -> list[bytes]:
+    """Return the names of extended attributes that a user is shown: `trusted.` ones are root's.
+
+    As on a disk; of who asks for one of them, the kernel sees to it itself.
+    """
+    return [name for name in names if not (uid and name.startswith(b"trusted."))]
+
+
 class Changes(NamedTuple):
     """New attributes; None leaves one as it is.
 

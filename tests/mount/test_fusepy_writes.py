@@ -220,6 +220,16 @@ def test_who_makes_a_file_owns_it(at: Path) -> None:
         assert (name, status.st_uid, status.st_mode & 0o777) == (name, NOBODY, mode)
 
 
+def test_who_is_not_root_is_not_shown_roots_attributes(at: Path) -> None:
+    (at / "file").write_bytes(b"")
+    os.setxattr(at / "file", "user.a", b"")
+    os.setxattr(at / "file", "trusted.a", b"")
+    with (at / "file").open("rb") as file:
+        assert sorted(os.listxattr(file.fileno())) == ["trusted.a", "user.a"]
+        with being_nobody():
+            assert os.listxattr(file.fileno()) == ["user.a"]
+
+
 def test_what_libfuse_2_can_not_do_is_refused(at: Path) -> None:
     """And docs/SEMANTICS.md says so; the C library's own posix_fallocate writes zeros instead."""
     (at / "other").write_bytes(b"other")

@@ -18,7 +18,7 @@ from typing import Any, Final, TypeAlias
 import fuse
 
 from agent_plugin.content.store import Cancellation
-from vfs.nodes import Attributes, Caller, Changes, Nodes, WritableNodes
+from vfs.nodes import Attributes, Caller, Changes, Nodes, WritableNodes, listed_for
 from vfs.tree import ROOT
 
 NAME_BYTES: Final = 255
@@ -330,7 +330,8 @@ class WritingOperations(ReadingOperations):
     def listxattr(self, path: str) -> list[str]:
         """Return the names of the extended attributes."""
         node = self.node_at(path.encode("latin-1"))
-        return [name.decode("latin-1") for name in self.nodes.listxattr(node)]
+        names = listed_for(_caller().uid, self.nodes.listxattr(node))
+        return [name.decode("latin-1") for name in names]
 
     def setxattr(self, path: str, name: str, value: bytes, flags: int) -> int:
         """Set an extended attribute."""

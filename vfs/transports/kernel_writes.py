@@ -19,7 +19,7 @@ from functools import partial
 from typing import Final
 
 from agent_plugin.content.store import Cancellation
-from vfs.nodes import NOW, Caller, Changes, Listed, WritableNodes
+from vfs.nodes import NOW, Caller, Changes, Listed, WritableNodes, listed_for
 from vfs.transports import kernel_protocol as protocol
 from vfs.transports.kernel_entries import NOTHING, attr_out, dirent, entry_out
 from vfs.transports.kernel_protocol import Opcode, Valid
@@ -266,10 +266,7 @@ class WritableKernelTransport(KernelTransport):
 
     def _listxattr(self, unique: int, node: int, body: memoryview) -> None:
         [size, _] = protocol.GETXATTR.unpack_from(body)
-        names = self._writable.listxattr(node)
-        if self._uid:
-            # As on a disk; of who asks for one of them, the kernel sees to it itself.
-            names = [name for name in names if not name.startswith(b"trusted.")]
+        names = listed_for(self._uid, self._writable.listxattr(node))
         self._answer_xattr(unique, b"".join(name + b"\0" for name in names), size)
 
     def _removexattr(self, unique: int, node: int, body: memoryview) -> None:
