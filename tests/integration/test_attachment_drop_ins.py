@@ -26,6 +26,8 @@ from tests.servers.s3_server import S3Server
 from tests.servers.trees import files_below, write_files
 
 MTIME_NS = 1_622_505_600_123_457_000
+# A name that is not UTF-8.
+LATIN = os.fsdecode(b"latin-\xe9.exr")
 SCENE = b"#usda 1.0\n"
 INPUTS: dict[str | bytes, bytes | int] = {
     "scene.usd": SCENE,
@@ -138,6 +140,7 @@ def test_what_a_task_leaves_is_stored_and_told_and_dotfiles_are_part_of_it(
     session.sync_job()
     write(session.root() / "renders" / "frame.exr", "frame")
     write(session.root() / "renders" / ".cache" / ".dot", "dot")
+    write(session.root() / "renders" / LATIN, "latin")
     run = action(started_at=1_719_848_112.5)
 
     said = session.finish(run)
@@ -149,7 +152,11 @@ def test_what_a_task_leaves_is_stored_and_told_and_dotfiles_are_part_of_it(
     assert snapshot["root"] == os.fspath(session.root())
     assert not snapshot["manifest"].startswith("/")
     assert encode(stored) == data
-    assert [entry.path for entry in stored.entries] == ["renders/.cache/.dot", "renders/frame.exr"]
+    assert [entry.path for entry in stored.entries] == [
+        "renders/.cache/.dot",
+        "renders/frame.exr",
+        f"renders/{LATIN}",
+    ]
     assert upload == {
         "output_manifest_path": upload["output_manifest_path"],
         "output_manifest_hash": Digest.of(data).hex,
@@ -159,8 +166,9 @@ def test_what_a_task_leaves_is_stored_and_told_and_dotfiles_are_part_of_it(
     assert outputs(session) == {
         "renders/.cache/.dot": hash_of("dot"),
         "renders/frame.exr": hash_of("frame"),
+        f"renders/{LATIN}": hash_of("latin"),
     }
-    assert said.plain[-1].startswith("propmaster: 2 files, 8 bytes uploaded, ")
+    assert said.plain[-1].startswith("propmaster: 3 files, 13 bytes uploaded, ")
 
 
 def test_a_task_that_leaves_nothing_says_so_and_no_more(session: AgentSession) -> None:
