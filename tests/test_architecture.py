@@ -43,6 +43,7 @@ MAY_IMPORT = {
     "agent_plugin/doctor": [
         *(*SETTINGS, *TRANSFER, "agent_plugin.session.mounts"),
         *("agent_plugin.doctor_files", "agent_plugin.doctor_mounts"),
+        "agent_plugin.workers.deadline",
     ],
     "agent_plugin/cli/": ["agent_plugin"],
     "agent_plugin/__init__.py": [],

@@ -11,9 +11,9 @@ import msgspec
 from agent_plugin import __version__
 from agent_plugin.cli.options import common_options, escaped, print_json
 from agent_plugin.doctor import Probe, examine
+from agent_plugin.doctor_agent import Installation, agent_probes
 from agent_plugin.services import state_directory
 from agent_plugin.settings import load
-from agent_plugin.workers.deadline.agent_probes import Installation, agent_probes
 from agent_plugin.workers.deadline.agent_status import read_record
 from agent_plugin.workers.deadline.vfs_prefix import DEFAULT_PREFIX
 

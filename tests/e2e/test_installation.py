@@ -90,8 +90,8 @@ class Layer:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("wheel")
-    argv = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", directory, REPOSITORY]
-    subprocess.run(argv, check=True, capture_output=True)
+    argv = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(directory)]
+    subprocess.run([*argv, str(REPOSITORY)], check=True, capture_output=True)
     [found] = directory.glob("propmaster-*.whl")
     return found
 
