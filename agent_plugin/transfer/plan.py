@@ -115,7 +115,8 @@ def plan_download(
             plan.wanted.setdefault(entry.digest, []).append(entry)
             continue
         plan.kept.append(entry)
-        if found.mtime_ns != entry.mtime * 1000:
+        # Below the microsecond there is nothing to set, and a job's own file is not ours to change.
+        if found.mtime_ns // 1000 != entry.mtime:
             plan.retimed.append(entry)
     return plan
 

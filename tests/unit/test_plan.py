@@ -65,6 +65,16 @@ def test_in_an_empty_place_everything_is_wanted_once_per_digest(tmp_path: Path) 
     assert (tmp_path / "root").is_dir()
 
 
+def test_a_time_that_differs_below_the_microsecond_is_no_other_time(tmp_path: Path) -> None:
+    """A manifest has no more, and the file may be a job's own, whose time is not ours to set."""
+    put(tmp_path / "a", b"same")
+    os.utime(tmp_path / "a", ns=(MTIME_US * 1000 + 999,) * 2)
+
+    plan = plan_download(manifest(a=b"same"), tmp_path, None)
+
+    assert (paths(plan.kept), plan.retimed) == (["a"], [])
+
+
 def test_what_is_in_place_stays(tmp_path: Path) -> None:
     put(tmp_path / "a", b"same")
     put(tmp_path / "b/c", b"same", mtime=MTIME_US + 1)
