@@ -16,6 +16,7 @@ from agent_plugin.content.open_store import build_store
 from tests.servers.deadline_peers import AGENT_PYTHON, SCRIPTS
 from tests.servers.hooks import QUEUE
 from tests.servers.s3_server import S3Server
+from tests.servers.unprivileged import fuse_for_all
 from tests.servers.worker_host import WorkerHost
 from tests.servers.worker_vfs import MountingHost, mounting_host
 
@@ -58,26 +59,28 @@ def session_of(host: WorkerHost, name: str) -> Path:
 def credentials_of(host: WorkerHost, s3: S3Server, session: Path) -> dict[str, str]:
     """Write the queue's profile as the agent does; return the variables that name it."""
     keys = f"aws_access_key_id = {s3.access_key}\naws_secret_access_key = {s3.secret_key}\n"
-    config = session.parent / "config"
-    config.write_text(f"[profile queue]\nregion = us-east-1\n{keys}")
-    os.chown(config, pwd.getpwnam(host.agent).pw_uid, grp.getgrnam(host.job).gr_gid)
-    config.chmod(0o640)
+    config, credentials = session.parent / "config", session.parent / "credentials"
+    config.write_text("[profile queue]\nregion = us-east-1\n")
+    credentials.write_text(f"[queue]\n{keys}")
+    for path in (config, credentials):
+        os.chown(path, pwd.getpwnam(host.agent).pw_uid, grp.getgrnam(host.job).gr_gid)
+        path.chmod(0o640)
     return {
         "AWS_PROFILE": "queue",
         "AWS_CONFIG_FILE": str(config),
-        "AWS_SHARED_CREDENTIALS_FILE": str(session.parent / "none"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(credentials),
         "DEADLINE_QUEUE_ID": QUEUE,
     }
 
 
 def mount_as_the_agent(
-    host: WorkerHost, ours: MountingHost, request: dict[str, Any]
+    host: WorkerHost, ours: MountingHost, request: dict[str, Any], *within: str
 ) -> dict[str, Any]:
     """Have the agent's library mount and unmount, as the agent's user."""
     script = host.directory / "mounting.py"
     script.write_bytes((SCRIPTS / "mounting.py").read_bytes())
     done = subprocess.run(
-        host.argv_as(host.agent, [host.agent_python(AGENT_PYTHON), script]),
+        [*within, *host.argv_as(host.agent, [host.agent_python(AGENT_PYTHON), script])],
         input=json.dumps(request),
         env={
             "PATH": "/usr/local/bin:/usr/bin:/bin",
@@ -96,33 +99,41 @@ def mount_as_the_agent(
     return answer
 
 
-def test_the_agents_own_code_mounts_mounts_again_and_unmounts(
-    s3: S3Server, s3_prefix: str, worker_host: WorkerHost
-) -> None:
-    session = session_of(worker_host, s3_prefix)
-    root = session / "assetroot-0123456789abcdef0123"
-    endpoints = {"AWS_ENDPOINT_URL_S3": s3.endpoint_url}
+def request_of(host: WorkerHost, s3: S3Server, s3_prefix: str) -> dict[str, Any]:
+    """Make a session; return what the agent is to do in it."""
+    session = session_of(host, s3_prefix)
     manifests = []
     for name, files in (("first", FILES), ("second", FILES | MORE)):
         path = session.parent / name
         path.write_bytes(manifest_of(s3, s3_prefix, files))
         manifests.append(str(path))
-    request = {
+    return {
         "sessionDirectory": str(session),
-        "root": str(root),
-        "jobUser": worker_host.job,
-        "group": worker_host.job,
+        "root": str(session / "assetroot-0123456789abcdef0123"),
+        "jobUser": host.job,
+        "group": host.job,
         "bucket": s3.bucket,
         "rootPrefix": s3_prefix,
-        "environment": credentials_of(worker_host, s3, session),
+        "environment": credentials_of(host, s3, session),
         "manifests": manifests,
-        "commands": [
-            WRITE,
-            "cat renders/* tex/new.tx && ls tex && findmnt -n -o FSTYPE .",
-        ],
+        "commands": [WRITE, "cat renders/* tex/new.tx && ls tex && findmnt -n -o FSTYPE ."],
     }
 
-    with mounting_host(worker_host, endpoints) as ours:
+
+def remove_as_the_agent(host: WorkerHost, session: Path) -> None:
+    """Empty the session directory as the agent does: as the job's user, and then as itself."""
+    for user in (host.job, host.agent):
+        argv = host.argv_as(user, ["sh", "-c", f"rm -rf {session}/* {session}/.[!.]*"])
+        subprocess.run(argv, check=False, capture_output=True)
+    assert list(session.iterdir()) == []
+
+
+def test_the_agents_own_code_mounts_mounts_again_and_unmounts(
+    s3: S3Server, s3_prefix: str, worker_host: WorkerHost
+) -> None:
+    request = request_of(worker_host, s3, s3_prefix)
+
+    with mounting_host(worker_host, {"AWS_ENDPOINT_URL_S3": s3.endpoint_url}) as ours:
         answer = mount_as_the_agent(worker_host, ours, request)
 
         assert answer["launched"] == [True, True], answer["log"]
@@ -132,10 +143,30 @@ def test_the_agents_own_code_mounts_mounts_again_and_unmounts(
         ], answer["log"]
         assert answer["isMounted"] is False
         assert "error[" not in answer["log"]
-        assert "deadline_vfs" in answer["log"]
         assert ours.known_mounts() == []
-    # What the agent does with the session's directory: first as the job's user, then as itself.
-    for user in (worker_host.job, worker_host.agent):
-        argv = worker_host.argv_as(user, ["sh", "-c", f"rm -rf {session}/* {session}/.[!.]*"])
-        subprocess.run(argv, check=False, capture_output=True)
-    assert list(session.iterdir()) == []
+    remove_as_the_agent(worker_host, Path(request["sessionDirectory"]))
+
+
+def test_a_service_without_root_mounts_for_job_users_too(
+    s3: S3Server, s3_prefix: str, worker_host: WorkerHost
+) -> None:
+    request = request_of(worker_host, s3, s3_prefix)
+    home = Path(request["sessionDirectory"]).parent
+
+    with fuse_for_all(home, allow_other=True) as namespace:
+        within = ("nsenter", f"--mount=/proc/{namespace}/ns/mnt")
+        endpoints = {"AWS_ENDPOINT_URL_S3": s3.endpoint_url}
+        user = worker_host.agent
+        with mounting_host(worker_host, endpoints, user=user, within=within) as ours:
+            answer = mount_as_the_agent(worker_host, ours, request, *within)
+
+            assert answer["launched"] == [True, True], answer["log"] + ours.log.read_text()
+            assert answer["outputs"] == [
+                f"#usda 1.0\n{worker_host.job} 1622505600.123458\n",
+                "1\nof another workernewnew.tx\nwood.tx\nfuse.propmaster\n",
+            ], answer["log"]
+            assert answer["isMounted"] is False
+            assert ours.known_mounts() == []
+    for name in ("device", "fuse.conf"):
+        (home / name).unlink()
+    remove_as_the_agent(worker_host, Path(request["sessionDirectory"]))

@@ -112,14 +112,32 @@ class Unprivileged:
 @contextmanager
 def unprivileged(*, allow_other: bool) -> Iterator[Unprivileged]:
     """Make such a host, and take it away with everything that is mounted there."""
-    if os.geteuid() != 0 or find() is None:
-        pytest.skip("needs root, to become somebody else, and a setuid fusermount3 or fusermount")
     home = Path(tempfile.mkdtemp(prefix="propmaster-unprivileged-"))
     # pytest's own directories are closed to others.
     home.chmod(0o755)
+    try:
+        with fuse_for_all(home, allow_other=allow_other) as namespace:
+            host = Unprivileged(home, namespace)
+            if not host.find_python():
+                pytest.skip("there is no Python of this version that others may run")
+            yield host
+    finally:
+        assert not any(mount.mountpoint.startswith(f"{home}/") for mount in read_mounts())
+        shutil.rmtree(home)
+
+
+@contextmanager
+def fuse_for_all(home: Path, *, allow_other: bool) -> Iterator[int]:
+    """Have a mount namespace in which everybody may use /dev/fuse; yield a process that is in it.
+
+    Args:
+        home: Everything that is mounted is below it; the processes of mounts are ended.
+        allow_other: Whether mounts without root may let others in.
+    """
+    if os.geteuid() != 0 or find() is None:
+        pytest.skip("needs root, to become somebody else, and a setuid fusermount3 or fusermount")
     device = home / "device"
     if subprocess.run(["mknod", "-m", "666", device, *_FUSE_DEVICE], check=False).returncode:
-        shutil.rmtree(home)
         pytest.skip("devices can not be made here")
     (home / "fuse.conf").write_text("user_allow_other\n" if allow_other else "")
     holder = subprocess.Popen(
@@ -130,15 +148,10 @@ def unprivileged(*, allow_other: bool) -> Iterator[Unprivileged]:
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"ready\n"
-        host = Unprivileged(home, holder.pid)
-        if not host.find_python():
-            pytest.skip("there is no Python of this version that others may run")
-        yield host
+        yield holder.pid
     finally:
         _kill(home)
         holder.communicate()
-        assert not any(mount.mountpoint.startswith(f"{home}/") for mount in read_mounts())
-        shutil.rmtree(home)
 
 
 def _kill(home: Path) -> None:
