@@ -13,11 +13,15 @@ import pytest
 from agent_plugin.content.digest import Digest
 from agent_plugin.content.manifest import FileEntry, Manifest, encode
 from agent_plugin.content.open_store import build_store
+from tests.servers.deadline_command import job_template, step, write_bundle
 from tests.servers.deadline_peers import AGENT_PYTHON, SCRIPTS
 from tests.servers.hooks import QUEUE
+from tests.servers.role_store import RoleStore
 from tests.servers.s3_server import S3Server
+from tests.servers.trees import write_files
 from tests.servers.unprivileged import fuse_for_all
 from tests.servers.worker_host import WorkerHost
+from tests.servers.worker_rig import JOB_SECONDS, QUEUE_ID, open_rig
 from tests.servers.worker_vfs import MountingHost, mounting_host
 
 pytestmark = [pytest.mark.peers, pytest.mark.timeout(600)]
@@ -147,6 +151,7 @@ def test_the_agents_own_code_mounts_mounts_again_and_unmounts(
     remove_as_the_agent(worker_host, Path(request["sessionDirectory"]))
 
 
+@pytest.mark.slow
 def test_a_service_without_root_mounts_for_job_users_too(
     s3: S3Server, s3_prefix: str, worker_host: WorkerHost
 ) -> None:
@@ -170,3 +175,62 @@ def test_a_service_without_root_mounts_for_job_users_too(
     for name in ("device", "fuse.conf"):
         (home / name).unlink()
     remove_as_the_agent(worker_host, Path(request["sessionDirectory"]))
+
+
+SIMULATE = """
+findmnt -n -o FSTYPE .
+mkdir -p frames && echo "frame $FRAME" > frames/$FRAME.txt
+cat shared.txt && echo simulated > shared.txt
+"""
+RENDER = """
+cat frames/*.txt shared.txt > rendered
+rm scene.usd && ls > listing
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("user", ["root", "agent"])
+def test_the_agent_works_a_virtual_job_in_one_session(
+    role_store: RoleStore, worker_host: WorkerHost, tmp_path: Path, user: str
+) -> None:
+    bundle = tmp_path / "bundle"
+    inputs: dict[str | bytes, bytes | int] = {"shared.txt": b"as submitted\n", "scene.usd": 5000}
+    write_files(bundle / "data", inputs, mtime_ns=MTIME_US * 1000)
+    steps = [
+        step("Simulate", SIMULATE, frames="1-2"),
+        step("Render", RENDER, depends_on="Simulate"),
+    ]
+    write_bundle(bundle, job_template(*steps))
+    service_user = worker_host.agent if user == "agent" else "root"
+    fuse = worker_host.directory / f"fuse-{user}"
+    fuse.mkdir()
+
+    with (
+        open_rig(role_store, worker_host, tmp_path / "home", session_per="job") as rig,
+        fuse_for_all(fuse, allow_other=True) as namespace,
+    ):
+        within = ("nsenter", f"--mount=/proc/{namespace}/ns/mnt")
+        with mounting_host(
+            worker_host, role_store.endpoints, user=service_user, within=within
+        ) as ours:
+            agent = rig.agent(more={"DEADLINE_VFS_PATH": str(ours.prefix)}, within=within)
+            with agent:
+                job_id = rig.client.submit(bundle, QUEUE_ID, file_system="VIRTUAL")
+                job = rig.service.wait_for(job_id, seconds=JOB_SECONDS)
+                [session] = job.sessions
+                log = agent.session_log(QUEUE_ID, session.session_id)
+                assert job.status == "SUCCEEDED", log + agent.output + ours.log.read_text()
+                rig.service.wait_until(
+                    lambda: list(agent.sessions.iterdir()) == [],
+                    seconds=JOB_SECONDS,
+                    what="the session directory is removed",
+                )
+                log = agent.session_log(QUEUE_ID, session.session_id)
+            assert ours.known_mounts() == []
+        rig.client.download_output(job_id, QUEUE_ID)
+
+    assert log.count("propmaster: mounted ") == 2, log
+    assert ("overlay" if user == "root" else "fuse.propmaster") in log
+    data = bundle / "data"
+    assert (data / "rendered").read_text() == "frame 1\nframe 2\nsimulated\n"
+    assert (data / "listing").read_text().split() == ["frames", "listing", "rendered", "shared.txt"]

@@ -36,14 +36,21 @@ class OverlayRig:
         home: An empty directory.
         files: As `write_files` takes them.
         privileged: Whether the upper directory's marks are those of root.
+        shown_owner: As Upper has it.
     """
 
     def __init__(
-        self, home: Path, files: dict[str | bytes, bytes | int], *, privileged: bool = True
+        self,
+        home: Path,
+        files: dict[str | bytes, bytes | int],
+        *,
+        privileged: bool = True,
+        shown_owner: Caller | None = None,
     ) -> None:
         self.home = home
         self.inputs = home / "inputs"
         self._privileged = privileged
+        self._shown_owner = shown_owner
         self._instance = 0
         write_files(self.inputs, files, mtime_ns=MTIME_NS)
         self.work = home / "work"
@@ -109,7 +116,9 @@ class OverlayRig:
         return self.overlay.read(node, 0, size, Cancellation()) if count < 0 else bytes(buffer)
 
     def _begin(self, *, again: bool) -> Overlay:
-        upper = Upper(self.upper, self.work, privileged=self._privileged)
+        upper = Upper(
+            self.upper, self.work, privileged=self._privileged, shown_owner=self._shown_owner
+        )
         return Overlay(self._service, upper, str(self._instance), again=again)
 
     def _open_store(self) -> Store:

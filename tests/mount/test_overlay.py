@@ -353,3 +353,22 @@ def test_what_is_removed_goes_from_the_disk_when_the_last_lets_go(rig: OverlayRi
     assert list(rig.work.iterdir()) == []
     with pytest.raises(OSError, match="no such node"):
         rig.overlay.attributes(node)
+
+
+def test_everything_seems_to_be_the_user_who_is_served(tmp_path: Path) -> None:
+    """Who is not root can give nothing away."""
+    served = Caller(61_001, 61_002)
+    rig = OverlayRig(tmp_path, FILES, privileged=False, shown_owner=served)
+    made = rig.overlay.mknod(ROOT, b"made", 0o640, served)
+    rig.write("d/a", b"changed")
+
+    nodes = [made, rig.find("d"), rig.find("d/a"), ROOT]
+    owners = {
+        (rig.overlay.attributes(node).uid, rig.overlay.attributes(node).gid) for node in nodes
+    }
+    assert owners == {served}
+    assert {path.stat().st_uid for path in rig.upper.rglob("*")} == {os.geteuid()}
+    rig.overlay.setattr(made, Changes(uid=served.uid, gid=served.gid, mode=0o600))
+    with pytest.raises(PermissionError):
+        rig.overlay.setattr(made, Changes(uid=0))
+    rig.close()

@@ -28,6 +28,7 @@ class WorkerAgent:
         user: Whom it runs as: the host's agent user, or root.
         arguments: More for its command line, `--run-jobs-as-agent-user` for instance.
         more: Variables that only the agent's process has.
+        within: A command that runs it, in another namespace for instance.
 
     Attributes:
         logs: The directory of its logs; those of sessions in one directory for each queue.
@@ -44,6 +45,7 @@ class WorkerAgent:
         user: str | None = None,
         arguments: Sequence[str] = (),
         more: Mapping[str, str] | None = None,
+        within: Sequence[str] = (),
     ) -> None:
         self.user = user or host.agent
         root = host.directory / f"worker-{len(list(host.directory.iterdir()))}"
@@ -66,7 +68,7 @@ class WorkerAgent:
         words += ["--farm-id", FARM_ID, "--fleet-id", FLEET_ID, "--no-shutdown"]
         words += ["--logs-dir", self.logs, "--persistence-dir", self.persistence]
         words += ["--session-root-dir", self.sessions, "--no-host-metrics-logging", *arguments]
-        self._argv = host.argv_as(self.user, words)
+        self._argv = [*within, *host.argv_as(self.user, words)]
         self._process: subprocess.Popen[bytes] | None = None
         self._output: IO[bytes] | None = None
 

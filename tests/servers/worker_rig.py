@@ -51,6 +51,7 @@ class Rig:
         user: str | None = None,
         arguments: Sequence[str] = (),
         more: Mapping[str, str] | None = None,
+        within: Sequence[str] = (),
     ) -> WorkerAgent:
         """Return an agent, not yet started.
 
@@ -60,6 +61,7 @@ class Rig:
             user: Whom it runs as, by default the agent's user.
             arguments: More for its command line.
             more: Variables that only its process has.
+            within: A command that runs it, in another namespace for instance.
         """
         return WorkerAgent(
             self.host,
@@ -68,6 +70,7 @@ class Rig:
             user=user,
             arguments=arguments,
             more=more,
+            within=within,
         )
 
 
