@@ -26,6 +26,7 @@ import msgspec
 from agent_plugin.content import events
 from agent_plugin.content.digest import EMPTY_HASH, Digest
 from agent_plugin.content.errors import (
+    CancelledError,
     LocalWriteError,
     MountFailedError,
     PropmasterError,
@@ -92,6 +93,8 @@ class Supervisor:
         self._choice = TransportChoice("", "")
         self._server = 0
         self._mountpoint = Path(spec.mountpoint)
+        # Can be read once there was a signal.
+        self._wake = -1
 
     def run(
         self,
@@ -110,7 +113,7 @@ class Supervisor:
             PropmasterError: It could not be mounted, or lost its servers; nothing is left.
         """
         os.chdir("/")
-        wake = self._listen()
+        self._wake = self._listen()
         try:
             self._make_directories()
             prepare()
@@ -145,7 +148,9 @@ class Supervisor:
             },
         )
         try:
-            return self._watch(wake)
+            return self._watch()
+        except CancelledError:
+            return 0
         finally:
             self._end()
             log.info(events.MOUNT_ENDED, extra={"mountpoint": self._spec.mountpoint})
@@ -197,6 +202,10 @@ class Supervisor:
         try:
             self._keep_a_server_until(reader)
             told = os.read(reader, select.PIPE_BUF)
+        except CancelledError:
+            # It waits for a server, and is refused.
+            self._close_device()
+            raise
         finally:
             os.close(reader)
             os.waitpid(mounting, 0)
@@ -279,6 +288,7 @@ class Supervisor:
 
         Raises:
             LocalWriteError: It ended before that.
+            CancelledError: A signal came before that; it was ended.
         """
         reader, writer = os.pipe2(os.O_CLOEXEC)
         server = os.fork()
@@ -304,6 +314,13 @@ class Supervisor:
                 os._exit(code)
         os.close(writer)
         try:
+            poll = select.poll()
+            for fd in (reader, self._wake):
+                poll.register(fd, select.POLLIN)
+            if reader not in {fd for fd, _ in poll.poll()}:
+                os.kill(server, signal.SIGKILL)
+                os.waitpid(server, 0)
+                raise CancelledError(f"{self._mountpoint} is not wanted any more")
             told = os.read(reader, select.PIPE_BUF)
         finally:
             os.close(reader)
@@ -316,10 +333,11 @@ class Supervisor:
             )
         self._server = server
 
-    def _watch(self, wake: int) -> int:
+    def _watch(self) -> int:
         """Return when the mount is to go away.
 
         Raises:
+            CancelledError: So it is, while a server is about to be replaced.
             MountFailedError: It has no server any more.
         """
         owner = _pidfd(self._spec.owner_pid)
@@ -328,11 +346,11 @@ class Supervisor:
             while self._is_in_place():
                 server = os.pidfd_open(self._server)
                 try:
-                    ready = _poll([wake, server, *([owner] if owner >= 0 else [])], mounts)
+                    ready = _poll([self._wake, server, *([owner] if owner >= 0 else [])], mounts)
                 finally:
                     os.close(server)
                 self.abandoned = owner >= 0 and owner in ready
-                if wake in ready or self.abandoned:
+                if self._wake in ready or self.abandoned:
                     return 0
                 if server not in ready:
                     continue
@@ -370,6 +388,8 @@ class Supervisor:
                     self._start(again=True)
                 else:
                     self._mount_again(self._deaths[-1])
+            except CancelledError:
+                raise
             except (PropmasterError, ProtocolError, OSError) as error:
                 log.error(  # noqa: TRY400 - an expected failure: its text says all
                     events.MOUNT_SERVER_DIED,

@@ -38,17 +38,27 @@ class Prepared:
         self._spec.write_text(json.dumps(spec))
 
     @contextmanager
-    def served_by(self, code: str) -> Iterator["subprocess.Popen[bytes]"]:
+    def begun_by(self, code: str, *arguments: str) -> Iterator["subprocess.Popen[bytes]"]:
+        """A mount process that may not have mounted yet."""
         with (
             self._log.open("wb") as log,
             subprocess.Popen(
-                [sys.executable, "-c", code, self._spec],
+                [sys.executable, "-c", code, self._spec, *arguments],
                 cwd=REPOSITORY,
                 env=self._environment,
                 stdout=subprocess.PIPE,
                 stderr=log,
             ) as process,
         ):
+            try:
+                yield process
+            finally:
+                process.kill()
+
+    @contextmanager
+    def served_by(self, code: str) -> Iterator["subprocess.Popen[bytes]"]:
+        """A mount process whose mount can be used."""
+        with self.begun_by(code) as process:
             assert process.stdout
             ready, _, _ = select.select([process.stdout], [], [], 20)
             assert ready, "it hangs"

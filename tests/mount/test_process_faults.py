@@ -4,6 +4,7 @@ With the kernel transport the job sees none of it: each read and write is right,
 """
 
 import errno
+import json
 import os
 import random
 import re
@@ -19,9 +20,12 @@ from pathlib import Path
 import pytest
 
 from agent_plugin.content.blob_cache import BlobCache
+from agent_plugin.content.errors import CancelledError
 from agent_plugin.content.manifest import Manifest
 from agent_plugin.content.mount_table import read_mounts
+from agent_plugin.session.mounts import ask_mount
 from tests.mount.conftest import END_SECONDS, Mounter, gone, open_files
+from tests.mount.prepared_mount import Prepared
 from tests.servers.fault_proxy import FaultProxy
 from tests.servers.faults import Fault
 from tests.servers.hooks import Host
@@ -352,6 +356,43 @@ def test_a_mount_whose_server_does_not_answer_is_ended(mounter: Mounter, inputs:
     with pytest.raises(AssertionError):
         reader.sha256()
     mounter.assert_nothing_is_left()
+
+
+# The first server, or its successor, does not come to serve.
+HANGING = """
+import os, sys, time
+from vfs.__main__ import Server, main
+serve = Server.serve
+def hang(self, fd, session, choice, again, tell):
+    if again == (sys.argv[2] == "again"):
+        with open(sys.argv[1] + ".pid", "w") as file:
+            file.write(f"{os.getpid()}\\n")
+        time.sleep(100)
+    serve(self, fd, session, choice, again, tell)
+Server.serve = hang
+sys.exit(main(sys.argv[1:2]))
+"""
+
+
+@pytest.mark.parametrize("which", ["first", "again"])
+def test_a_mount_that_waits_for_its_server_is_ended_by_a_signal(
+    mounter: Mounter, tmp_path: Path, which: str
+) -> None:
+    mount = Prepared(mounter, tmp_path, "overlayfs")
+    waits_for = mounter.home / "spec.json.pid"
+    with mount.begun_by(HANGING, which) as process:
+        if which == "again":
+            assert process.stdout
+            assert process.stdout.readline()
+            asked = json.loads(ask_mount(mount.control, {"ask": "status"}))
+            os.kill(asked["pid"], signal.SIGKILL)
+        until(lambda: waits_for.exists() and waits_for.read_text().endswith("\n"))
+        process.terminate()
+        process.wait(END_SECONDS)
+    assert process.returncode == {"first": CancelledError.exit_code, "again": 0}[which]
+    assert mounter.mounted() == []
+    assert not Path("/proc", waits_for.read_text().strip()).exists()
+    assert [path.name for path in (mounter.home / "work").iterdir()] == ["upper"]
 
 
 @pytest.mark.slow
