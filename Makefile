@@ -83,9 +83,9 @@ $(VENV)/.installed: pyproject.toml packaging/constraints.txt
 	$(BIN)/python -m pip install $(PIP_FLAGS) -c packaging/constraints.txt -e '.[demo,dev]'
 	touch $@
 
-# The real Deadline client and the real worker agent, each in an environment of its own:
-# they pin libraries that exclude each other.
-peers: .peers/client/.installed .peers/agent/.installed
+# The real Deadline client, the real worker agent and a real OpenJD runtime, each in an environment
+# of its own: they pin libraries that exclude each other.
+peers: .peers/client/.installed .peers/agent/.installed .peers/openjd/.installed
 
 .peers/client/.installed: Makefile
 	$(call make_venv,.peers/client)
@@ -95,6 +95,11 @@ peers: .peers/client/.installed .peers/agent/.installed
 .peers/agent/.installed: Makefile
 	$(call make_venv,.peers/agent)
 	.peers/agent/bin/python -m pip install $(PIP_FLAGS) deadline-cloud-worker-agent==0.33.6
+	touch $@
+
+.peers/openjd/.installed: Makefile
+	$(call make_venv,.peers/openjd)
+	.peers/openjd/bin/python -m pip install $(PIP_FLAGS) openjd-cli==0.8.0
 	touch $@
 
 system:

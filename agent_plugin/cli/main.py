@@ -33,6 +33,7 @@ COMMANDS: Final = {
     "doctor": ("agent_plugin.cli.doctor", "Say what this host can do, and what follows."),
     "manifest": ("agent_plugin.cli.manifest", "Show, check, compare and make manifests."),
     "mount": ("agent_plugin.cli.mount", "Mount a manifest as a file system that fetches lazily."),
+    "openjd": ("agent_plugin.cli.openjd", "What OpenJD environment and job templates call."),
     "outputs": ("agent_plugin.cli.outputs", "List or download what a job's tasks left behind."),
     "queue": ("agent_plugin.cli.queue", "Show or set what this host does for a queue's jobs."),
     "session": ("agent_plugin.cli.session", "What the worker agent calls around tasks."),
