@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from tests.mount.conftest import Mounter
+from tests.mount.conftest import Mounter, by_each_transport
 from tests.servers.fault_proxy import FaultProxy
 from tests.servers.faults import Fault
 from tests.servers.proxied_object import until
@@ -47,21 +47,26 @@ print(digest.hexdigest())
 
 @pytest.fixture
 def slow(
-    tmp_path: Path, s3: S3Server, s3_prefix: str, fault_proxy: FaultProxy
+    tmp_path: Path, s3: S3Server, s3_prefix: str, fault_proxy: FaultProxy, transport: str
 ) -> Iterator[Mounter]:
     """Mounts from the S3 server, behind the proxy."""
     environment = s3.environment_at(fault_proxy.url)
-    mounter = Mounter(tmp_path, f"s3://{s3.bucket}/{s3_prefix}", environment=environment)
+    url = f"s3://{s3.bucket}/{s3_prefix}"
+    mounter = Mounter(tmp_path, url, environment=environment, transport=transport)
     yield mounter
     fault_proxy.refuse(0)
     fault_proxy.clear()
     mounter.close()
 
 
+@by_each_transport
 def test_what_is_cached_is_read_while_a_hundred_reads_hang(
     slow: Mounter, s3: S3Server, fault_proxy: FaultProxy
 ) -> None:
-    """Seen to fail with 64 threads that wait, and where those that fetch look into the cache."""
+    """Seen to fail with 64 threads that wait, and where those that fetch look into the cache.
+
+    By fusepy, where no thread was made for one that waits, and with 64 requests at once.
+    """
     source = slow.home / "source"
     files: dict[str | bytes, bytes | int] = {
         f"cached/{at}": b"cached %d" % at * 9999 for at in range(10)

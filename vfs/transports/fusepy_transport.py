@@ -5,7 +5,8 @@ is to run. libfuse mounts by itself, and the mount dies with the process.
 
 What fusepy gets wrong is mended here: it answers a failure without an errno with garbage, and one
 it does not know with EINVAL; it can not carry UTIME_NOW and UTIME_OMIT; it wants paths in UTF-8 (as
-latin-1 each byte is a character); and it copies each byte that is read once more than it must.
+latin-1 each byte is a character); and it copies each byte that is read once more than it must. Its
+loop is libfuse's, and ours is in fusepy_loop.py.
 
 What has nothing to do here is None, so that libfuse answers it in C: opening and closing, to begin
 with. So nothing is fetched when a file is opened, which could not be killed; and the kernel
@@ -15,9 +16,12 @@ the one and most of the other, for the reasons that are told there.
 
 import ctypes
 import os
+import struct
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -26,13 +30,16 @@ import fuse
 from agent_plugin.content.errors import MountFailedError
 from agent_plugin.content.mount_probe import may_allow_other
 from vfs.nodes import NOW, Attributes, Changes, Nodes
+from vfs.service import PAGE_BYTES
 from vfs.transports.failures import errno_of
+from vfs.transports.fusepy_loop import Loop
 from vfs.transports.fusepy_operations import ReadingOperations, WritingOperations
 
 # All that libfuse 2 asks for at once.
 MAX_READ_BYTES: Final = 128 * 1024
-# Reads that wait for the store at once; the kernel's default is 12.
-MAX_BACKGROUND: Final = 64
+# Reads that wait for the store at once; the kernel's default is 12. When three quarters hang, it
+# reads nothing ahead any more: cached files neither, and who waits can not be killed.
+MAX_BACKGROUND: Final = 1024
 # In seconds; longer than any mount.
 FOREVER: Final = 1 << 31
 
@@ -115,42 +122,52 @@ class FusepyTransport:
         Raises:
             MountFailedError: libfuse could not mount; it has said why on stderr.
         """
-        operations = self._operations()
-        try:
-            _Mounted(
-                operations,
-                # Options and mount point travel as latin-1, too.
-                os.fsencode(self._at).decode("latin-1"),
-                on_ready=on_ready,
-                encoding="latin-1",
-                foreground=True,
-                **self._options,
-            )
-        except RuntimeError as error:
+        mounted = _Mounted(self._operations(), on_ready=on_ready)
+        if not mounted.serve(self._at, self._options):
             raise MountFailedError(
                 f"libfuse could not mount at {self._at}", hint="see what it wrote before this"
-            ) from error
-        finally:
-            operations.halt.cancel()
+            )
 
 
 class _Mounted(fuse.FUSE):  # type: ignore[misc]  # fusepy has no types
     """fusepy's callbacks, but for those that it gets wrong or that are called most.
 
-    Their arguments are C's, as fusepy declares them. Making one mounts, serves and ends.
+    Their arguments are C's, as fusepy declares them.
     """
 
-    def __init__(
-        self,
-        operations: ReadingOperations,
-        mountpoint: str,
-        *,
-        on_ready: Callable[[], None],
-        **options: Option,
-    ) -> None:
-        self._on_ready = on_ready
+    def __init__(self, operations: ReadingOperations, *, on_ready: Callable[[], None]) -> None:
+        # Not fusepy's own, which mounts, serves and ends. Its callbacks want these:
+        self.operations = operations
+        self.raw_fi = True
+        self.encoding = "latin-1"
+        self.use_ns = True
         self._served = operations
-        super().__init__(operations, mountpoint, raw_fi=True, **options)
+        self._on_ready = on_ready
+        self._loop = Loop(operations.halt.cancel)
+
+    def serve(self, at: Path, options: Mapping[str, Option]) -> bool:
+        """Mount, and serve until the mount is gone; return whether it was mounted."""
+        written = ",".join(self._normalize_fuse_options(**options))
+        # `-f`: this process is to serve.
+        arguments = [b"fuse", b"-f", b"-o", os.fsencode(written), os.fsencode(at)]
+        return self._loop.run(arguments, self._callbacks())
+
+    def _callbacks(self) -> Structure:
+        callbacks = fuse.fuse_operations()
+        for name, kind, *_ in callbacks._fields_:
+            # Those of what is open are asked for by what they are without.
+            wanted = getattr(self._served, _BY_PATH.get(name, name), None)
+            if wanted is None:
+                continue
+            if hasattr(kind, "argtypes"):
+                call = self._wrapper if name in _ANSWERED_AT_ONCE else self._call_that_may_wait
+                wanted = kind(partial(call, getattr(self, name)))
+            setattr(callbacks, name, wanted)
+        return callbacks
+
+    def _call_that_may_wait(self, function: Callable[..., int | None], *arguments: Pointer) -> int:
+        with self._loop:
+            return self._wrapper(function, *arguments)
 
     @staticmethod
     def _wrapper(function: Callable[..., int | None], *arguments: Pointer) -> int:
@@ -163,10 +180,15 @@ class _Mounted(fuse.FUSE):  # type: ignore[misc]  # fusepy has no types
     def init(self, _connection: int) -> None:
         self._on_ready()
 
+    def getattr(self, path: bytes, buf: Pointer) -> None:
+        served = self._served
+        packed = _packed(served.nodes.attributes(served.node_at(path)))
+        ctypes.memmove(buf, packed, _STAT_BYTES)
+
     def fgetattr(self, path: bytes, buf: Pointer, fip: Pointer) -> None:
         served = self._served
-        ctypes.memset(buf, 0, _STAT_BYTES)
-        _fill(buf.contents, served.nodes.attributes(served.opened(path, fip)))
+        packed = _packed(served.nodes.attributes(served.opened(path, fip)))
+        ctypes.memmove(buf, packed, _STAT_BYTES)
 
     def read(self, path: bytes, buf: Pointer, size: int, offset: int, fip: Pointer) -> int:
         served = self._served
@@ -217,6 +239,34 @@ class _Mounted(fuse.FUSE):  # type: ignore[misc]  # fusepy has no types
 
 
 _STAT_BYTES: Final = ctypes.sizeof(fuse.c_stat)
+# What is known of a file, by the names that struct stat's fields have in fusepy, times as two.
+_FACTS: Final = (
+    *("st_ino", "st_mode", "st_nlink", "st_uid", "st_gid", "st_rdev", "st_size", "st_blocks"),
+    *("st_blksize", "st_atimespec", "", "st_mtimespec", "", "st_ctimespec", ""),
+)
+
+
+def _layout_of_stat() -> tuple[struct.Struct, Callable[[Sequence[int]], Sequence[int]]]:
+    """Return what packs a struct stat of this machine, and what puts the facts in its order."""
+    layout, order, end = "=", [], 0
+    kinds = {field[0]: field[1] for field in fuse.c_stat._fields_}
+    for name in sorted(filter(None, _FACTS), key=lambda name: getattr(fuse.c_stat, name).offset):
+        place, fact = getattr(fuse.c_stat, name), _FACTS.index(name)
+        layout += f"{place.offset - end}x"
+        if kinds[name] is fuse.c_timespec:
+            layout += {8: "ii", 16: "qq"}[place.size]
+            order += [fact, fact + 1]
+        else:
+            layout += {2: "H", 4: "I", 8: "q"}[place.size]
+            order.append(fact)
+        end = place.offset + place.size
+    return struct.Struct(f"{layout}{_STAT_BYTES - end}x"), itemgetter(*order)
+
+
+_STAT, _in_order = _layout_of_stat()
+_BY_PATH: Final = {"fgetattr": "getattr", "ftruncate": "truncate"}
+# The others may wait, for the store, a disk or who else changes something.
+_ANSWERED_AT_ONCE: Final = frozenset({"getattr", "fgetattr", "readdir", "readlink", "init"})
 # Of C's memory, which nobody may keep. Source: Python's C API, PyMemoryView_FromMemory.
 _view_of: Final = ctypes.PYFUNCTYPE(
     ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int
@@ -228,23 +278,15 @@ _UTIME_NOW: Final = (1 << 30) - 1
 _UTIME_OMIT: Final = (1 << 30) - 2
 
 
-def _fill(status: Structure, attributes: Attributes) -> None:
-    """Write attributes to a struct stat that is all zeros."""
-    status.st_ino = attributes.node
-    status.st_mode = attributes.mode
-    status.st_nlink = attributes.nlink
-    status.st_uid = attributes.uid
-    status.st_gid = attributes.gid
-    status.st_rdev = attributes.rdev
-    status.st_size = attributes.size
-    status.st_blocks = attributes.blocks
-    status.st_blksize = 4096
-    for at, time_ns in (
-        (status.st_atimespec, attributes.atime_ns),
-        (status.st_mtimespec, attributes.mtime_ns),
-        (status.st_ctimespec, attributes.ctime_ns),
-    ):
-        at.tv_sec, at.tv_nsec = divmod(time_ns, 1_000_000_000)
+def _packed(attributes: Attributes) -> bytes:
+    """Return attributes as a struct stat."""
+    node, mode, nlink, uid, gid, rdev, size, blocks, atime_ns, mtime_ns, ctime_ns = attributes
+    facts = (
+        node, mode, nlink, uid, gid, rdev, size, blocks, PAGE_BYTES,
+        *divmod(atime_ns, 1_000_000_000), *divmod(mtime_ns, 1_000_000_000),
+        *divmod(ctime_ns, 1_000_000_000),
+    )  # fmt: skip
+    return _STAT.pack(*_in_order(facts))
 
 
 def _drop_pages(paths: Sequence[Path]) -> None:
