@@ -1,9 +1,12 @@
 """Run the benchmarks: `python -m tests.benchmarks [name…]`; a name is a module's without `bench_`.
 
+`--only PEER` measures one way of mounting, of the benchmark `mount`.
+
 One JSON line on stdout for every result, with the machine and the versions it was measured with.
 Nothing here passes or fails: docs/BENCHMARKS.md has the figures and what follows from them.
 """
 
+import argparse
 import importlib
 import json
 import os
@@ -29,8 +32,16 @@ _OURS = (
 _PEERS = ("deadline", "deadline-job-attachments", "deadline-cloud-worker-agent")
 
 
-def main(names: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Run the named benchmarks, or all; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks")
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--only", metavar="PEER", help="of the mount benchmark")
+    parsed = parser.parse_args(arguments)
+    names = parsed.names
+    if parsed.only and names != ["mount"]:
+        parser.error("--only is for the benchmark `mount` alone")
+    limit = {"only": parsed.only} if parsed.only else {}
     modules = sorted(path.stem for path in Path(__file__).parent.glob("bench_*.py"))
     wanted = [f"bench_{name}" for name in names] or modules
     if unknown := set(wanted) - set(modules):
@@ -46,7 +57,7 @@ def main(names: list[str]) -> int:
         "versions": versions(),
     }
     for module in wanted:
-        for line in importlib.import_module(f"tests.benchmarks.{module}").run():
+        for line in importlib.import_module(f"tests.benchmarks.{module}").run(**limit):
             print(json.dumps({**line, **about}), flush=True)
     return 0
 

@@ -13,7 +13,7 @@ from agent_plugin.content.manifest import FileEntry
 from tests.benchmarks.bench_manifest import make_million
 from tests.benchmarks.farm import Farm, open_farm
 from tests.benchmarks.file_client import FileClient, Operation
-from tests.benchmarks.mount_reads import MANY_FILES, Reading, make_trees
+from tests.benchmarks.mount_reads import MANY_FILES, Reading, Trees, make_trees
 from tests.benchmarks.mount_session import diff_lines, lazy_lines
 from tests.benchmarks.mount_stacks import (
     BINDFS,
@@ -45,8 +45,8 @@ READ = (
 WRITTEN = (NO_OPEN_OVERLAYFS, OVERLAY)
 
 
-def run() -> Iterator[dict[str, object]]:
-    """Yield the results."""
+def run(only: str = "") -> Iterator[dict[str, object]]:
+    """Yield the results; of one peer alone if it is named, and then only of reading and writing."""
     with open_farm() as farm:
         client = FileClient(farm.fresh("client"))
         host = MountHost(farm)
@@ -54,24 +54,35 @@ def run() -> Iterator[dict[str, object]]:
         # From here on what is read is on the disk, so that it can be dropped from memory.
         os.sync()
         for stack, parts in READ:
+            if only not in ("", stack.name):
+                continue
             mounting = functools.partial(host.mounted, stack)
             reading = Reading(stack.name, mounting, trees, client, farm)
             for part in parts:
                 yield from getattr(reading, part)()
-        if reason := missing_peer():
-            yield {"bench": "mount", "peer": BINDFS, "skipped": reason}
-        else:
-            reading = Reading(BINDFS, functools.partial(bound, farm), trees, client, farm)
-            yield from reading.names()
-            yield from reading.small()
+        if only in ("", BINDFS):
+            yield from _bindfs(farm, trees, client)
         for stack in WRITTEN:
+            if only not in ("", stack.name):
+                continue
             yield from Writing(stack, host, trees.small, client, farm).lines()
+        if only:
+            return
         million = farm.fresh("million.manifest")
         make_million(million)
         manifests = {"100,000 files": trees.many.manifest, "1,000,000 files": million}
         yield from ready_lines(farm, host, NO_OPEN, manifests)
         yield from lazy_lines(farm, client)
         yield from diff_lines(farm, trees.many.native.root)
+
+
+def _bindfs(farm: Farm, trees: Trees, client: FileClient) -> Iterator[dict[str, object]]:
+    if reason := missing_peer():
+        yield {"bench": "mount", "peer": BINDFS, "skipped": reason}
+        return
+    reading = Reading(BINDFS, functools.partial(bound, farm), trees, client, farm)
+    yield from reading.names()
+    yield from reading.small()
 
 
 def _many(farm: Farm, host: MountHost, client: FileClient) -> Tree:
