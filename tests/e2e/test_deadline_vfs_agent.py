@@ -5,6 +5,7 @@ import json
 import os
 import pwd
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -189,9 +190,10 @@ rm scene.usd && ls > listing
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("scripts", ["the agent's", "ours"])
 @pytest.mark.parametrize("user", ["root", "agent"])
 def test_the_agent_works_a_virtual_job_in_one_session(
-    role_store: RoleStore, worker_host: WorkerHost, tmp_path: Path, user: str
+    role_store: RoleStore, worker_host: WorkerHost, tmp_path: Path, user: str, scripts: str
 ) -> None:
     bundle = tmp_path / "bundle"
     inputs: dict[str | bytes, bytes | int] = {"shared.txt": b"as submitted\n", "scene.usd": 5000}
@@ -202,34 +204,52 @@ def test_the_agent_works_a_virtual_job_in_one_session(
     ]
     write_bundle(bundle, job_template(*steps))
     service_user = worker_host.agent if user == "agent" else "root"
-    fuse = worker_host.directory / f"fuse-{user}"
+    fuse = worker_host.directory / f"fuse-{tmp_path.name}"
     fuse.mkdir()
+    python = worker_host.agent_python(AGENT_PYTHON)
 
-    with (
-        open_rig(role_store, worker_host, tmp_path / "home", session_per="job") as rig,
-        fuse_for_all(fuse, allow_other=True) as namespace,
-    ):
+    with ExitStack() as stack:
+        namespace = stack.enter_context(fuse_for_all(fuse, allow_other=True))
         within = ("nsenter", f"--mount=/proc/{namespace}/ns/mnt")
-        with mounting_host(
-            worker_host, role_store.endpoints, user=service_user, within=within
-        ) as ours:
-            agent = rig.agent(more={"DEADLINE_VFS_PATH": str(ours.prefix)}, within=within)
-            with agent:
-                job_id = rig.client.submit(bundle, QUEUE_ID, file_system="VIRTUAL")
-                job = rig.service.wait_for(job_id, seconds=JOB_SECONDS)
-                [session] = job.sessions
-                log = agent.session_log(QUEUE_ID, session.session_id)
-                assert job.status == "SUCCEEDED", log + agent.output + ours.log.read_text()
-                rig.service.wait_until(
-                    lambda: list(agent.sessions.iterdir()) == [],
-                    seconds=JOB_SECONDS,
-                    what="the session directory is removed",
-                )
-                log = agent.session_log(QUEUE_ID, session.session_id)
-            assert ours.known_mounts() == []
+        ours = stack.enter_context(
+            mounting_host(worker_host, role_store.endpoints, user=service_user, within=within)
+        )
+        if scripts == "ours":
+            install = [
+                "-P",
+                "-m",
+                "agent_plugin",
+                "worker",
+                "install",
+                "--agent-python",
+                str(python),
+            ]
+            subprocess.run([ours.python, *install], check=True, capture_output=True)
+        rig = stack.enter_context(
+            open_rig(
+                *(role_store, worker_host, tmp_path / "home"),
+                session_per="job",
+                job_environment={"PROPMASTER_CONFIG": str(ours.config)},
+            )
+        )
+        agent = rig.agent(python, more={"DEADLINE_VFS_PATH": str(ours.prefix)}, within=within)
+        with agent:
+            job_id = rig.client.submit(bundle, QUEUE_ID, file_system="VIRTUAL")
+            job = rig.service.wait_for(job_id, seconds=JOB_SECONDS)
+            [session] = job.sessions
+            log = agent.session_log(QUEUE_ID, session.session_id)
+            assert job.status == "SUCCEEDED", log + agent.output + ours.log.read_text()
+            rig.service.wait_until(
+                lambda: list(agent.sessions.iterdir()) == [],
+                seconds=JOB_SECONDS,
+                what="the session directory is removed",
+            )
+            log = agent.session_log(QUEUE_ID, session.session_id)
+        assert ours.known_mounts() == []
         rig.client.download_output(job_id, QUEUE_ID)
 
     assert log.count("propmaster: mounted ") == 2, log
+    assert ("propmaster: 2 files, " in log) == (scripts == "ours"), log
     assert ("overlay" if user == "root" else "fuse.propmaster") in log
     data = bundle / "data"
     assert (data / "rendered").read_text() == "frame 1\nframe 2\nsimulated\n"

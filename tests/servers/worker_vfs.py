@@ -22,11 +22,14 @@ class MountingHost:
 
     Attributes:
         prefix: Where the agent finds `deadline_vfs`.
+        config, python: The settings, and a Python that knows them.
         state_dir: The service's.
         log: What the service has written.
     """
 
     prefix: Path
+    config: Path
+    python: Path
     state_dir: Path
     log: Path
 
@@ -52,7 +55,7 @@ def mounting_host(
         user: Whom the service runs as: root, or the agent's user.
         within: A command that runs the service, in another namespace for instance.
     """
-    home = host.directory / f"service-{next(_NUMBERS)}"
+    home = host.directory / f"vfs-service-{next(_NUMBERS)}"
     private, run = home / "private", home / "run"
     for directory in (home, private, run):
         directory.mkdir(mode=0o755)
@@ -90,7 +93,7 @@ def mounting_host(
     try:
         assert service.stdout is not None
         assert service.stdout.readline().startswith(b"ready"), log.read_text()
-        yield MountingHost(prefix, private / "state", log)
+        yield MountingHost(prefix, config, python, private / "state", log)
     finally:
         service.terminate()
         service.wait(CALL_SECONDS)
