@@ -166,8 +166,7 @@ class Service:
         """Load what calls need, so that none of them has to."""
         preload()
         for named in self._drop_ins.values():
-            with suppress(ModuleNotFoundError):
-                find_drop_in(named)
+            find_drop_in(named)
         # What is there now is never freed: a child that looked for garbage in it would copy it.
         gc.collect()
         gc.freeze()

@@ -103,6 +103,16 @@ def test_files_that_the_job_user_may_not_read_are_not_read(root_host: ServiceHos
     assert ran_as(root_host, "closed") is None
 
 
+def test_not_even_the_region_is_read_from_a_closed_file(root_host: ServiceHost) -> None:
+    environment = queue_files(root_host, "region", owner=0, mode=0o600)
+    environment |= {"AWS_ACCESS_KEY_ID": "AKIDGIVEN", "AWS_SECRET_ACCESS_KEY": SECRET}
+
+    done = root_host.ask(root_host.session("region-1"), "keys", environment=environment)
+
+    assert done.returncode != 0
+    assert "eu-north-1" not in done.stdout
+
+
 def test_a_file_of_secrets_is_not_quoted(root_host: ServiceHost) -> None:
     """Whatever a job names as its AWS file is read with the job user's rights, if at all."""
     secret = root_host.home / "private/secret"

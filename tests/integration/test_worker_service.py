@@ -5,8 +5,10 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -219,25 +221,56 @@ def test_a_path_that_is_no_session_directory_is_refused(host: ServiceHost, path:
 
 
 @pytest.mark.parametrize(
-    "data",
+    ("data", "reason"),
     [
-        b"\n",
-        b"{}\n",
-        b"null\n",
-        b"\xff\xfe\n",
-        b"[" * 200_000 + b"\n",
-        b'{"version": 1, "kind": "who"}\n',
-        request(Path("/"), more=1),
-        request(Path("/"), version=2),
-        request(Path("/"), arguments=[1]),
-        request(Path("/"), environment={"A": None}),
-        request(Path("/"), kind="../who"),
-        request(Path("/"), arguments=["x" * MAX_REQUEST_BYTES]),
+        (b"\n", "no request"),
+        (b"{}\n", "no request"),
+        (b"null\n", "no request"),
+        (b"\xff\xfe\n", "no request"),
+        (b"[" * 200_000 + b"\n", "no request"),
+        ({"more": 1}, "no request"),
+        ({"arguments": [1]}, "no request"),
+        ({"environment": {"A": None}}, "no request"),
+        ({"environment": None}, "no request"),
+        ({"version": 2}, "of version 2"),
+        ({"kind": "../who"}, "no such call"),
+        ({"arguments": ["a\0b"]}, "has a NUL in it"),
+        ({"environment": {"AWS_PROFILE": "a\0b"}}, "has a NUL in it"),
+        ({"arguments": ["x" * MAX_REQUEST_BYTES]}, "at most 262144 bytes"),
     ],
-    ids=range(12),
+    ids=range(14),
 )
-def test_a_request_that_makes_no_sense_is_refused(root_host: ServiceHost, data: bytes) -> None:
-    assert exit_code(root_host.send(data)) == NotAllowedError.exit_code
+def test_a_request_that_makes_no_sense_is_refused(
+    root_host: ServiceHost, data: bytes | dict[str, Any], reason: str
+) -> None:
+    """Each of them but for what is wrong with it would be answered."""
+    session_dir = root_host.sessions / "sensible"
+    if not session_dir.exists():
+        root_host.session("sensible")
+    if isinstance(data, dict):
+        data = request(session_dir, **data)
+
+    answer = root_host.send(data)
+
+    assert exit_code(answer) == NotAllowedError.exit_code
+    assert reason.encode() in answer
+
+
+def test_whoever_asks_by_hand_is_given_no_more(root_host: ServiceHost) -> None:
+    """The checks of what the agent starts are not those that count."""
+    session_dir = root_host.session("by-hand")
+    environment = {"LD_PRELOAD": "/x", "PATH": "/x", "PROPMASTER_CONFIG": "/x", "AWS_REGION": "r"}
+
+    told = b"".join(
+        json.loads(line).get("line", "").encode()
+        for line in root_host.send(request(session_dir, environment=environment)).splitlines()
+    )
+    failed = root_host.send(request(session_dir, "refuse"))
+
+    given = json.loads(told)
+    assert given["environment"]["AWS_REGION"] == "r"
+    assert "/x" not in {*given["environment"].values(), *given["process"].values()}
+    assert json.loads(failed.splitlines()[1])["line"] == "openjd_fail: no refuse\\nopenjd_env: A=1"
 
 
 def test_a_request_with_a_name_that_is_not_utf8_is_carried_out(host: ServiceHost) -> None:
@@ -377,7 +410,7 @@ def test_who_asks_a_service_that_is_killed_says_so(own_host: ServiceHost) -> Non
 
 
 def test_a_second_service_on_one_socket_is_refused(own_host: ServiceHost) -> None:
-    argv = [own_host.python, "-P", "-m", "agent_plugin", "worker", "serve"]
+    argv = [sys.executable, "-P", "-m", "agent_plugin", "worker", "serve"]
     environment = {**os.environ, "PROPMASTER_CONFIG": str(own_host.config)}
     environment.pop("PROPMASTER_STATE_DIR")
 

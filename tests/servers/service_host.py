@@ -81,9 +81,11 @@ class ServiceHost:
         """Start the service, and wait until it can be asked."""
         self.write_config()
         words = argv or ("-m", "tests.servers.worker_calls", self.socket, self.config)
+        # The agent's user is in the groups of job users; root's own groups are no job's.
+        groups = [JOB_GROUP] if self.user else [SERVICE_USER]
         with self.log.open("ab") as log:
             self._service = subprocess.Popen(
-                [*_become(self.user, self.user, [JOB_GROUP]), self.python, "-P", *words],
+                [*_become(self.user, self.user, groups), self.python, "-P", *words],
                 env={**_environment(), **(environment or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -179,6 +181,10 @@ class ServiceHost:
             timeout=CALL_SECONDS,
             check=True,
         ).stdout
+
+    def environment(self) -> dict[str, str]:
+        """Return what a process of a job's user has in its environment by itself."""
+        return _environment()
 
     def calls(self) -> list[int]:
         """Return the processes of the calls that are under way."""
