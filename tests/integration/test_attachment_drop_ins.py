@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 import uuid
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from agent_plugin.session.outputs import list_outputs
 from agent_plugin.session.queues import QueueSettings, write_queue
 from agent_plugin.session.submit import SubmitResult
 from agent_plugin.workers.call import ATTACHMENT_DOWNLOAD
-from tests.servers.attachment_calls import AgentSession
+from tests.servers.attachment_calls import AgentSession, Said
 from tests.servers.hooks import Host, action, job_of, step
 from tests.servers.s3_server import S3Server
 from tests.servers.trees import files_below, write_files
@@ -536,3 +537,18 @@ def test_a_call_for_another_job_is_refused(session: AgentSession) -> None:
     said = session.finish(action(), variables={"DEADLINE_JOB_ID": other})
 
     assert said.exit_code == 76
+
+
+def test_a_call_waits_for_the_one_before_which_is_ending(session: AgentSession, host: Host) -> None:
+    session.sync_job()
+    said: list[Said] = []
+    thread = threading.Thread(target=lambda: said.append(session.finish(action())))
+
+    with host.state(session.directory):
+        thread.start()
+        thread.join(0.3)
+        waits = thread.is_alive()
+    thread.join(60)
+
+    assert waits
+    assert said[0].exit_code == 0, said[0].lines

@@ -111,3 +111,17 @@ def test_what_the_agent_parses_is_ascii_json() -> None:
             "source_path": "C:\\shöt",
         }
     ]
+
+
+def test_what_is_in_place_is_not_done_before_that_is_told() -> None:
+    lines: list[str] = []
+    clock = Clock()
+    progress = Progress(lines.append, clock=clock)
+    progress.expect(3, 3_000_000)
+
+    transfer(progress, clock, 3, 0.3)
+    with progress.view("sync-in") as view:
+        clock.now = 5.0
+        view.show(Meter(0, 0, clock=clock).snapshot())
+
+    assert lines[0] == "openjd_progress: 99.9"

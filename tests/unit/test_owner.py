@@ -16,7 +16,8 @@ from agent_plugin.content.errors import LocalReadError, LocalWriteError
 from agent_plugin.content.manifest import FileEntry
 from agent_plugin.content.owner import Owner, acting, make_directories
 from agent_plugin.content.safe_path import Root
-from agent_plugin.transfer.placement import Placer
+from agent_plugin.transfer.placement import REFLINK_MIN_BYTES, Placer
+from tests.servers.disks import image_mounted
 from tests.servers.other_user import NOBODY
 
 GROUP = 54321
@@ -127,14 +128,27 @@ def test_a_staged_file_is_nobody_elses_until_it_has_its_place(session: Path) -> 
 
 
 @needs_root
-def test_the_cache_shares_nothing_with_a_staged_file_that_is_the_users(session: Path) -> None:
+@pytest.mark.parametrize("follow", [False, True])
+def test_the_cache_shares_nothing_with_a_staged_file_that_is_the_users(
+    place: Path, tmp_path: Path, follow: bool
+) -> None:
+    """On a file system whose files can share blocks."""
     owner = Owner(NOBODY, NOBODY)
-    with Placer(session / "root", "label", follow=True, owner=owner) as placer:
-        staged = placer.stage()
-        assert os.fstat(staged.fd).st_uid == NOBODY
-        assert not placer.can_clone(staged, staged.fd)
-        staged.close()
-    assert [*(session / "root").iterdir()] == []
+    with image_mounted("xfs", tmp_path / "image", place / "disk") as disk:
+        root = disk / "root"
+        root.mkdir()
+        os.chown(root, NOBODY, NOBODY)
+        with Placer(root, "label", follow=follow, owner=owner) as placer:
+            staged = placer.stage()
+            os.truncate(staged.fd, 2 * REFLINK_MIN_BYTES)
+            kept = os.open(disk / "kept", os.O_RDWR | os.O_CREAT, 0o600)
+            whose, shares = os.fstat(staged.fd).st_uid, placer.can_clone(staged, kept)
+            os.close(kept)
+            staged.close()
+        left = [*root.iterdir()]
+
+    assert (whose, shares) == ((NOBODY, False) if follow else (0, True))
+    assert left == []
 
 
 @needs_root
@@ -148,6 +162,22 @@ def test_a_root_that_may_be_a_link_is_written_with_the_users_rights(
     with pytest.raises((LocalWriteError, LocalReadError)):
         place_all(session / "root", owner, follow=True)
     assert [*(place / "closed").iterdir()] == []
+
+
+@needs_root
+def test_a_root_that_may_be_a_link_is_read_with_the_users_rights(
+    place: Path, session: Path
+) -> None:
+    (place / "closed" / "below").mkdir(mode=0o755, parents=True)
+    (session / "root").symlink_to(place)
+    (session / "closed").symlink_to(place / "closed")
+    (place / "closed").chmod(0o700)
+    owner = Owner(NOBODY, NOBODY)
+
+    with Root(session / "root", owner=owner) as root, pytest.raises(LocalReadError):
+        root.directory("closed", create=False)
+    with pytest.raises(LocalReadError):
+        Root(session / "closed", owner=owner)
 
 
 @needs_root

@@ -6,6 +6,7 @@ job names, and compared with their hashes; what other steps have left is taken a
 merged it, and replaces what stands there.
 """
 
+import os
 import sys
 
 from agent_plugin.content.digest import hash_name, hash_of
@@ -40,7 +41,7 @@ def run(call: Call, settings: Settings) -> int:
         if any(root.brings_step_outputs for root in asked.roots):
             result = _bring_step_outputs(asked, session)
         else:
-            result = _start(asked, session, settings)
+            result = _start(call, asked, session, settings)
     for root in result.roots:
         if root.reason:
             call.say(f"{root.local_root}: {root.file_system}, {root.reason}")
@@ -56,7 +57,7 @@ def run(call: Call, settings: Settings) -> int:
     return 0
 
 
-def _start(asked: Asked, session: OpenSession, settings: Settings) -> StartResult:
+def _start(call: Call, asked: Asked, session: OpenSession, settings: Settings) -> StartResult:
     # The agent calls this only where it does not mount: what the job wishes it has seen to.
     file_system = settings_of_queue(settings, asked.job.queue_id).inputs.wished or COPIED
     session.mounts.clear_stale()
@@ -67,6 +68,7 @@ def _start(asked: Asked, session: OpenSession, settings: Settings) -> StartResul
         session.state_file,
         mounts=session.mounts,
         file_system=file_system,
+        environment={**os.environ, **call.environment},
         given=given_inputs(asked.roots, asked.directory),
     )
 
