@@ -522,11 +522,11 @@ def test_status_tells_what_is_not_right_and_exits_with_1(
     assert checks(absent.json)[SCRIPTS[0]] is False
 
     install(found, tmp_path / "no" / "python", "1")
-    status = examine(found, PYTHON, service=tmp_path / "socket")
+    status = examine(found, PYTHON, service=tmp_path / "socket", vfs_prefix=tmp_path)
 
     assert not status.ok
     wrong = {check.name: check.reason for check in status.checks if not check.ok}
-    assert set(wrong) == {"propmaster", "job users", "service"}
+    assert set(wrong) == {"propmaster", "job users", "service", "vfs"}
     assert f"{tmp_path}/no/python" in wrong["propmaster"]
     assert f"{tmp_path}/socket" in wrong["service"]
 
@@ -536,6 +536,26 @@ def test_status_tells_what_is_not_right_and_exits_with_1(
         serving.listen()
         status = examine(found, PYTHON, service=tmp_path / "socket")
     assert {check.name: check.ok for check in status.checks}["service"]
+
+
+def test_the_tree_for_deadline_vfs_comes_and_goes_with_the_scripts(
+    agent: AgentCopy, run: Command, tmp_path: Path
+) -> None:
+    prefix = tmp_path / "vfs"
+    words = ("worker", "install", "--agent-python", agent.python)
+    assert run(*words, "--vfs-prefix", prefix).code == 0
+    # To mend is not to forget.
+    assert run(*words, "--json").json["vfsPrefix"] == str(prefix)
+    status = run("worker", "status", "--same-user", "--json").json
+    assert checks(status) == dict.fromkeys(("agent", *SCRIPTS, "propmaster", "vfs"), True)
+    assert f"DEADLINE_VFS_PATH={prefix}" in status["checks"][-1]["reason"]
+
+    (prefix / "bin/deadline_vfs").unlink()
+    broken = run("worker", "status", "--same-user", "--json")
+    assert broken.code == 1
+    assert checks(broken.json)["vfs"] is False
+    assert run("worker", "uninstall").code == 0
+    assert not prefix.exists()
 
 
 def test_every_version_that_is_named_as_supported_has_its_hashes() -> None:

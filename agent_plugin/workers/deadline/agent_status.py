@@ -16,6 +16,7 @@ import msgspec
 from agent_plugin.content.errors import SessionStateError, local_write_error
 from agent_plugin.workers.deadline.agent_environment import SUPPORTED, AgentEnvironment
 from agent_plugin.workers.deadline.installer import MODULES, ScriptStatus, look_at_scripts
+from agent_plugin.workers.deadline.vfs_prefix import DEFAULT_PREFIX, prefix_status
 
 _RECORD: Final = "worker.json"
 _START_SECONDS: Final = 60.0
@@ -34,9 +35,11 @@ class Record(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=
 
     Attributes:
         agent_python: The Python of the agent's environment.
+        vfs_prefix: Of the deadline_vfs tree; None where there is none.
     """
 
     agent_python: str
+    vfs_prefix: str | None = None
 
 
 class Check(msgspec.Struct):
@@ -60,6 +63,7 @@ class WorkerStatus(msgspec.Struct, rename="camel"):
     agent_python: str
     agent_version: str
     scripts: list[ScriptStatus]
+    vfs_prefix: str | None
     checks: list[Check]
 
 
@@ -106,6 +110,7 @@ def examine(
     python: Path,
     *,
     service: Path | None,
+    vfs_prefix: Path | None = None,
 ) -> WorkerStatus:
     """Look at an installation; change nothing.
 
@@ -114,6 +119,7 @@ def examine(
         python: Propmaster's, for when no script says which one.
         service: The host service's socket; None where jobs run as the agent's user, and so need
             neither the service nor a propmaster that others can run.
+        vfs_prefix: Of the deadline_vfs tree, if there is to be one.
 
     Raises:
         LocalReadError: One of the agent's scripts can not be read.
@@ -123,11 +129,14 @@ def examine(
     checks = [_agent(agent), *map(_script, scripts), _starts(started)]
     if service is not None:
         checks += [_others_may_run(started), _answers(service)]
+    if vfs_prefix is not None:
+        checks.append(_vfs(vfs_prefix))
     return WorkerStatus(
         ok=all(check.ok for check in checks),
         agent_python=os.fspath(agent.python),
         agent_version=agent.version,
         scripts=scripts,
+        vfs_prefix=None if vfs_prefix is None else os.fspath(vfs_prefix),
         checks=checks,
     )
 
@@ -206,3 +215,15 @@ def _answers(path: Path) -> Check:
         except OSError as error:
             return Check("service", ok=False, reason=f"{path}: {error}", advice=advice)
     return Check("service", ok=True, reason=f"it answers at {path}", advice=advice)
+
+
+def _vfs(prefix: Path) -> Check:
+    found = prefix_status(prefix)
+    if prefix == DEFAULT_PREFIX:
+        hint = "where the agent looks by itself"
+    else:
+        hint = f"the agent needs DEADLINE_VFS_PATH={prefix} in its environment"
+    missing = "" if found.installed else f"{prefix} is no prefix of ours"
+    defect = found.defect or missing
+    advice = "VIRTUAL jobs are COPIED: `propmaster worker install` with the same --vfs-prefix"
+    return Check("vfs", not defect, defect or f"{prefix}, {hint}", advice)
