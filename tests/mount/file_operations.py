@@ -294,16 +294,16 @@ class Operations:
         status = os.stat(path, follow_symlinks=follow)  # noqa: PTH116 - names as given
         return status.st_atime_ns if times[0] >= 0 else None, self._facts(status)
 
-    def set_xattr(self, path: str, name: str, value: bytes, flags: int) -> None:
-        os.setxattr(path, name, value, flags)
+    def set_xattr(self, path: str, name: str, value: bytes, flags: int, *, follow: bool) -> None:
+        os.setxattr(path, name, value, flags, follow_symlinks=follow)
 
-    def get_xattr(self, path: str, name: str) -> bytes:
+    def get_xattr(self, path: str, name: str, *, follow: bool) -> bytes:
         with _none_for_not_supported():
-            return os.getxattr(path, name)
+            return os.getxattr(path, name, follow_symlinks=follow)
 
-    def remove_xattr(self, path: str, name: str) -> None:
+    def remove_xattr(self, path: str, name: str, *, follow: bool) -> None:
         with _none_for_not_supported():
-            os.removexattr(path, name)
+            os.removexattr(path, name, follow_symlinks=follow)
 
     def list_xattrs(self, path: str) -> list[str]:
         names: list[str] = []

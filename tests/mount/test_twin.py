@@ -433,17 +433,20 @@ class TwinMachine(RuleBasedStateMachine):
         name=XATTR,
         value=st.sampled_from([b"", b"x", b"\0" * 100]),
         flags=st.sampled_from([0, 0, os.XATTR_CREATE, os.XATTR_REPLACE]),
+        follow=st.booleans(),
     )
-    def set_xattr(self, user: str, path: Name, name: str, value: bytes, flags: int) -> None:
-        self.both(user, "set_xattr", path, name, value, flags)
+    def set_xattr(
+        self, user: str, path: Name, name: str, value: bytes, flags: int, follow: bool
+    ) -> None:
+        self.both(user, "set_xattr", path, name, value, flags, follow=follow)
 
-    @rule(user=USER, path=PATH, name=XATTR)
-    def get_xattr(self, user: str, path: Name, name: str) -> None:
-        self.both(user, "get_xattr", path, name)
+    @rule(user=USER, path=PATH, name=XATTR, follow=st.booleans())
+    def get_xattr(self, user: str, path: Name, name: str, follow: bool) -> None:
+        self.both(user, "get_xattr", path, name, follow=follow)
 
-    @rule(user=USER, path=PATH, name=XATTR)
-    def remove_xattr(self, user: str, path: Name, name: str) -> None:
-        self.both(user, "remove_xattr", path, name)
+    @rule(user=USER, path=PATH, name=XATTR, follow=st.booleans())
+    def remove_xattr(self, user: str, path: Name, name: str, follow: bool) -> None:
+        self.both(user, "remove_xattr", path, name, follow=follow)
 
     @rule(user=USER, path=PATH)
     def list_xattrs(self, user: str, path: Name) -> None:
