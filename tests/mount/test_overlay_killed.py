@@ -28,6 +28,7 @@ def test_names_are_made_and_removed_while_servers_are_killed(mounter: Mounter) -
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_names_are_made_and_removed_while_servers_are_killed_for_long(mounter: Mounter) -> None:
     for _ in range(10):
         _go_on_while_servers_are_killed(mounter, KILLS)
