@@ -17,8 +17,6 @@ from agent_plugin.content import events
 from agent_plugin.content.errors import PropmasterError
 from agent_plugin.content.log_file import writing_to
 from agent_plugin.content.store import Cancellation
-from agent_plugin.session.state import session_id
-from agent_plugin.session_logs import log_place
 from agent_plugin.settings import Settings
 
 ATTACHMENT_DOWNLOAD: Final = "attachment-download"
@@ -123,6 +121,10 @@ def one_line(text: str) -> str:
 
 def carry_out(call: Call, settings: Settings, run: Run) -> int:
     """Run a drop-in; a failure is told in the agent's words and in ours, and is its exit code."""
+    # Whoever only asks a service for it does not need them.
+    from agent_plugin.session.state import session_id  # noqa: PLC0415
+    from agent_plugin.session_logs import log_place  # noqa: PLC0415
+
     try:
         with writing_to(log_place(settings, session_id(call.session_dir))):
             return run(call, settings)

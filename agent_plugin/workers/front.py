@@ -102,6 +102,11 @@ def _is_ours(session_dir: Path, settings: Settings) -> bool:
 
 
 def _run_here(kind: str, arguments: Sequence[str], session_dir: Path, settings: Settings) -> int:
+    try:
+        run = find_drop_in(DROP_INS[kind])
+    except ImportError as error:
+        # Half of a propmaster that is just being replaced.
+        return _fall_back(arguments, ServiceUnavailableError(f"propmaster can not start: {error}"))
     # The agent's log has the directives; events below warnings say the same again.
     events.configure(level=30)
     cancellation = Cancellation()
@@ -116,7 +121,7 @@ def _run_here(kind: str, arguments: Sequence[str], session_dir: Path, settings: 
         say=_say,
         cancellation=cancellation,
     )
-    return carry_out(call, settings, find_drop_in(DROP_INS[kind]))
+    return carry_out(call, settings, run)
 
 
 def _connect(path: Path) -> socket.socket:

@@ -24,7 +24,7 @@ _RUN_TEST_CALL = """
 import sys
 from agent_plugin.workers import front
 from tests.servers.worker_calls import KINDS
-front.DROP_INS = KINDS
+front.DROP_INS = {**KINDS, "half": "agent_plugin.workers.no_such_module:run"}
 sys.exit(front.main(sys.argv[1], sys.argv[2:]))
 """
 ORIGINAL = "import os, sys; print('original', sys.argv[1:], 'PROPMASTER_X' in os.environ)\n"
@@ -60,6 +60,42 @@ def test_a_failure_here_is_told_in_the_same_words(tmp_path: Path) -> None:
 
     assert done.returncode == 66
     assert done.stdout.splitlines()[0] == "openjd_fail: no refuse\\nopenjd_env: A=1"
+
+
+def test_half_of_a_propmaster_runs_the_agents_own_script(tmp_path: Path) -> None:
+    original = tmp_path / "original.py"
+    original.write_text(ORIGINAL)
+    environment = {
+        "PROPMASTER_ORIGINAL": str(original),
+        "PROPMASTER_ORIGINAL_PYTHON": sys.executable,
+    }
+
+    done = run_here(tmp_path, "half", "a", **environment)
+
+    assert done.returncode == 0, done.stderr
+    assert "no_such_module" in done.stdout.splitlines()[0]
+    assert done.stdout.splitlines()[-1] == "original ['a'] False"
+
+
+def test_who_only_asks_loads_no_engine() -> None:
+    """Each call of the agent's costs what it loads, while a job waits."""
+    code = """
+import sys
+import agent_plugin.workers.deadline.start_download, agent_plugin.workers.__main__
+print([name for name in ("obstore", "botocore", "agent_plugin.session", "agent_plugin.transfer")
+       if name in sys.modules])
+"""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.stdout == "[]\n", done.stderr
 
 
 def test_a_signal_cancels_what_runs_here(tmp_path: Path) -> None:

@@ -445,7 +445,7 @@ def test_the_stub_becomes_propmaster_with_the_agents_arguments(
         (package / name).mkdir(parents=True)
         (package / name / "__init__.py").touch()
     for name in SCRIPTS:
-        (package / "workers/deadline" / name).write_text(
+        (package / "workers/deadline" / name.replace("attachment", "start")).write_text(
             f"if __name__ == '__main__':\n {TELLS}".replace("\n", "\n ")
         )
     install(find_agent(agent.python), PYTHON, "1")

@@ -14,6 +14,7 @@ from typing import Final
 import msgspec
 
 from agent_plugin.content.errors import SessionStateError, local_write_error
+from agent_plugin.workers.call import DROP_INS
 from agent_plugin.workers.deadline.agent_environment import SUPPORTED, AgentEnvironment
 from agent_plugin.workers.deadline.installer import MODULES, ScriptStatus, look_at_scripts
 from agent_plugin.workers.deadline.vfs_prefix import DEFAULT_PREFIX, prefix_status
@@ -21,6 +22,7 @@ from agent_plugin.workers.deadline.vfs_prefix import DEFAULT_PREFIX, prefix_stat
 _RECORD: Final = "worker.json"
 _START_SECONDS: Final = 60.0
 _CONNECT_SECONDS: Final = 5.0
+_DROP_IN_MODULES: Final = sorted({named.partition(":")[0] for named in DROP_INS.values()})
 _TRY: Final = """
 import importlib, sys
 for module in sys.argv[1:]:
@@ -164,7 +166,7 @@ def _script(script: ScriptStatus) -> Check:
 def _starts(python: Path) -> Check:
     try:
         done = subprocess.run(  # noqa: S603 - our own argv, no shell
-            [python, "-P", "-c", _TRY, *MODULES.values()],
+            [python, "-P", "-c", _TRY, *MODULES.values(), *_DROP_IN_MODULES],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=_START_SECONDS,

@@ -43,8 +43,8 @@ from agent_plugin.workers.deadline.agent_environment import (
 )
 
 MODULES: Final = {
-    DOWNLOAD: "agent_plugin.workers.deadline.attachment_download",
-    UPLOAD: "agent_plugin.workers.deadline.attachment_upload",
+    DOWNLOAD: "agent_plugin.workers.deadline.start_download",
+    UPLOAD: "agent_plugin.workers.deadline.start_upload",
 }
 
 _STUB: Final = Path(__file__).with_name("script_stub.py")
