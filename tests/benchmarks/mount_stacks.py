@@ -148,7 +148,9 @@ class MountHost:
     def mount(self, stack: Stack, manifest: Path, at: Path) -> dict[str, Any]:
         """Mount and return what the command prints."""
         config = at.with_name(f"{at.name}.toml")
-        config.write_text(f'[mounts]\npassthrough = "{stack.passthrough}"\n')
+        # The blobs that `cached_tree` makes are nobody's in particular.
+        cache = "[cache]\nshared_between_queues = true\n"
+        config.write_text(f'[mounts]\npassthrough = "{stack.passthrough}"\n{cache}')
         arguments = ["--transport", stack.transport, "--writes", stack.writes]
         if stack.writes != "none":
             arguments += ["--work-dir", str(at.with_name(f"{at.name}-work"))]
