@@ -6,10 +6,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from agent_plugin.content.errors import InputError, LocalReadError
+from agent_plugin.content.errors import InputError, JobInvalidError, LocalReadError
 from agent_plugin.session.job import JobDocument
 from agent_plugin.session.roots import session_directory_name
 from agent_plugin.workers.deadline.properties import (
@@ -96,6 +97,15 @@ def test_a_root_that_is_listed_twice_counts_once(tmp_path: Path) -> None:
     job = read(tmp_path, json.dumps([element(tmp_path), element(tmp_path)]).encode())
 
     assert len(job.attachments.manifests) == 1
+
+
+def test_a_file_that_is_too_large_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "four").write_bytes(b"1234")
+    directory = SessionDirectory(tmp_path, None)
+
+    assert directory.read("four", most=4) == b"1234"
+    with pytest.raises(JobInvalidError, match="more than 3 bytes"):
+        directory.read("four", most=3)
 
 
 @given(st.binary(max_size=60))
