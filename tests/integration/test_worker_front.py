@@ -16,8 +16,12 @@ from agent_plugin.content.errors import (
     ServiceUnavailableError,
     SettingsInvalidError,
 )
+from agent_plugin.content.store import Cancellation
+from agent_plugin.transfer.ledger import lease_owner
+from agent_plugin.workers.call import VFS_UNMOUNT, Call, JobUser
+from agent_plugin.workers.deadline.vfs import run_unmount
 from agent_plugin.workers.listener import listen, notify_systemd
-from tests.servers.hooks import CALL_SECONDS, REPOSITORY
+from tests.servers.hooks import CALL_SECONDS, REPOSITORY, Host
 from tests.servers.service_host import JOB_USER, ServiceHost, service_host
 
 _RUN_TEST_CALL = """
@@ -96,6 +100,21 @@ print([name for name in ("obstore", "botocore", "agent_plugin.session", "agent_p
     )
 
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_a_mount_that_is_being_made_is_taken_away_by_nobody_else(tmp_path: Path) -> None:
+    host = Host(tmp_path / "host", f"file://{tmp_path}/store")
+    mountpoint = tmp_path / "session" / "root"
+    place = host.mounts._place(mountpoint)
+    place.mkdir(parents=True)
+    (place / "starter").write_text(lease_owner() or "")
+    user = JobUser(JOB_USER, JOB_USER)
+    call = Call(
+        VFS_UNMOUNT, ("-u", str(mountpoint)), mountpoint.parent, {}, user, print, Cancellation()
+    )
+
+    assert run_unmount(call, host.settings) == 0
+    assert place.exists()
 
 
 def test_a_signal_cancels_what_runs_here(tmp_path: Path) -> None:
@@ -217,6 +236,10 @@ def test_a_socket_of_systemds_is_taken(tmp_path: Path) -> None:
 import os, sys
 from pathlib import Path
 from typing import Any
+from agent_plugin.content.store import Cancellation
+from agent_plugin.transfer.ledger import lease_owner
+from agent_plugin.workers.call import VFS_UNMOUNT, Call, JobUser
+from agent_plugin.workers.deadline.vfs import run_unmount
 from agent_plugin.workers.listener import listen
 os.environ["LISTEN_PID"] = str(os.getpid())
 with listen(Path("/no/such/place")) as listener:
