@@ -101,8 +101,10 @@ def open_log_directory(path: Path) -> int:
 
 
 def _open(path: Path) -> int:
-    with suppress(FileExistsError):
-        path.parent.mkdir(mode=0o700)
+    # What is above it as well: the state directory may be about to be made, closed to others.
+    for above in (*reversed(path.parent.parents), path.parent):
+        with suppress(OSError):
+            above.mkdir(mode=0o700)
     directory = open_log_directory(path.parent)
     try:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -126,7 +126,9 @@ def carry_out(call: Call, settings: Settings, run: Run) -> int:
     from agent_plugin.session_logs import log_place  # noqa: PLC0415
 
     try:
-        with writing_to(log_place(settings, session_id(call.session_dir))):
+        # Whose directory it is that something is to be unmounted from, nobody has looked at.
+        is_known = call.kind != VFS_UNMOUNT
+        with writing_to(log_place(settings, session_id(call.session_dir)) if is_known else None):
             return run(call, settings)
     except PropmasterError as error:
         return tell(error, call.say)

@@ -72,6 +72,18 @@ def test_without_a_job_user_it_is_the_user_who_asks(tmp_path: Path) -> None:
     assert not sees(settings, STORES[0], QUEUE, 1001)
 
 
+def test_a_queue_with_a_cache_directory_of_its_own_uses_that(tmp_path: Path) -> None:
+    host = host_with(tmp_path)
+    with host.config.open("a") as file:
+        file.write(f'[queues."{QUEUE}".paths]\ncache_dir = "{tmp_path}/own"\n')
+
+    for queue_id, expected in ((QUEUE, tmp_path / "own"), (OTHER_QUEUE, host.cache_dir)):
+        cache = open_cache(host.settings, STORES[0], queue_id=queue_id)
+        assert cache is not None
+        with closing(cache):
+            assert cache.path == expected
+
+
 @contextmanager
 def services(host: Host, store_url: str, queue_id: str, user_id: int) -> Iterator[TransferContext]:
     with open_services(

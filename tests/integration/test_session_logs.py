@@ -11,9 +11,11 @@ import pytest
 
 from agent_plugin.content import events
 from agent_plugin.content.log_file import LogPlace, writing_to
+from agent_plugin.content.store import Cancellation
 from agent_plugin.session.state import session_id
 from agent_plugin.session_logs import LogsCollected, collect_logs, log_place
 from agent_plugin.settings import Settings
+from agent_plugin.workers.call import ATTACHMENT_DOWNLOAD, VFS_UNMOUNT, Call, carry_out
 from tests.servers.hooks import Host, action
 from tests.servers.sessions import Sessions
 
@@ -69,6 +71,30 @@ def test_a_session_has_a_file_with_all_that_its_commands_and_mounts_told(
         events.MOUNT_STARTED,
         events.MOUNT_ENDED,
     }
+
+
+def test_what_the_workers_scripts_tell_is_in_the_sessions_file(
+    sessions: Sessions, tmp_path: Path, expected_events: set[str]
+) -> None:
+    expected_events.add(events.CACHE_BYPASSED)
+
+    def call(kind: str, directory: Path) -> Call:
+        return Call(kind, [], directory, {}, None, lambda _line: None, Cancellation())
+
+    def drop_in(_call: Call, _settings: Settings) -> int:
+        events.get_logger().warning(events.CACHE_BYPASSED, extra={"reason": "a test"})
+        return 7
+
+    settings = sessions.host.settings
+    assert carry_out(call(ATTACHMENT_DOWNLOAD, tmp_path), settings, drop_in) == 7
+    # Of a directory that nobody has looked at there is no file.
+    assert carry_out(call(VFS_UNMOUNT, tmp_path / "x"), settings, drop_in) == 7
+
+    [file] = (sessions.host.state_dir / "logs").iterdir()
+    assert file.name == f"{session_id(tmp_path)}.jsonl"
+    assert sessions.host.state_dir.stat().st_mode & 0o777 == 0o700
+    [line] = lines_of(file)
+    assert (line["event"], line["reason"]) == (events.CACHE_BYPASSED, "a test")
 
 
 def test_without_days_nothing_is_kept(sessions: Sessions) -> None:

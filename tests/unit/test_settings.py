@@ -421,6 +421,14 @@ def test_lines_are_found_whatever_stands_between_them(tmp_path: Path) -> None:
     assert error.message.startswith(f"{tmp_path}/config.toml, line 14: mounts.verify: 'loose'")
 
 
+def test_what_stands_in_an_array_is_no_key(tmp_path: Path) -> None:
+    text = "[worker]\nagent_user = 3\nsession_roots = [\n  'agent_user'\n]\n"
+
+    error = refused(text, tmp_path)
+
+    assert error.message.startswith(f"{tmp_path}/config.toml, line 2: worker.agent_user: ")
+
+
 @pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
 def test_a_file_that_others_could_write_is_refused(tmp_path: Path, mode: int) -> None:
     file = tmp_path / "config.toml"
