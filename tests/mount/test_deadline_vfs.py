@@ -377,8 +377,14 @@ def test_a_job_user_has_only_manifests_of_its_session_read(
 def test_what_a_task_wrote_to_the_mount_is_its_output_and_nothing_else_is(
     drop_in: DropIn, s3: S3Server
 ) -> None:
-    manifest = drop_in.stored(FILES)
-    drop_in.here(drop_in.arguments(drop_in.manifest_file(manifest)))
+    def read_what_is_gone(path: str, content: bytes) -> None:
+        key = f"{drop_in.root_prefix}/Data/{Digest.of(content).hex}.xxh128"
+        s3.client().delete_object(Bucket=s3.bucket, Key=key)
+        with pytest.raises(OSError, match="Input/output"):
+            (drop_in.root / path).read_bytes()
+
+    inputs = {**FILES, "tex/gone.tx": b"will be gone"}
+    drop_in.here(drop_in.arguments(drop_in.manifest_file(drop_in.stored(inputs))))
     with drop_in.host.state(drop_in.session_dir) as state_file:
         state_file.write(state_of(drop_in))
 
@@ -387,18 +393,18 @@ def test_what_a_task_wrote_to_the_mount_is_its_output_and_nothing_else_is(
     (drop_in.root / "tex/old.tx").unlink()
     assert finished(drop_in, 0) == (["renders/1.exr"], ["tex/old.tx"])
     assert drop_in.status()["counts"]["bytes_fetched"] == 0
+    read_what_is_gone("tex/gone.tx", b"will be gone")
+    with pytest.raises(MountReadFailedError, match=r"tex/gone\.tx"):
+        finished(drop_in, 1)
     # Unmounted and mounted with more, as before the task of another step.
     assert drop_in.unmount_here() == 0
-    more = drop_in.stored({**FILES, "tex/0.tx": b"of another step"})
+    more = drop_in.stored({**inputs, "tex/0.tx": b"of another step"})
     drop_in.here(drop_in.arguments(drop_in.manifest_file(more)))
     (drop_in.root / "renders/2.exr").write_bytes(b"second")
-    assert finished(drop_in, 1) == (["renders/2.exr"], [])
-    gone = f"{drop_in.root_prefix}/Data/{Digest.of(b'of another step').hex}.xxh128"
-    s3.client().delete_object(Bucket=s3.bucket, Key=gone)
-    with pytest.raises(OSError, match="Input/output"):
-        (drop_in.root / "tex/0.tx").read_bytes()
+    read_what_is_gone("tex/0.tx", b"of another step")
     with pytest.raises(MountReadFailedError, match=r"tex/0\.tx"):
         finished(drop_in, 2)
+    assert finished(drop_in, 3) == (["renders/2.exr"], [])
     assert drop_in.unmount_here() == 0
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from agent_plugin.content import fusermount
 from agent_plugin.content.errors import MountFailedError
 from agent_plugin.content.mount_probe import choose_transport
 from tests.servers.hooks import REPOSITORY
@@ -106,3 +107,19 @@ def test_the_library_is_not_loaded_into_who_only_mounts_by_the_kernel() -> None:
         "sys.exit('fuse' in sys.modules or 'libfuse' in open('/proc/self/maps').read())\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, timeout=60)
+
+
+def test_a_script_that_stands_for_fusermount_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker agent puts a drop-in's own before the host's."""
+    found = fusermount.find()
+    for name in ("fusermount3", "fusermount"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    if found is None:
+        pytest.skip("this host has no setuid fusermount")
+    assert fusermount.find() == found
