@@ -84,6 +84,7 @@ def test_a_planted_credential_process_runs_as_the_job_user(root_host: ServiceHos
     assert ran_as(root_host, "planted") == JOB_USER
 
 
+@pytest.mark.slow
 def test_the_agents_credential_process_runs_as_the_job_user(root_host: ServiceHost) -> None:
     environment = queue_files(root_host, "agents", owner=0)
     (root_host.home / "agents").chmod(0o770)

@@ -34,7 +34,13 @@ from tests.servers.service_host import (
 SECRET = "sEcReTsEcReTsEcReT"
 
 
-@pytest.fixture(scope="module", params=[0, SERVICE_USER], ids=["root", "user"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(0, id="root"),
+        pytest.param(SERVICE_USER, id="user", marks=pytest.mark.slow),
+    ],
+)
 def host(request: pytest.FixtureRequest) -> Iterator[ServiceHost]:
     """A host whose service runs as root, and one whose service runs as a user with no rights."""
     with service_host(user=request.param) as made:
@@ -123,8 +129,8 @@ def test_what_the_service_keeps_is_closed_to_all_others(host: ServiceHost) -> No
     assert host.socket.parent.stat().st_mode & 0o022 == 0
 
 
-def test_a_failure_is_told_and_no_name_makes_a_line_of_its_own(host: ServiceHost) -> None:
-    done = host.ask(host.session("failure"), "refuse")
+def test_a_failure_is_told_and_no_name_makes_a_line_of_its_own(root_host: ServiceHost) -> None:
+    done = root_host.ask(root_host.session("failure"), "refuse")
 
     assert done.returncode == JobInvalidError.exit_code
     lines = done.stdout.splitlines()
@@ -133,16 +139,16 @@ def test_a_failure_is_told_and_no_name_makes_a_line_of_its_own(host: ServiceHost
     assert lines[2].startswith("hint: ")
 
 
-def test_a_call_that_crashes_harms_no_other(host: ServiceHost) -> None:
-    session_dir = host.session("crash")
+def test_a_call_that_crashes_harms_no_other(root_host: ServiceHost) -> None:
+    session_dir = root_host.session("crash")
 
-    assert host.ask(session_dir, "crash").returncode == 1
-    assert "RuntimeError" in host.log.read_text()
-    assert host.ask(session_dir, "who").returncode == 7
+    assert root_host.ask(session_dir, "crash").returncode == 1
+    assert "RuntimeError" in root_host.log.read_text()
+    assert root_host.ask(session_dir, "who").returncode == 7
 
 
-def test_every_line_arrives_in_order(host: ServiceHost) -> None:
-    done = host.ask(host.session("talk"), "talk", "2000")
+def test_every_line_arrives_in_order(root_host: ServiceHost) -> None:
+    done = root_host.ask(root_host.session("talk"), "talk", "2000")
 
     assert done.returncode == 0
     assert [line.split()[0] for line in done.stdout.splitlines()] == [str(n) for n in range(2000)]
@@ -286,19 +292,19 @@ def test_a_request_with_a_name_that_is_not_utf8_is_carried_out(host: ServiceHost
 # ------------------------------------------------------------------------------ who waits for whom
 
 
-def test_who_stays_silent_keeps_nobody_waiting(host: ServiceHost) -> None:
+def test_who_stays_silent_keeps_nobody_waiting(root_host: ServiceHost) -> None:
     silent = [socket.socket(socket.AF_UNIX) for _ in range(20)]
     try:
         for connection in silent:
-            connection.connect(os.fspath(host.socket))
+            connection.connect(os.fspath(root_host.socket))
             connection.sendall(b'{"version"')
 
-        assert host.ask(host.session("patient"), "who").returncode == 7
-        assert host.calls(), "the silent ones are waited for"
+        assert root_host.ask(root_host.session("patient"), "who").returncode == 7
+        assert root_host.calls(), "the silent ones are waited for"
     finally:
         for connection in silent:
             connection.close()
-    until(lambda: not host.calls())
+    until(lambda: not root_host.calls())
 
 
 @pytest.mark.slow
@@ -311,12 +317,12 @@ def test_silence_ends_by_itself(root_host: ServiceHost) -> None:
     assert exit_code(pieces) == NotAllowedError.exit_code
 
 
-def test_fifty_calls_at_a_time_are_all_answered(host: ServiceHost) -> None:
-    session_dir = host.session("fifty")
+def test_fifty_calls_at_a_time_are_all_answered(root_host: ServiceHost) -> None:
+    session_dir = root_host.session("fifty")
     connections = [socket.socket(socket.AF_UNIX) for _ in range(50)]
     try:
         for connection in connections:
-            connection.connect(os.fspath(host.socket))
+            connection.connect(os.fspath(root_host.socket))
             connection.sendall(request(session_dir))
             connection.settimeout(CALL_SECONDS)
         answers = [b"".join(iter(lambda c=c: c.recv(65536), b"")) for c in connections]  # type: ignore[misc]

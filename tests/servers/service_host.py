@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -33,17 +34,6 @@ import sys
 from agent_plugin.workers.front import main
 sys.exit(main(sys.argv[1], sys.argv[2:]))
 """
-# Sends bytes as they are, and prints what comes back until the other end closes.
-_SEND = """
-import socket, sys
-connection = socket.socket(socket.AF_UNIX)
-connection.connect(sys.argv[1])
-connection.sendall(sys.stdin.buffer.read())
-while piece := connection.recv(65536):
-    sys.stdout.buffer.write(piece)
-"""
-
-
 # The fallback starts a Python from a Python.
 _LOOK = """
 import msgspec, os, sys
@@ -173,14 +163,13 @@ class ServiceHost:
 
     def send(self, data: bytes, *, user: int = JOB_USER, group: int = JOB_GROUP) -> bytes:
         """Send bytes to the service as a user; return all that it answers."""
-        return subprocess.run(
-            [*_become(user, group, []), self.python, "-P", "-c", _SEND, self.socket],
-            input=data,
-            env=_environment(),
-            capture_output=True,
-            timeout=CALL_SECONDS,
-            check=True,
-        ).stdout
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(CALL_SECONDS)
+            with _being(user, group):
+                # Who asks is who connects.
+                connection.connect(os.fspath(self.socket))
+            connection.sendall(data)
+            return b"".join(iter(lambda: connection.recv(65536), b""))
 
     def environment(self) -> dict[str, str]:
         """Return what a process of a job's user has in its environment by itself."""
@@ -207,6 +196,21 @@ def service_host(*, user: int = 0) -> Iterator[ServiceHost]:
         if host._service is not None and host._service.poll() is None:
             host.end()
         shutil.rmtree(home)
+
+
+@contextmanager
+def _being(user: int, group: int) -> Iterator[None]:
+    """Make this process, all its threads, another user for a moment."""
+    groups = os.getgroups()
+    os.setgroups([])
+    os.setegid(group)
+    os.seteuid(user)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        os.setgroups(groups)
 
 
 def _become(user: int, group: int, groups: Sequence[int]) -> list[str]:
