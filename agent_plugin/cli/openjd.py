@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from agent_plugin.cli.options import escaped, session_dir_option
-from agent_plugin.cli.signals import cancel_on_signals, raise_on_signals
+from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.content import events
 from agent_plugin.content.errors import JobInvalidError, LocalReadError, PropmasterError
 from agent_plugin.session.job import MAX_JOB_BYTES
@@ -121,7 +121,10 @@ def run_command(
     session = os.environ.get(hooks.SESSION_VARIABLE)
     notify_seconds = notify_period or 0.0
     if no_outputs or not session:
-        ended = run_wrapped(argv, seconds=timeout, notify_seconds=notify_seconds)
+        with cancel_on_signals() as cancellation:
+            ended = run_wrapped(
+                argv, seconds=timeout, notify_seconds=notify_seconds, cancellation=cancellation
+            )
         raise click.exceptions.Exit(_code_of(ended))
     if not step_name and not is_named_by_service(os.environ):
         raise click.UsageError("--step NAME: this runtime does not say which step the task is of")
@@ -131,11 +134,13 @@ def run_command(
         hooks.sync_before_task(
             session_dir, step_name, settings, os.environ, cancellation=cancellation, say=_say
         )
-    ended = run_wrapped(argv, seconds=timeout, notify_seconds=notify_seconds)
+    with cancel_on_signals() as cancellation:
+        ended = run_wrapped(
+            argv, seconds=timeout, notify_seconds=notify_seconds, cancellation=cancellation
+        )
     code = _code_of(ended)
     if ended.cancelled:
         raise click.exceptions.Exit(code)
-    raise_on_signals()
     try:
         with _told(), cancel_on_signals() as cancellation:
             hooks.finish(

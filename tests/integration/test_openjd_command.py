@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from agent_plugin.content.errors import JobInvalidError
+from agent_plugin.content.store import Cancellation
 from agent_plugin.workers.openjd.document import complete, step_id
 from agent_plugin.workers.openjd.wrapped_command import run_wrapped
 
@@ -60,7 +61,9 @@ def test_outside_of_a_session_the_command_is_run_and_that_is_all(tmp_path: Path)
 def test_a_command_that_takes_too_long_is_ended_with_all_its_processes(tmp_path: Path) -> None:
     script = f"sh -c 'echo $$ > {tmp_path}/child; sleep 86399; true' & sleep 86399"
 
-    ended = run_wrapped(["sh", "-c", script], seconds=1.5, notify_seconds=0)
+    ended = run_wrapped(
+        ["sh", "-c", script], seconds=1.5, notify_seconds=0, cancellation=Cancellation()
+    )
 
     assert ended.code == 124
     assert "longer than 2 s" in ended.reason

@@ -7,12 +7,15 @@ wrapper (RFC 0008 of Open Job Description).
 
 import signal
 import subprocess
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
 import psutil
+
+from agent_plugin.content.store import Cancellation
 
 # As the shell and timeout(1) have them.
 NOT_EXECUTABLE: Final = 126
@@ -21,6 +24,8 @@ TIMED_OUT: Final = 124
 _SIGNALLED: Final = 128
 # What was killed needs no longer to be gone, unless it waits for a disk.
 _KILL_SECONDS: Final = 30.0
+# How long a wish to stop may wait; the end of a command is seen earlier.
+_LOOK_SECONDS: Final = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,35 +43,45 @@ class Ended:
     cancelled: bool = False
 
 
-def run_wrapped(argv: Sequence[str], *, seconds: float | None, notify_seconds: float) -> Ended:
+def run_wrapped(
+    argv: Sequence[str],
+    *,
+    seconds: float | None,
+    notify_seconds: float,
+    cancellation: Cancellation,
+) -> Ended:
     """Run a command to its end.
 
     Args:
         argv: The command.
         seconds: How long it may take; None for as long as it likes.
-        notify_seconds: On KeyboardInterrupt, which is what SIGTERM and SIGINT raise here, how long
-            it has between SIGTERM and SIGKILL; 0 sends SIGKILL at once.
+        notify_seconds: How long it has between SIGTERM and SIGKILL when it is stopped; 0 sends
+            SIGKILL at once.
+        cancellation: Stops it. Not an exception that a signal raises: that could come when the
+            command runs already, and nobody knows its process yet.
     """
-    process = None
     try:
         process = subprocess.Popen(argv)  # noqa: S603 - the job's own command, no shell
-        code = process.wait(seconds)
     except FileNotFoundError:
         return Ended(NOT_FOUND, f"{argv[0]}: there is no such command")
     except OSError as error:
         return Ended(NOT_EXECUTABLE, f"{argv[0]}: {error.strerror}")
-    except subprocess.TimeoutExpired:
-        _stop(process, notify_seconds)
-        return Ended(TIMED_OUT, f"the task's command took longer than {seconds:.0f} s")
-    except KeyboardInterrupt:
-        _stop(process, notify_seconds)
-        return Ended(_SIGNALLED + signal.SIGTERM, "the task was cancelled", cancelled=True)
-    return Ended(code if code >= 0 else _SIGNALLED - code)
+    latest = None if seconds is None else time.monotonic() + seconds
+    while True:
+        try:
+            code = process.wait(_LOOK_SECONDS)
+        except subprocess.TimeoutExpired:
+            if cancellation.wished:
+                _stop(process, notify_seconds)
+                return Ended(_SIGNALLED + signal.SIGTERM, "the task was cancelled", cancelled=True)
+            if latest is not None and time.monotonic() >= latest:
+                _stop(process, notify_seconds)
+                return Ended(TIMED_OUT, f"the task's command took longer than {seconds:.0f} s")
+        else:
+            return Ended(code if code >= 0 else _SIGNALLED - code)
 
 
-def _stop(process: "subprocess.Popen[bytes] | None", notify_seconds: float) -> None:
-    if process is None:
-        return
+def _stop(process: "subprocess.Popen[bytes]", notify_seconds: float) -> None:
     # Looked up before the first of them is gone, which leaves its children to init.
     descendants = _descendants(process.pid)
     if notify_seconds > 0:
