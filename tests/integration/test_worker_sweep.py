@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,12 @@ from tests.servers.sessions import Sessions
 
 
 @pytest.fixture
-def host(tmp_path: Path) -> Host:
-    return Host(tmp_path / "host", f"file://{tmp_path}/store")
+def host(tmp_path: Path) -> Iterator[Host]:
+    host = Host(tmp_path / "host", f"file://{tmp_path}/store")
+    yield host
+    for mount in reversed(read_mounts()):
+        if mount.mountpoint.startswith(f"{tmp_path}/sessions/"):
+            host.mounts.end(Path(mount.mountpoint))
 
 
 @pytest.fixture
