@@ -19,9 +19,10 @@ CONFIG=/etc/propmaster/config.toml
 
 say() { echo "propmaster: $*"; }
 
-python=$(command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-  || { say "Python 3.11 or newer is needed, $python is older"; exit 1; }
+for python in python3.13 python3.12 python3.11 python3 none; do
+  "$python" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
+done
+[ "$python" != none ] || { say "Python 3.11 or newer is needed, with venv"; exit 1; }
 
 case "$WHEEL" in
   s3://*)

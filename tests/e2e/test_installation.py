@@ -20,6 +20,8 @@ from tests.servers.deadline_peers import REPOSITORY
 pytestmark = [pytest.mark.slow, pytest.mark.peers, pytest.mark.timeout(900)]
 
 AGENT_VERSION = "0.33.6"
+# Not the one of the tests' own Python, which others may not run.
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _BLOCK = re.compile(r"^```sh (install|uninstall)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 # What a host with the agent has before: the agent, its user, and a user for jobs.
@@ -80,7 +82,7 @@ class Layer:
             ["unshare", "--mount", "--pid", "--fork", "--kill-child", "bash", "-c", inside],
             capture_output=True,
             text=True,
-            env={**os.environ, "PYTHONPATH": "", "HOME": "/root"},
+            env={**os.environ, "PYTHONPATH": "", "HOME": "/root", "PATH": _PATH},
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
