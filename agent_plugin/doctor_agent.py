@@ -21,7 +21,6 @@ from agent_plugin.doctor_files import Probe
 from agent_plugin.settings import Settings
 from agent_plugin.workers.deadline.agent_environment import find_agent
 from agent_plugin.workers.deadline.agent_status import examine
-from agent_plugin.workers.deadline.vfs_prefix import DEFAULT_PREFIX, prefix_status
 
 _TRY_SECONDS: Final = 60.0
 _SYSTEMD: Final = Path("/run/systemd/system")
@@ -51,14 +50,14 @@ class Installation:
         config: The settings file that was named, if one was.
         session_dir: Where the agent makes sessions.
         job_user: A user that jobs run as; None: jobs run as the agent's user.
-        vfs_prefix: Where the agent looks for `deadline_vfs`.
+        vfs_prefix: Of the tree in which the agent finds `deadline_vfs`; None if none was installed.
     """
 
     agent_python: Path
     config: Path | None
     session_dir: Path
     job_user: str | None
-    vfs_prefix: Path = DEFAULT_PREFIX
+    vfs_prefix: Path | None = None
 
 
 def agent_probes(installation: Installation, settings: Settings) -> Iterator[Probe]:
@@ -80,7 +79,6 @@ def agent_probes(installation: Installation, settings: Settings) -> Iterator[Pro
         return
     yield _job_user(job, installation.config)
     yield from _agent_as_job_user(settings, job)
-    yield _vfs(installation.vfs_prefix)
     yield _units()
 
 
@@ -88,13 +86,20 @@ def _scripts(installation: Installation, settings: Settings) -> Iterator[Probe]:
     service = settings.worker.socket if installation.job_user is not None else None
     try:
         agent = find_agent(installation.agent_python)
-        status = examine(agent, Path(sys.executable), service=service)
+        status = examine(
+            agent, Path(sys.executable), service=service, vfs_prefix=installation.vfs_prefix
+        )
     except PropmasterError as error:
         yield Probe("agent", False, error.message, error.hint or "give --agent-python", needed=True)
         return
     for check in status.checks:
         name = check.name.removesuffix(".py").replace(" ", "_")
-        yield Probe(name, check.ok, check.reason, check.advice or "nothing", needed=True)
+        needed = name != "vfs"
+        yield Probe(name, check.ok, check.reason, check.advice or "nothing", needed=needed)
+    if installation.job_user is not None and installation.vfs_prefix is None:
+        reason = "no tree for deadline_vfs was installed"
+        advice = "VIRTUAL jobs are COPIED: `propmaster worker install` with --vfs-prefix"
+        yield Probe("vfs", False, reason, advice)
 
 
 def _session_root(directory: Path, settings: Settings) -> Probe:
@@ -165,21 +170,6 @@ def _agent_as_job_user(settings: Settings, job: pwd.struct_passwd) -> Iterator[P
             f"{agent.pw_name} may run `sudo {option} -u {job.pw_name}`" if ok is True else reason
         )
         yield Probe(name, ok, found, consequence, needed=needed)
-
-
-def _vfs(prefix: Path) -> Probe:
-    status = prefix_status(prefix)
-    if not status.installed:
-        ok, reason = False, f"propmaster's is not in {prefix}"
-    else:
-        ok, reason = not status.defect, status.defect or f"{prefix}, run by {status.python}"
-    return Probe(
-        "deadline_vfs",
-        ok,
-        reason,
-        "VIRTUAL jobs are copied: `propmaster worker install --vfs-prefix`, and DEADLINE_VFS_PATH"
-        " in the agent's environment",
-    )
 
 
 def _units() -> Probe:

@@ -1,6 +1,5 @@
 """`propmaster doctor`: what this host can do, each thing with its reason, and what follows."""
 
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,6 @@ from agent_plugin.doctor_agent import Installation, agent_probes
 from agent_plugin.services import state_directory
 from agent_plugin.settings import load
 from agent_plugin.workers.deadline.agent_status import read_record
-from agent_plugin.workers.deadline.vfs_prefix import DEFAULT_PREFIX
 
 # Where the worker agent makes sessions by default.
 AGENT_SESSIONS = Path("/sessions")
@@ -114,14 +112,14 @@ def _agent_probes(
     config: Path | None, session_dir: Path, agent_python: Path | None, job_user: str | None
 ) -> Iterator[Probe]:
     settings = load(config)
+    record = read_record(state_directory(settings))
     if agent_python is None:
-        record = read_record(state_directory(settings))
         if record is None:
             raise click.UsageError(
                 "propmaster was installed to no worker agent: give --agent-python"
             )
         agent_python = Path(record.agent_python)
-    prefix = Path(os.environ.get("DEADLINE_VFS_PATH") or DEFAULT_PREFIX)
+    prefix = Path(record.vfs_prefix) if record is not None and record.vfs_prefix else None
     installation = Installation(agent_python, config, session_dir, job_user, prefix)
     yield from agent_probes(installation, settings)
 

@@ -93,7 +93,7 @@ def test_an_installation_is_whole_once_the_document_was_followed(
         assert "ready" in json.loads(serve.stdout.readline())
         try:
             # What is left may be so: nobody has said that VIRTUAL jobs are wanted.
-            assert set(installed.faults(*job)) <= {"deadline_vfs", "systemd"}
+            assert set(installed.faults(*job)) <= {"vfs", "systemd"}
 
             installed.config.chmod(0o600)
             assert "can not be read" in installed.faults(*job)["job_user"]
