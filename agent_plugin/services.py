@@ -37,11 +37,13 @@ class LazyStore:
         limits: StoreLimits,
         environment: Mapping[str, str],
         account_id: str | None,
+        keys: Mapping[str, object] | None = None,
     ) -> None:
         self._url = url
         self._limits = limits
         self._environment = environment
         self._account_id = account_id
+        self._keys = keys
         self._lock = threading.Lock()
         self._store: Store | None = None
 
@@ -57,6 +59,7 @@ class LazyStore:
                     account_id=self._account_id,
                     concurrency=limits.concurrency,
                     bandwidth=limits.bandwidth(),
+                    keys=self._keys,
                 )
             return self._store
 
@@ -201,6 +204,7 @@ def open_services(
     quiet: bool = False,
     existence_max_age: int | None = None,
     environment: Mapping[str, str] = os.environ,
+    keys: Mapping[str, object] | None = None,
     owner: Owner | None = None,
     view: Callable[[str], View] | None = None,
     expect: Callable[[int, int], None] = lambda _files, _bytes: None,
@@ -220,6 +224,7 @@ def open_services(
         expect: As TransferContext has it.
         existence_max_age: Overrides the setting, in seconds; 0 asks the store for every blob.
         environment: Where credentials and endpoints come from.
+        keys: As build_store has them.
     """
     records = open_records(settings, queue_id=queue_id, user_id=user_id)
     limits = store_limits(settings, queue_id)
@@ -232,7 +237,7 @@ def open_services(
         stack.callback(index.close)
         ledger = stack.enter_context(records.open_ledger())
         yield TransferContext(
-            open_store=LazyStore(store_url, limits, environment, account_id),
+            open_store=LazyStore(store_url, limits, environment, account_id, keys),
             store_url=store_url,
             cache=cache,
             index=index,

@@ -25,6 +25,7 @@ def build_store(
     account_id: str | None = None,
     concurrency: int = 16,
     bandwidth: Bandwidth | None = None,
+    keys: Mapping[str, object] | None = None,
 ) -> "S3Store | DirectoryStore":
     """Return the store at a URL; a directory that is missing is made by the first write.
 
@@ -38,6 +39,7 @@ def build_store(
             ask STS and take up to 4 s.
         concurrency: Threads that are expected to use the store at once, >= 1.
         bandwidth: How much may move; as much as there is by default.
+        keys: What `s3_environment.keys_of` has found for this environment, to begin with.
 
     Raises:
         SettingsInvalidError: The URL, or one of the AWS variables and files, makes no sense.
@@ -64,6 +66,7 @@ def build_store(
         environment=environment,
         policy=policy,
         account_id=account_id,
+        keys=keys,
     )
     return S3Store(access, policy=policy, concurrency=concurrency, bandwidth=bandwidth)
 

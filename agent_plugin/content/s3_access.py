@@ -101,6 +101,7 @@ class Access:
             takes from the process's own environment.
         policy: For the timeouts.
         account_id: 12 digits; empty if it is known to be unknown; None to find out.
+        keys: As Credentials has them.
 
     Raises:
         SettingsInvalidError: Bucket, prefix, endpoint, account or profile make no sense.
@@ -115,12 +116,13 @@ class Access:
         environment: Mapping[str, str],
         policy: RetryPolicy,
         account_id: str | None,
+        keys: Mapping[str, object] | None = None,
     ) -> None:
         self._environment = environment
         self._policy = policy
         self._lock = threading.Lock()
         self.location = locate(bucket, prefix, environment)
-        self._credentials = Credentials(environment)
+        self._credentials = Credentials(environment, keys)
         if account_id is None:
             account_id = resolve_account_id(environment, self.location, self._credentials)
             if not account_id:

@@ -28,6 +28,8 @@ DEFAULT_REGION: Final = "us-east-1"
 # obstore asks the provider again when less than 5 minutes are left; botocore renews 10 to 15
 # minutes before expiry. So it asks once a minute, and what it gets is always good for longer.
 _CREDENTIALS_LEASE: Final = timedelta(minutes=6)
+_METHOD: Final = "custom-process"
+_NEVER: Final = "9999-12-31T00:00:00+00:00"
 _STS_CONNECT_SECONDS: Final = 1.0
 _STS_READ_SECONDS: Final = 2.0
 # Looking up a host name knows no timeout.
@@ -71,6 +73,10 @@ class Location:
 class Credentials:
     """Keys from the environment, or botocore's chain.
 
+    Args:
+        environment: AWS variables.
+        keys: What `keys_of` has found elsewhere; the chain is asked when they expire.
+
     Attributes:
         fixed: Whether reading them again would give the same.
 
@@ -79,7 +85,9 @@ class Credentials:
         SettingsInvalidError: The profile or its file makes no sense.
     """
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, environment: Mapping[str, str], keys: Mapping[str, object] | None = None
+    ) -> None:
         self._environment = environment
         self.fixed = bool(
             environment.get("AWS_ACCESS_KEY_ID") and environment.get("AWS_SECRET_ACCESS_KEY")
@@ -88,6 +96,8 @@ class Credentials:
         self._chain: BotoCredentials | None = None
         if not self.fixed:
             self._session = _botocore_session(environment)
+            if keys is not None:
+                _provide(self._session, environment, keys)
             with boto_errors("find credentials"):
                 self._chain = self._session.get_credentials()
             self.provide()
@@ -174,6 +184,43 @@ def keys_of(environment: Mapping[str, str]) -> dict[str, object]:
         "SecretAccessKey": frozen.secret_key,
         **({"SessionToken": frozen.token} if frozen.token else {}),
         **({"Expiration": expiry.isoformat()} if expiry is not None else {}),
+    }
+
+
+def _provide(
+    session: "botocore.session.Session",
+    environment: Mapping[str, str],
+    keys: Mapping[str, object],
+) -> None:
+    """Give a session keys that were found elsewhere, and what they are renewed by."""
+    from botocore.credentials import (  # noqa: PLC0415 - see the module
+        CredentialProvider,
+        CredentialResolver,
+        RefreshableCredentials,
+    )
+
+    chain = RefreshableCredentials.create_from_metadata(
+        _metadata(keys),
+        refresh_using=lambda: _metadata(keys_of(environment)),
+        method=_METHOD,
+    )
+
+    class Found(CredentialProvider):
+        METHOD = CANONICAL_NAME = _METHOD
+
+        def load(self) -> RefreshableCredentials:
+            return chain
+
+    session.register_component("credential_provider", CredentialResolver([Found()]))
+
+
+def _metadata(keys: Mapping[str, object]) -> dict[str, object]:
+    """Return keys as botocore's renewal wants them."""
+    return {
+        "access_key": keys["AccessKeyId"],
+        "secret_key": keys["SecretAccessKey"],
+        "token": keys.get("SessionToken"),
+        "expiry_time": keys.get("Expiration", _NEVER),
     }
 
 

@@ -9,7 +9,7 @@ Expected failures (PropmasterError) leave it as exceptions; `carry_out` tells th
 import importlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -77,6 +77,8 @@ class Call:
         job_user: None where the files are this process's user's.
         say: Prints one line into the agent's log at once; control characters are escaped.
         cancellation: Wished when whoever asked is gone, and on SIGTERM and SIGINT.
+        keys: The job's, to begin with, as `s3_environment.keys_of` has them; None where the
+            environment alone says where they come from.
     """
 
     kind: str
@@ -86,6 +88,7 @@ class Call:
     job_user: JobUser | None
     say: Callable[[str], None]
     cancellation: Cancellation
+    keys: Mapping[str, object] | None = field(default=None, repr=False)
 
 
 Run = Callable[[Call, Settings], int]

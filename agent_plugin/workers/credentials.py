@@ -1,31 +1,38 @@
 """The credentials of a call: the job's own, never the service's.
 
 A job's AWS files may name a program to run (`credential_process`), and files to read; with the
-service's rights that would be a way to have them. So as root the service looks nothing up itself.
-It gives botocore a configuration of its own, whose credential process is this module: it becomes
-the job's user, for good, and only then reads what the job's profile says. No secret is in that
-file, nor in the arguments of the process. Without root the service can not become anybody, and
-takes only files that nobody but its user and root could have written, and that the job's user may
-read.
+service's rights that would be a way to have them. So as root the service looks nothing up itself:
+a process becomes the job's user, for good, and only then reads what the job's profile says.
+
+The first keys of a call come from a fork of the call's process, which has botocore loaded (see
+`ask_as`). Threads have started by the time that keys expire, and a process that mounts is another
+program: there a new Python does it, this module, which is the credential process of a configuration
+that is written for botocore. No secret is in that file, nor in the arguments of a process.
+
+Without root the service can not become anybody, and takes only files that nobody but its user and
+root could have written, and that the job's user may read.
 
 Keys in the environment of a call are used as they are, and stay in memory.
 """
 
+import ctypes
 import json
 import os
 import pwd
 import select
 import shlex
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from agent_plugin.content import events
 from agent_plugin.content.errors import (
+    CancelledError,
     PropmasterError,
     SettingsInvalidError,
     StoreAccessError,
@@ -41,28 +48,52 @@ LOOK_UP_SECONDS: Final = 60.0
 
 _FILES: Final = ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE")
 _CONFIG: Final = "aws-config"
+_LIBC: Final = ctypes.CDLL(None, use_errno=True)
+# linux/prctl.h
+_PR_SET_PDEATHSIG: Final = 1
+_PR_SET_DUMPABLE: Final = 4
 _PIECE_BYTES: Final = 64 * 1024
 _MOST_BYTES: Final = 1024 * 1024
 
 
-def environment_of(
-    given: Mapping[str, str], peer: Peer, job_user: JobUser | None, place: Path
-) -> dict[str, str]:
-    """Return the environment of a call, of which nothing is the service's.
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a call asks a store with.
+
+    Attributes:
+        environment: Of which nothing is the service's.
+        keys: As `s3_environment.keys_of` has them; None where the environment alone says it.
+    """
+
+    environment: dict[str, str]
+    keys: Mapping[str, object] | None = field(default=None, repr=False)
+
+
+def find_credentials(
+    given: Mapping[str, str],
+    peer: Peer,
+    job_user: JobUser | None,
+    place: Path,
+    *,
+    asker: socket.socket,
+) -> Found:
+    """Return the environment of a call, of which nothing is the service's, and its keys.
 
     Args:
         given: What whoever asked has set.
         peer: Who asked.
         job_user: Whose the call's files are; None: the service's user asks itself.
         place: The directory of what is noted of the session.
+        asker: The connection; its end ends the look-up.
 
     Raises:
         NotAllowedError: A file could be changed by others, or is not for the peer to read.
         SettingsInvalidError: The job's AWS files make no sense.
+        CancelledError: The asker is gone.
     """
     environment = {name: value for name, value in given.items() if name not in OF_THE_HOST}
     if job_user is None:
-        return environment
+        return Found(environment)
     # The host's role is not the job's.
     environment["AWS_EC2_METADATA_DISABLED"] = "true"
     if os.geteuid() != 0:
@@ -71,67 +102,137 @@ def environment_of(
             if path != os.devnull:
                 check_private_file(path, peer)
             environment[name] = path
-        return environment
+        return Found(environment)
     asked = {name: environment.pop(name) for name in (*_FILES, "AWS_PROFILE") if name in given}
-    if not {"AWS_REGION", "AWS_DEFAULT_REGION"} & given.keys() and "AWS_CONFIG_FILE" in given:
-        region = ask_as(peer, lambda: region_of(_environment_as(peer, asked)))
-        if isinstance(region, str):
-            environment["AWS_REGION"] = region
+    needs_region = "AWS_CONFIG_FILE" in given and not (
+        {"AWS_REGION", "AWS_DEFAULT_REGION"} & given.keys()
+    )
+    needs_keys = not {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} <= given.keys()
     environment |= dict.fromkeys(_FILES, os.devnull)
-    if not {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} <= given.keys():
+    if needs_keys:
         environment["AWS_PROFILE"] = PROFILE
         environment["AWS_CONFIG_FILE"] = os.fspath(place / _CONFIG)
         write_note(place, _CONFIG, _configuration(job_user, asked))
-    return environment
+    if not needs_keys and not needs_region:
+        return Found(environment)
+
+    def look_up() -> dict[str, object]:
+        variables = _environment_as(peer, asked)
+        found: dict[str, object] = {"region": region_of(variables) if needs_region else None}
+        if needs_keys:
+            # A call may need none. If it does, it looks again, and fails then.
+            with suppress(PropmasterError):
+                found["keys"] = keys_of(variables)
+        return found
+
+    found = ask_as(peer, look_up, asker)
+    region, keys = found.get("region"), found.get("keys")
+    if isinstance(region, str):
+        environment["AWS_REGION"] = region
+    return Found(environment, keys if isinstance(keys, dict) else None)
 
 
-def ask_as(peer: Peer, question: Callable[[], object]) -> object:
+def ask_as(
+    peer: Peer, question: Callable[[], dict[str, object]], asker: socket.socket
+) -> dict[str, object]:
     """Return what a function returns, as JSON can say it, in a process of another user.
+
+    That process has the memory of this one. In it are the program, the service's environment and
+    what this peer has sent, but nothing of other jobs: the service reads a request only in the
+    child that answers it. `become` closes it to the peer, who has no part in it: a program that a
+    profile names is executed, and has nothing of it.
+
+    It ends with this process, and so do the programs that it has started.
+
+    Args:
+        peer: Whom to ask as.
+        question: The function; it is called with no file open but the standard ones.
+        asker: Nothing is waited for when it is gone.
 
     Only while this process has one thread.
 
     Raises:
         SettingsInvalidError, StoreAccessError: The function failed, or did not answer in time.
+        CancelledError: The asker is gone.
     """
     reader, writer = os.pipe()
+    parent = os.getpid()
     pid = os.fork()
     if not pid:
         try:
-            # What is open is the service's: states, the socket of the asker.
-            os.closerange(3, writer)
-            os.closerange(writer + 1, os.sysconf("SC_OPEN_MAX"))
+            _leave_service(writer)
             become(peer)
+            _end_in_time(parent)
             _write_whole(writer, json.dumps(_answer(question)).encode("ascii"))
-        except BaseException:  # noqa: BLE001 - the last door of this process
-            events.get_logger().exception(events.COMMAND_CRASHED)
         finally:
             os._exit(0)
     os.close(writer)
+    answer: dict[str, Any] = {}
     try:
-        answer = _read_whole(reader, time.monotonic() + LOOK_UP_SECONDS)
+        answer = _read_whole(reader, time.monotonic() + LOOK_UP_SECONDS, asker)
     finally:
         os.close(reader)
+        if "value" not in answer:
+            # What a program of the job's does ends, too.
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     if "error" in answer:
         kind = StoreAccessError if answer.get("access") else SettingsInvalidError
         raise kind(str(answer["error"]), hint=str(answer.get("hint", "")))
-    return answer.get("value")
+    value: dict[str, object] = answer.get("value", {})
+    return value
 
 
 def become(peer: Peer) -> None:
     """Be another user for good, in all of this process; needs root.
 
-    The kernel then lets no process of that user look into this one's memory.
+    No process of that user can look into this one's memory, not even for a moment: until it is
+    closed to them, the saved user is root, and whoever looks would have to be that, too. By itself
+    the kernel closes it where /proc/sys/fs/suid_dumpable is not 1. Programs that are executed are
+    open again, and have memory of their own.
 
     Raises:
         OSError: It could not be done.
+
+    Source: ptrace(2), "Ptrace access mode checking"; PR_SET_DUMPABLE in prctl(2)
     """
     os.setgroups(sorted(peer.groups))
     os.setresgid(peer.gid, peer.gid, peer.gid)
+    os.setresuid(peer.uid, peer.uid, 0)
+    _prctl(_PR_SET_DUMPABLE, 0)
     os.setresuid(peer.uid, peer.uid, peer.uid)
     os.chdir("/")
+
+
+def _leave_service(writer: int) -> None:
+    """Let go of what a call's process has: states, the asker's socket, the log, what ends it."""
+    os.setsid()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for standard in range(3):
+        # botocore's log may quote what a program of the job's has written.
+        os.dup2(nothing, standard)
+    os.closerange(3, writer)
+    os.closerange(writer + 1, os.sysconf("SC_OPEN_MAX"))
+
+
+def _end_in_time(parent: int) -> None:
+    """Have this process end, with what it starts, after a while, and with its parent."""
+    signal.signal(signal.SIGALRM, lambda _number, _frame: os.killpg(0, signal.SIGKILL))
+    signal.alarm(round(LOOK_UP_SECONDS))
+    # Becoming another user has undone it, so not before.
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGALRM)
+    if os.getppid() != parent:
+        os._exit(0)
+
+
+def _prctl(option: int, value: int) -> None:
+    if _LIBC.prctl(option, value, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl")
 
 
 def _answer(question: Callable[[], object]) -> dict[str, object]:
@@ -143,6 +244,8 @@ def _answer(question: Callable[[], object]) -> dict[str, object]:
             "hint": error.hint,
             "access": isinstance(error, StoreAccessError),
         }
+    except Exception as error:  # noqa: BLE001 - the last door of this process
+        return {"error": f"the job's AWS files could not be read: {type(error).__name__}"}
 
 
 def _environment_as(peer: Peer, asked: Mapping[str, str]) -> dict[str, str]:
@@ -169,12 +272,18 @@ def _write_whole(fd: int, data: bytes) -> None:
         data = data[os.write(fd, data) :]
 
 
-def _read_whole(fd: int, until: float) -> dict[str, Any]:
+def _read_whole(fd: int, until: float, asker: socket.socket) -> dict[str, Any]:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    # Nothing more is to come from there, so whatever comes is as good as an end.
+    poll.register(asker, select.POLLIN | select.POLLRDHUP)
     data = b""
     while True:
-        left = until - time.monotonic()
-        if left <= 0 or not select.select([fd], [], [], left)[0]:
+        ready = {descriptor for descriptor, _ in poll.poll(max(until - time.monotonic(), 0) * 1000)}
+        if not ready:
             return {"error": f"the job's AWS files could not be read in {LOOK_UP_SECONDS:.0f} s"}
+        if fd not in ready:
+            raise CancelledError("whoever asked is gone")
         piece = os.read(fd, _PIECE_BYTES)
         data += piece
         if not piece:
@@ -196,9 +305,7 @@ def main(arguments: list[str]) -> int:
     # What this program is made of may be closed to the job's user.
     preload()
     become(peer)
-    # What a program of the job's does is the job's: it ends with this process.
-    signal.signal(signal.SIGALRM, lambda _number, _frame: os.killpg(0, signal.SIGKILL))
-    signal.alarm(round(LOOK_UP_SECONDS))
+    _end_in_time(os.getppid())
     answer = _answer(lambda: keys_of(_environment_as(peer, subject["environment"])))
     if "error" in answer:
         print(answer["error"], file=sys.stderr)  # noqa: T201 - botocore reads it

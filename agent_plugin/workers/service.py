@@ -62,7 +62,7 @@ from agent_plugin.workers.call import (
     one_line,
     tell,
 )
-from agent_plugin.workers.credentials import environment_of
+from agent_plugin.workers.credentials import Found, find_credentials
 from agent_plugin.workers.notes import note_session, place_of
 from agent_plugin.workers.rights import Peer, check_session_directory, peer_of
 from agent_plugin.workers.sweep import sweep
@@ -262,7 +262,7 @@ class Service:
             request = read_request(connection)
             kind = request.kind if request.kind in self._drop_ins else ""
             answer.begin(__version__)
-            call = self._call(request, peer, say, cancellation)
+            call = self._call(request, peer, connection, say, cancellation)
         except PropmasterError as error:
             log.warning(
                 events.CALL_REFUSED,
@@ -289,6 +289,7 @@ class Service:
         self,
         request: Request,
         peer: Peer,
+        connection: socket.socket,
         say: Callable[[str], None],
         cancellation: Cancellation,
     ) -> Call:
@@ -296,7 +297,9 @@ class Service:
 
         Raises:
             NotAllowedError: It may not.
+            CancelledError: The asker is gone.
         """
+        keys: Mapping[str, object] | None = None
         if request.kind not in self._drop_ins:
             raise NotAllowedError("there is no such call")
         if any("\0" in text for text in (*request.arguments, *request.environment.values())):
@@ -306,7 +309,8 @@ class Service:
             job_user: JobUser | None = JobUser(peer.uid, peer.gid)
             environment: dict[str, str] = {}
         else:
-            job_user, environment = self._check(request, peer)
+            job_user, found = self._check(request, peer, connection)
+            environment, keys = found.environment, found.keys
         environment |= {
             name: value for name, value in self._environment.items() if name in OF_THE_HOST
         }
@@ -325,16 +329,20 @@ class Service:
             job_user=job_user,
             say=say,
             cancellation=cancellation,
+            keys=keys,
         )
 
-    def _check(self, request: Request, peer: Peer) -> tuple[JobUser | None, dict[str, str]]:
+    def _check(
+        self, request: Request, peer: Peer, connection: socket.socket
+    ) -> tuple[JobUser | None, Found]:
         """Return whose the files of a session are, and what of the asker's environment counts."""
         job_user = check_session_directory(request.session_dir, peer, self._settings.worker)
         session_dir = Path(request.session_dir)
         state_dir = state_directory(self._settings)
         note_session(state_dir, session_dir, peer.uid)
         given = forwarded(request.environment)
-        return job_user, environment_of(given, peer, job_user, place_of(state_dir, session_dir))
+        place = place_of(state_dir, session_dir)
+        return job_user, find_credentials(given, peer, job_user, place, asker=connection)
 
     def _reap(self) -> None:
         while self._children:

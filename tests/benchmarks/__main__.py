@@ -1,6 +1,7 @@
 """Run the benchmarks: `python -m tests.benchmarks [name…]`; a name is a module's without `bench_`.
 
-`--only PEER` measures one way of mounting, of the benchmark `mount`.
+`--only PEER` measures one way of mounting, of the benchmark `mount`, or one contender of `agent`;
+`--inputs N` and `--rounds N` are for `agent`, too.
 
 One JSON line on stdout for every result, with the machine and the versions it was measured with.
 Nothing here passes or fails: docs/BENCHMARKS.md has the figures and what follows from them.
@@ -36,12 +37,19 @@ def main(arguments: list[str]) -> int:
     """Run the named benchmarks, or all; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks")
     parser.add_argument("names", nargs="*")
-    parser.add_argument("--only", metavar="PEER", help="of the mount benchmark")
+    parser.add_argument("--only", metavar="PEER", help="of the mount and the agent benchmark")
+    parser.add_argument("--inputs", type=int, metavar="N", help="of the agent benchmark's job")
+    parser.add_argument("--rounds", type=int, metavar="N", help="of the agent benchmark")
     parsed = parser.parse_args(arguments)
     names = parsed.names
-    if parsed.only and names != ["mount"]:
-        parser.error("--only is for the benchmark `mount` alone")
-    limit = {"only": parsed.only} if parsed.only else {}
+    limit = {
+        name: value
+        for name in ("only", "inputs", "rounds")
+        if (value := getattr(parsed, name)) is not None
+    }
+    for name in limit:
+        if names not in [["agent"], *([["mount"]] if name == "only" else [])]:
+            parser.error(f"--{name} is not for {', '.join(names) or 'all benchmarks'}")
     modules = sorted(path.stem for path in Path(__file__).parent.glob("bench_*.py"))
     wanted = [f"bench_{name}" for name in names] or modules
     if unknown := set(wanted) - set(modules):

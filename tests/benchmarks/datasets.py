@@ -42,17 +42,8 @@ def make_many(root: Path) -> None:
         _path(root, at).write_bytes(contents[at % MANY_CONTENTS])
 
 
-def make_frames(root: Path) -> None:
-    """Make 5,000 files of 4 KiB below `root`, all different, 100 to a directory."""
-    _make_frames(root, SMALL_FILES)
-
-
-def make_many_frames(root: Path) -> None:
-    """Make 100,000 files of 4 KiB below `root`, all different, 100 to a directory."""
-    _make_frames(root, MANY_FILES)
-
-
-def _make_frames(root: Path, files: int) -> None:
+def make_frames(root: Path, files: int) -> None:
+    """Make files of 4 KiB below `root`, all different, 100 to a directory."""
     generator = random.Random("frames")
     for at in range(files):
         _path(root, at).write_bytes(generator.randbytes(FRAME_BYTES))

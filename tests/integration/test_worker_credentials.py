@@ -4,7 +4,9 @@ import json
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,15 @@ from tests.servers.service_host import (
 )
 
 SECRET = "pLaNtEdSeCrEt"
+KEYS = {
+    "Version": 1,
+    "AccessKeyId": "AKIDPROCESS",
+    "SecretAccessKey": SECRET,
+    "SessionToken": "token",
+    "Expiration": "2099-01-01T00:00:00Z",
+}
+# The pipe for the answer, and those to what it has started.
+OWN_FILES = 3
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +54,7 @@ def queue_files(
     directory = host.home / name
     directory.mkdir()
     script = directory / "get_aws_credentials.sh"
-    keys = {
-        "Version": 1,
-        "AccessKeyId": "AKIDPROCESS",
-        "SecretAccessKey": SECRET,
-        "SessionToken": "token",
-        "Expiration": "2099-01-01T00:00:00Z",
-    }
-    script.write_text(f"#!/bin/sh\nid -u >{directory}/ran\necho '{json.dumps(keys)}'\n")
+    script.write_text(f"#!/bin/sh\nid -u >{directory}/ran\necho '{json.dumps(KEYS)}'\n")
     config = directory / "config"
     config.write_text(f"[profile deadline-q]\ncredential_process = {script}\nregion = eu-north-1\n")
     credentials = directory / "credentials"
@@ -75,13 +79,17 @@ def ran_as(host: ServiceHost, name: str) -> int | None:
         return None
 
 
-def test_a_planted_credential_process_runs_as_the_job_user(root_host: ServiceHost) -> None:
-    environment = queue_files(root_host, "planted", owner=JOB_USER)
+@pytest.mark.parametrize("call", ["keys", "renewed_keys"])
+def test_a_planted_credential_process_runs_as_the_job_user(
+    root_host: ServiceHost, call: str
+) -> None:
+    """It does when the call begins, and when its first keys have expired."""
+    environment = queue_files(root_host, f"planted-{call}", owner=JOB_USER)
 
-    done = root_host.ask(root_host.session("planted-1"), "keys", environment=environment)
+    done = root_host.ask(root_host.session(f"planted-{call}"), call, environment=environment)
 
     assert done.stdout == "AKIDPROCESS eu-north-1\n", root_host.log.read_text()
-    assert ran_as(root_host, "planted") == JOB_USER
+    assert ran_as(root_host, f"planted-{call}") == JOB_USER
 
 
 @pytest.mark.slow
@@ -156,31 +164,94 @@ def test_what_is_written_for_a_credential_process_holds_no_secret(root_host: Ser
     assert SECRET not in root_host.log.read_text()
 
 
-def test_the_process_that_becomes_the_job_user_can_not_be_looked_into(
-    root_host: ServiceHost,
-) -> None:
-    """What it inherits from the service is no matter for other processes of that user."""
-    environment = queue_files(root_host, "slow", owner=JOB_USER)
-    script = root_host.home / "slow/get_aws_credentials.sh"
-    pids = root_host.home / "slow/pids"
-    script.write_text(f"#!/bin/sh\necho $PPID >{pids}.new\nmv {pids}.new {pids}\nexec sleep 600\n")
-    asker = root_host.begin(root_host.session("slow-1"), "keys", environment=environment)
+@contextmanager
+def looking_up(
+    host: ServiceHost, name: str, call: str
+) -> Iterator[tuple["subprocess.Popen[str]", int, int]]:
+    """Yield who asks, who looks its credentials up, and what that has started: it hangs."""
+    environment = queue_files(host, name, owner=JOB_USER)
+    script = host.home / name / "get_aws_credentials.sh"
+    pids = host.home / name / "pids"
+    hang = f"echo $PPID $$ >{pids}.new\nmv {pids}.new {pids}\nexec sleep 600\n"
+    first = f"[ -e {pids}.first ] || {{ touch {pids}.first; echo '{json.dumps(KEYS)}'; exit; }}\n"
+    if call == "keys":
+        first = ""
+    script.write_text(f"#!/bin/sh\n{first}{hang}")
+    asker = host.begin(host.session(name), call, environment=environment)
+    started = 0
     try:
         while not pids.exists():
             assert asker.poll() is None, asker.communicate()
-        parent = int(pids.read_text())
-        status = Path(f"/proc/{parent}/status").read_text()
-        assert f"Uid:\t{JOB_USER}\t{JOB_USER}\t{JOB_USER}\t{JOB_USER}\n" in status
-        assert f"Groups:\t{JOB_GROUP} \n" in status
-        become = f"setpriv --reuid={JOB_USER} --regid={JOB_GROUP} --clear-groups --"
-        look = subprocess.run(
-            [*become.split(), "cat", f"/proc/{parent}/environ"], capture_output=True, check=False
-        )
-        assert look.returncode != 0
-        os.kill(parent, signal.SIGKILL)
+        parent, started = map(int, pids.read_text().split())
+        yield asker, parent, started
     finally:
         asker.kill()
         asker.communicate()
+        if started:
+            with suppress(ProcessLookupError):
+                os.kill(started, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("call", ["keys", "renewed_keys"])
+def test_the_process_that_becomes_the_job_user_can_not_be_looked_into(
+    root_host: ServiceHost, call: str
+) -> None:
+    """What it inherits from the service is no matter for other processes of that user."""
+    with looking_up(root_host, f"closed-{call}", call) as (_, parent, started):
+        status = Path(f"/proc/{parent}/status").read_text()
+        assert f"Uid:\t{JOB_USER}\t{JOB_USER}\t{JOB_USER}\t{JOB_USER}\n" in status
+        assert f"Gid:\t{JOB_GROUP}\t{JOB_GROUP}\t{JOB_GROUP}\t{JOB_GROUP}\n" in status
+        groups = status.partition("Groups:")[2].partition("\n")[0].split()
+        assert set(groups) <= {str(JOB_GROUP)}
+        assert "CapPrm:\t0000000000000000\n" in status
+        look = f"setpriv --reuid={JOB_USER} --regid={JOB_GROUP} --clear-groups -- cat"
+        for name in ("environ", "maps", "mem"):
+            seen = subprocess.run(
+                [*look.split(), f"/proc/{parent}/{name}"], capture_output=True, check=False
+            )
+            assert (seen.returncode, seen.stdout) == (1, b""), name
+        # What it has started is the job's, and has nothing of the service.
+        assert b"of-the-service" not in Path(f"/proc/{started}/environ").read_bytes()
+        opened = [path.readlink() for path in Path(f"/proc/{started}/fd").iterdir()]
+        assert not [path for path in opened if root_host.home in path.parents]
+
+
+def test_a_call_starts_no_other_program_for_its_first_keys(root_host: ServiceHost) -> None:
+    with looking_up(root_host, "forked", "keys") as (_, parent, _started):
+        [call] = root_host.calls()
+        assert Path(f"/proc/{parent}/cmdline").read_bytes() == (
+            Path(f"/proc/{call}/cmdline").read_bytes()
+        )
+        links = [path.readlink() for path in Path(f"/proc/{parent}/fd").iterdir()]
+        assert len([path for path in links if not path.match("/dev/null")]) <= OWN_FILES
+
+
+@pytest.mark.parametrize("call", ["keys", "renewed_keys"])
+def test_a_look_up_ends_with_its_call(root_host: ServiceHost, call: str) -> None:
+    with looking_up(root_host, f"ended-{call}", call) as (_, parent, started):
+        [child] = root_host.calls()
+        os.kill(child, signal.SIGKILL)
+        wait_for_end(parent, started)
+
+
+def test_a_look_up_ends_with_its_asker(root_host: ServiceHost) -> None:
+    with looking_up(root_host, "gone", "keys") as (asker, parent, started):
+        asker.kill()
+        wait_for_end(parent, started)
+
+
+def wait_for_end(*pids: int) -> None:
+    until = time.monotonic() + 40
+    for pid in pids:
+        while is_running(pid):
+            assert time.monotonic() < until, Path(f"/proc/{pid}/status").read_text()
+            time.sleep(0.02)
+
+
+def is_running(pid: int) -> bool:
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    return False
 
 
 def test_without_root_a_planted_file_is_refused(user_host: ServiceHost) -> None:

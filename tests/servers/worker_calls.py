@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from agent_plugin.content import events
@@ -19,7 +20,7 @@ from agent_plugin.workers.service import Service
 
 KINDS = {
     kind: f"tests.servers.worker_calls:{kind}"
-    for kind in ("who", "wait", "keys", "crash", "refuse", "talk", "make", "leave")
+    for kind in ("who", "wait", "keys", "renewed_keys", "crash", "refuse", "talk", "make", "leave")
 }
 
 
@@ -61,9 +62,15 @@ def leave(call: Call, settings: Settings) -> int:
 def keys(call: Call, settings: Settings) -> int:
     """Say the key's id and the region that a store would be asked with."""
     del settings
-    provided = Credentials(call.environment).provide()
+    provided = Credentials(call.environment, call.keys).provide()
     call.say(f"{provided['access_key_id']} {call.environment.get('AWS_REGION')}")
     return 0
+
+
+def renewed_keys(call: Call, settings: Settings) -> int:
+    """Say the same when the first keys have expired."""
+    expired = {**(call.keys or {}), "Expiration": "2020-01-01T00:00:00Z"}
+    return keys(replace(call, keys=expired), settings)
 
 
 def crash(call: Call, settings: Settings) -> int:

@@ -116,6 +116,7 @@ def open_session(
                 user_id=user_id,
                 account_id=state.account_id if state is not None else None,
                 environment=call.environment,
+                keys=call.keys,
                 owner=asked.owner,
                 view=view,
                 expect=expect,

@@ -286,7 +286,9 @@ def _see_store(url: str, manifest: int, environment: Mapping[str, str], call: Ca
     Raises:
         StoreAccessError, StoreProtocolError, SettingsInvalidError: See there.
     """
-    store = build_store(url, environment=environment, policy=_FIRST_LOOK, concurrency=1)
+    store = build_store(
+        url, environment=environment, policy=_FIRST_LOOK, concurrency=1, keys=call.keys
+    )
     digest = _first_blob(manifest)
     try:
         if digest is not None:
