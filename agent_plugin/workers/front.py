@@ -195,5 +195,8 @@ def _fall_back(arguments: Sequence[str], reason: PropmasterError) -> int:
 
 
 def _say(line: str) -> None:
-    sys.stdout.write(f"{one_line(line)}\n")
+    # The name of a file need not be UTF-8, nor the job user's locale: a line is no reason to fail.
+    encoding = sys.stdout.encoding or "utf-8"
+    text = one_line(line).encode(encoding, "backslashreplace").decode(encoding)
+    sys.stdout.write(f"{text}\n")
     sys.stdout.flush()

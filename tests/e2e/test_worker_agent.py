@@ -261,6 +261,23 @@ def test_a_job_of_two_steps_goes_through_the_agent_and_back_to_the_client(
 
 
 @pytest.mark.slow
+def test_a_task_that_leaves_nothing_is_reported_with_no_manifest(
+    open_worker: OpenWorker, tmp_path: Path
+) -> None:
+    write_files(tmp_path / "bundle" / "data", INPUTS, mtime_ns=MTIME_NS)
+    template = job_template(step("Once", '[ "$FRAME" = 2 ] || echo 1 > first', frames="1-2"))
+    bundle = write_bundle(tmp_path / "bundle", template)
+    with open_worker() as worker:
+        job = worker.work(worker.submit(bundle))
+        worker.rig.client.sync_output(QUEUE_ID)
+
+    [first], second = [run.manifests or [] for run in job.task_runs]
+    assert first["outputManifestPath"].endswith("_output")
+    assert second == [{}]
+    assert (bundle / "data" / "first").read_text() == "1\n"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("service_user", ["root", "agent"])
 @pytest.mark.parametrize("session_per", ["step", "job"])
 @pytest.mark.parametrize("file_system", ["COPIED", "VIRTUAL"])

@@ -177,7 +177,7 @@ def test_a_task_that_leaves_nothing_says_so_and_no_more(session: AgentSession) -
 
     said = session.finish(action())
 
-    assert (said.exit_code, said.snapshots, said.told("ja_upload")) == (0, [], [])
+    assert (said.exit_code, said.snapshots, said.told("ja_upload")) == (0, [], ["[]"])
     assert said.plain[0] == "no outputs to upload"
 
 

@@ -66,6 +66,33 @@ def test_a_failure_here_is_told_in_the_same_words(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[0] == "openjd_fail: no refuse\\nopenjd_env: A=1"
 
 
+@pytest.mark.parametrize(
+    ("encoding", "printed"),
+    [("utf-8", "\u00e9 \U0001f3ac \\udce9"), ("latin-1", "\u00e9 \\U0001f3ac \\udce9")],
+)
+def test_what_the_job_users_encoding_has_not_is_spelled(
+    tmp_path: Path, encoding: str, printed: str
+) -> None:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-P",
+            "-c",
+            _RUN_TEST_CALL,
+            "repeat",
+            os.fsdecode(b"\xc3\xa9 \xf0\x9f\x8e\xac \xe9"),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        timeout=CALL_SECONDS,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode(encoding) == f"{printed}\n"
+
+
 def test_half_of_a_propmaster_runs_the_agents_own_script(tmp_path: Path) -> None:
     original = tmp_path / "original.py"
     original.write_text(ORIGINAL)

@@ -20,7 +20,10 @@ from agent_plugin.workers.service import Service
 
 KINDS = {
     kind: f"tests.servers.worker_calls:{kind}"
-    for kind in ("who", "wait", "keys", "renewed_keys", "crash", "refuse", "talk", "make", "leave")
+    for kind in (
+        *("who", "wait", "keys", "renewed_keys", "crash", "refuse", "talk", "make", "leave"),
+        "repeat",
+    )
 }
 
 
@@ -38,6 +41,13 @@ def who(call: Call, settings: Settings) -> int:
     }
     call.say(json.dumps(told))
     return 7
+
+
+def repeat(call: Call, settings: Settings) -> int:
+    """Say what the call is given in words."""
+    del settings
+    call.say(" ".join(call.arguments))
+    return 0
 
 
 def wait(call: Call, settings: Settings) -> int:

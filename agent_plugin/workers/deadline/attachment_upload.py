@@ -85,6 +85,8 @@ def _answer(
     ]
     if not stored:
         call.say("no outputs to upload")
+        # Without it the agent reports what the session's task before has left as this one's.
+        say_uploads(call.say, [])
         return
     label = f"snapshot-{action.session_action_id}"
     placer = Placer(asked.directory.path, label, follow=False, owner=asked.owner)

@@ -17,9 +17,9 @@ is done here with the agent's library. Reads one JSON request on stdin, writes o
 `scripts` are run in place of the agent's own, with `scriptEnvironment` on top of this process's.
 
 The answer's `actions` are parallel to the request's: `seconds` for each script's whole process,
-`output` with what it printed, and what the agent has understood of it: `uploads`, `snapshots`,
-`progress`, `statuses` and `failures`. In a command $ROOT_0 is the first root's local directory,
-$ROOT_1 the second's.
+`output` with what it printed, and what the agent has understood of it: `snapshots`, `progress`,
+`statuses` and `failures`, and `uploads`, which it then reports as a task's outputs. In a command
+$ROOT_0 is the first root's local directory, $ROOT_1 the second's.
 """
 
 import json
@@ -30,6 +30,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deadline_worker_agent.sessions.actions.scripts
@@ -39,13 +40,13 @@ from deadline.job_attachments.models import (
     JobAttachmentS3Settings,
     ManifestProperties,
     PathFormat,
-    UploadManifestInfo,
 )
 from deadline_worker_agent.sessions.attachment_models import WorkerManifestProperties
 from deadline_worker_agent.sessions.log_config import (
     ActionOutputCaptureFilter,
     ActionOutputMessageKind,
 )
+from deadline_worker_agent.sessions.session import Session as AgentSession
 from openjd.sessions._action_filter import ActionMessageKind, ActionMonitoringFilter
 
 SCRIPTS = Path(deadline_worker_agent.sessions.actions.scripts.__file__).parent
@@ -57,6 +58,10 @@ class Session:
 
     request: dict[str, Any]
     roots: list[WorkerManifestProperties] = field(default_factory=list)
+    # What the agent's session would report as a task's outputs; it is never emptied between tasks.
+    reported: SimpleNamespace = field(
+        default_factory=lambda: SimpleNamespace(_upload_manifest_list=[])
+    )
 
     def __post_init__(self) -> None:
         self.directory = Path(self.request["sessionDirectory"])
@@ -102,7 +107,7 @@ class Session:
                 root.local_input_manifest_path = manifest
                 wanted.append(root)
         if not wanted or not action.get("download", True):
-            return {"seconds": 0.0, "output": "", **understood("")}
+            return {"seconds": 0.0, "output": "", **understood("", self.reported)}
         return self._run_script("attachment_download.py", wanted, {})
 
     def run_task(self, action: dict[str, Any]) -> dict[str, Any]:
@@ -157,13 +162,18 @@ class Session:
         seconds = time.perf_counter() - started
         if done.returncode:
             sys.exit(f"{name} exited with {done.returncode}:\n{done.stdout}")
-        return {"seconds": seconds, "output": done.stdout, **understood(done.stdout)}
+        return {"seconds": seconds, "output": done.stdout, **understood(done.stdout, self.reported)}
 
 
-def understood(output: str) -> dict[str, list[Any]]:
-    """Return what the agent's own filters make of what a script has printed."""
+def understood(output: str, reported: SimpleNamespace) -> dict[str, list[Any]]:
+    """Return what the agent's own filters make of what a script has printed.
+
+    Args:
+        output: Of the script.
+        reported: What the agent's session knows of uploads before it, and then after it.
+    """
     found: dict[str, list[Any]] = {
-        name: [] for name in ("uploads", "snapshots", "progress", "statuses", "failures")
+        name: [] for name in ("snapshots", "progress", "statuses", "failures")
     }
     words = {
         ActionMessageKind.PROGRESS: "progress",
@@ -178,8 +188,7 @@ def understood(output: str) -> dict[str, list[Any]]:
         if kind == ActionOutputMessageKind.JA_SNAPSHOT:
             found["snapshots"].append(value)
         else:
-            # As the session makes them: a key that it does not know would be refused here.
-            found["uploads"] = [asdict(UploadManifestInfo(**one)) for one in json.loads(value)]
+            AgentSession._action_output_log_filter_callback(reported, kind, value)
 
     filters = [
         ActionMonitoringFilter(session_id="session", callback=on_action),
@@ -189,7 +198,7 @@ def understood(output: str) -> dict[str, list[Any]]:
         record = logging.makeLogRecord({"msg": line, "session_id": "session"})
         for one in filters:
             one.filter(record)
-    return found
+    return {"uploads": [asdict(one) for one in reported._upload_manifest_list], **found}
 
 
 def main() -> None:
