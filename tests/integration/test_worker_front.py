@@ -259,14 +259,11 @@ def test_it_starts_without_home_and_says_how_it_is_used(idle_host: ServiceHost) 
 
 
 def test_a_socket_of_systemds_is_taken(tmp_path: Path) -> None:
+    # As descriptor 3 of the child alone: in this process that is somebody's already.
     code = """
 import os, sys
 from pathlib import Path
-from typing import Any
-from agent_plugin.content.store import Cancellation
-from agent_plugin.transfer.ledger import lease_owner
-from agent_plugin.workers.call import VFS_UNMOUNT, Call, JobUser
-from agent_plugin.workers.deadline.vfs import run_unmount
+os.dup2(int(sys.argv[1]), 3)
 from agent_plugin.workers.listener import listen
 os.environ["LISTEN_PID"] = str(os.getpid())
 with listen(Path("/no/such/place")) as listener:
@@ -275,11 +272,10 @@ with listen(Path("/no/such/place")) as listener:
     with socket.socket(socket.AF_UNIX) as given:
         given.bind(os.fspath(tmp_path / "s"))
         given.listen()
-        os.dup2(given.fileno(), 3) if given.fileno() != 3 else None
         done = subprocess.run(
-            [sys.executable, "-c", code],
+            [sys.executable, "-c", code, str(given.fileno())],
             env={**os.environ, "PYTHONPATH": str(REPOSITORY), "LISTEN_FDS": "1"},
-            pass_fds=[3],
+            pass_fds=[given.fileno()],
             capture_output=True,
             text=True,
             check=False,
