@@ -24,7 +24,8 @@ def open_mounts(
     Args:
         settings: The host's.
         queue_id: Whose settings hold for what is mounted; empty for none.
-        user_id: For which job user; None for this process's user.
+        user_id: For which job user, who has nothing to do with the mounts of others; None for this
+            process's user, who has to do with all.
         verify: `stream` or `strict`; None for what the settings say.
         xattrs: Have extended attributes below overlayfs, whatever the settings say.
         transport: `auto`, `fusepy` or `kernel`; None for what the settings say.
@@ -51,6 +52,7 @@ def open_mounts(
         transport=transport or settings.mounts.transport,
         passthrough=settings.mounts.passthrough,
         log_place=partial(log_place, settings),
+        user_id=None if user_id == os.geteuid() else user_id,
     )
 
 

@@ -278,7 +278,10 @@ class Root:
             return _open_existing(parent, name, path, create=create)
         made = True
         try:
-            os.mkdir(name, dir_fd=parent)
+            # The owner may move another directory there before it is opened: with his own rights it
+            # gets no mode, and he no directory, that he could not have given and had himself.
+            with acting(self.owner):
+                os.mkdir(name, dir_fd=parent)
         except FileExistsError:
             made = False  # Another thread or process was first.
         except OSError as error:
@@ -286,7 +289,8 @@ class Root:
         fd = _open_existing(parent, name, path, create=create)
         if made and self.owner is not None:
             try:
-                self.owner.give_directory(fd, shared=self.follow)
+                with self.owner.acting():
+                    self.owner.give_directory(fd, shared=self.follow)
             except OSError as error:
                 os.close(fd)
                 raise local_write_error(error, f"directory {path}") from error

@@ -26,6 +26,7 @@ from agent_plugin.content.errors import (
     LocalWriteError,
     ManifestInvalidError,
     MountFailedError,
+    NotAllowedError,
     PropmasterError,
     SessionStateError,
     local_write_error,
@@ -165,6 +166,8 @@ class Mounts:
         transport: Of what is mounted from now on: `auto`, `fusepy` or `kernel`.
         passthrough: Whether the kernel reads cached blobs itself: `auto`, `on` or `off`.
         log_place: Where events go, by the key of a session or `mount-` and the mount's name.
+        user_id: The user whose mounts alone are known; None for all. Others' are as if they were
+            not there, and nothing is mounted in the place of one.
     """
 
     def __init__(
@@ -178,6 +181,7 @@ class Mounts:
         transport: str = AUTO,
         passthrough: str = "auto",
         log_place: Callable[[str], LogPlace | None] = lambda _name: None,
+        user_id: int | None = None,
     ) -> None:
         self._directory = state_dir / "mounts"
         self._cache = cache
@@ -187,6 +191,7 @@ class Mounts:
         self._transport = transport
         self._passthrough = passthrough
         self._log_place = log_place
+        self._user_id = user_id
 
     def start(
         self,
@@ -201,6 +206,7 @@ class Mounts:
             MountFailedError: The host can not, or did not within READY_SECONDS; nothing is left.
             ManifestInvalidError: The manifest is none; nothing is left.
             SessionStateError: Something is mounted there already.
+            NotAllowedError: Another user's mount there has not ended.
             CancelledError: Cancellation was wished; nothing is left.
             NoSpaceError, LocalWriteError: The state could not be written.
         """
@@ -215,6 +221,7 @@ class Mounts:
                 if self._is_starting(place):
                     raise SessionStateError(f"another command is mounting {request.mountpoint} now")
                 if place.exists():
+                    self._refuse_anothers(place, request.mountpoint)
                     self._end(place)
                 place.mkdir(mode=0o700)
                 (place / "starter").write_text(lease_owner() or "", encoding="ascii")
@@ -278,6 +285,7 @@ class Mounts:
 
         Raises:
             SessionStateError: Something else is mounted there.
+            NotAllowedError: It is another user's.
             LocalWriteError: The kernel does not let it go.
         """
         place = self._place(mountpoint)
@@ -288,6 +296,7 @@ class Mounts:
                     hint="umount it with the program that mounted it",
                 )
             return None
+        self._refuse_anothers(place, mountpoint)
         return Ended(self._end(place))
 
     def forget_ended(self, mountpoint: Path, ready: Ready) -> str:
@@ -330,8 +339,10 @@ class Mounts:
         place = self._place(mountpoint)
         if not (place / "spec.json").exists():
             return None
-        record = _read_record(place)
-        return read_spec(place / "spec.json"), record.process if record is not None else ""
+        spec, record = read_spec(place / "spec.json"), _read_record(place)
+        if not self._may_have(spec, mountpoint):
+            return None
+        return spec, record.process if record is not None else ""
 
     def clear_stale(self) -> list[Path]:
         """End the mounts whose process is gone; return where they were."""
@@ -359,7 +370,13 @@ class Mounts:
 
     def knows(self, mountpoint: Path) -> bool:
         """Whether a mount was begun there and not ended, whoever may have been told of it."""
-        return self._place(mountpoint).exists()
+        place = self._place(mountpoint)
+        if self._user_id is None:
+            return place.exists()
+        with suppress(SessionStateError):
+            return self._may_have(read_spec(place / "spec.json"), mountpoint)
+        # Of one that is being made nothing says for whom.
+        return place.exists() and not self._is_starting(place)
 
     def is_there(self, mountpoint: Path) -> bool:
         """Whether our mount is the one at a path; its supervisor may be gone."""
@@ -371,6 +388,18 @@ class Mounts:
 
     def _place(self, mountpoint: Path) -> Path:
         return self._directory / hash_name(os.fspath(mountpoint))[:16]
+
+    def _may_have(self, spec: MountSpec, mountpoint: Path) -> bool:
+        """Whether a mount is one of the user's, and the one that is meant."""
+        # Whoever chooses the name of a directory might find one with the hash of another's.
+        is_meant = spec.mountpoint == os.fspath(mountpoint)
+        return is_meant and self._user_id in (None, spec.uid)
+
+    def _refuse_anothers(self, place: Path, mountpoint: Path) -> None:
+        """See that what is known at a place is the user's, or damaged and so nobody's."""
+        with suppress(SessionStateError):
+            if not self._may_have(read_spec(place / "spec.json"), mountpoint):
+                raise NotAllowedError(f"the mount at {mountpoint} is another user's")
 
     def _spec(self, request: MountRequest, place: Path) -> MountSpec:
         return MountSpec(

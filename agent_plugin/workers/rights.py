@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from agent_plugin.content.errors import NotAllowedError, SettingsInvalidError
+from agent_plugin.content.owner import Owner
 from agent_plugin.settings import WorkerSettings
 from agent_plugin.workers.call import JobUser
 
@@ -91,6 +92,13 @@ def peer_of_user(user: JobUser) -> Peer:
     return Peer(0, user.uid, primary, frozenset(groups))
 
 
+def owner_of(user: JobUser | None) -> Owner | None:
+    """Return for whom files are placed and read; None: for this process's user."""
+    if user is None:
+        return None
+    return Owner(user.uid, user.gid, tuple(sorted(peer_of_user(user).groups)))
+
+
 def check_session_directory(
     session_dir: str, peer: Peer, settings: WorkerSettings
 ) -> JobUser | None:
@@ -128,15 +136,16 @@ def check_session_directory(
 def check_mapped_root(
     root: Path, session_dir: Path, job_user: JobUser | None, settings: WorkerSettings
 ) -> None:
-    """See that a job may have its files outside of its session directory.
+    """See that a job may have its files in a directory: right in the session's, or outside of it.
 
     A service works there with rights that the job's user has not, so nobody else may be able to
-    put a link in the place of the directory. That is so if all above it is closed to the job's
-    user, or if the operator says so.
+    put a link in the place of the directory, or of one above it. That is so right in the session
+    directory, though not deeper in it, where all is the job's; outside of it, if all above is
+    closed to the job's user, or if the operator says so.
 
     Args:
         root: The local root; it need not exist.
-        session_dir: Whatever is below it is the job's anyway.
+        session_dir: The session's, which nobody can put something else in the place of.
         job_user: Of the call; None may do all that this process may.
         settings: The host's.
 
@@ -144,8 +153,13 @@ def check_mapped_root(
         NotAllowedError: It may not.
     """
     path = _plain_path(os.fspath(root))
-    if job_user is None or session_dir in path.parents or path in settings.mapped_roots:
+    if job_user is None or path.parent == session_dir or path in settings.mapped_roots:
         return
+    if session_dir in path.parents:
+        raise NotAllowedError(
+            f"{path} is below a directory that the job can put a link in the place of",
+            hint=f"a root in the session is right in {session_dir}: the agent has each of them so",
+        )
     hint = f"add {path} to [worker] mapped_roots, if jobs are meant to have their files there"
     peer = peer_of_user(job_user)
     trusted = {0, os.geteuid(), *_owners_of_sessions(settings)}

@@ -243,6 +243,27 @@ def test_a_mapped_root_that_the_job_user_may_not_write_to_is_refused(
     assert [*(place / "show").iterdir()] == []
 
 
+def test_a_root_that_is_mapped_behind_a_name_of_the_jobs_is_refused(
+    host: Host, job: JobDocument, source: Path, place: Path
+) -> None:
+    """A job that swaps links there had files placed in directories of root's."""
+    behind = place / "session" / "jobs-own" / "root"
+    session = AgentSession(
+        host,
+        mapped(job, source, behind),
+        place / "session",
+        job_user=JobUser(NOBODY, NOBODY),
+    )
+    behind.mkdir(parents=True)
+    for path in (behind.parent, behind):
+        os.chown(path, NOBODY, NOBODY)
+
+    said = session.sync_job()
+
+    assert said.exit_code == 89
+    assert [*behind.iterdir()] == []
+
+
 def test_the_roots_file_is_read_with_the_job_users_rights(session: AgentSession) -> None:
     secret = session.directory / "secret"
     secret.write_text("a secret of root's")

@@ -12,28 +12,33 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from agent_plugin.content.digest import Digest
 from agent_plugin.content.errors import (
     CancelledError,
+    LocalWriteError,
     MountFailedError,
     MountReadFailedError,
     NotAllowedError,
 )
 from agent_plugin.content.manifest import FileEntry, Manifest, decode
 from agent_plugin.content.mount_table import is_mounted
+from agent_plugin.mounting import open_mounts
 from agent_plugin.session.adopt import adopt_mounts
 from agent_plugin.session.finish_task import finish_task
 from agent_plugin.session.job import JobDocument
 from agent_plugin.session.state import VERSION, RootState, SessionState, session_id
 from agent_plugin.workers.call import JobUser
+from tests.servers.attachment_calls import AgentSession
 from tests.servers.fault_proxy import FaultProxy
 from tests.servers.faults import Fault
-from tests.servers.hooks import CALL_SECONDS, FARM, JOB, QUEUE, action
+from tests.servers.hooks import CALL_SECONDS, FARM, JOB, QUEUE, Host, action, job_of
 from tests.servers.other_user import NOBODY
 from tests.servers.proxied_object import until
 from tests.servers.s3_server import S3Server
+from tests.servers.trees import write_files
 from tests.servers.vfs_dropin import MTIME_US, DropIn
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
@@ -372,6 +377,79 @@ def test_a_job_user_has_only_manifests_of_its_session_read(
 
     assert here.ended() == NotAllowedError.exit_code
     assert not is_mounted(drop_in.root)
+
+
+def test_a_mount_point_behind_a_name_of_the_jobs_is_refused(of_another_user: DropIn) -> None:
+    """A job that swaps links there had directories made in those of root's."""
+    drop_in = of_another_user
+    manifest = drop_in.manifest_file(drop_in.stored(FILES))
+    assert as_user(NOBODY, f"mkdir {drop_in.session_dir}/jobs-own") == 0
+    behind = drop_in.session_dir / "jobs-own" / "new"
+
+    here = drop_in.here(drop_in.arguments(manifest, behind), job_user=JOB_USER)
+
+    assert here.ended() == NotAllowedError.exit_code
+    assert not behind.exists()
+
+
+def test_a_mount_point_is_made_with_the_job_users_rights(
+    of_another_user: DropIn, s3: S3Server
+) -> None:
+    drop_in = of_another_user
+    manifest = drop_in.manifest_file(drop_in.stored(FILES))
+    shown, closed = drop_in.home / "shown", drop_in.home / "shown" / "new"
+    shown.mkdir(mode=0o755)
+    drop_in.host = Host(
+        drop_in.home / "host",
+        drop_in.host.store_url,
+        environment=s3.environment,
+        settings={"worker": {"mapped_roots": [str(shown)]}},
+    )
+
+    here = drop_in.here(drop_in.arguments(manifest, closed), job_user=JOB_USER)
+
+    assert here.ended() == LocalWriteError.exit_code
+    assert [*shown.iterdir()] == []
+
+
+@pytest.mark.expected_events("session.start_failed")
+def test_another_users_mount_is_as_if_it_were_not_there(
+    of_another_user: DropIn, s3: S3Server, tmp_path: Path
+) -> None:
+    """Where the operator lets several users have their files."""
+    drop_in = of_another_user
+    manifest = drop_in.manifest_file(drop_in.stored(FILES))
+    here = drop_in.here(drop_in.arguments(manifest), job_user=JOB_USER)
+    host = Host(
+        drop_in.home / "host",
+        drop_in.host.store_url,
+        environment=s3.environment,
+        settings={"worker": {"mapped_roots": [str(drop_in.root)]}},
+    )
+    write_files(tmp_path / "source", {"scene.usd": b"another"}, mtime_ns=MTIME_US * 1000)
+    document = msgspec.to_builtins(job_of(host.submit(tmp_path / "source")[0]))
+    document["attachments"]["manifests"][0]["fileSystemLocationName"] = "Projects"
+    document["pathMappingRules"] = [
+        {
+            "sourcePathFormat": "posix",
+            "sourcePath": str(tmp_path / "source"),
+            "destinationPath": str(drop_in.root),
+        }
+    ]
+    job = JobDocument.decode(msgspec.json.encode(document), "the test's job")
+    user = JobUser(NOBODY + 1, NOBODY + 1)
+    other = AgentSession(host, job, drop_in.home / "other", job_user=user)
+
+    assert other.sync_job().exit_code != 0
+    mounts = open_mounts(host.settings, user_id=user.uid)
+
+    assert is_mounted(drop_in.root)
+    assert here.code is None
+    assert (mounts.knows(drop_in.root), mounts.spec_of(drop_in.root)) == (False, None)
+    with pytest.raises(NotAllowedError):
+        mounts.end(drop_in.root)
+    assert open_mounts(host.settings, user_id=NOBODY).knows(drop_in.root)
+    assert drop_in.unmount_here(job_user=JOB_USER) == 0
 
 
 def test_what_a_task_wrote_to_the_mount_is_its_output_and_nothing_else_is(

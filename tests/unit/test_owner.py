@@ -114,6 +114,28 @@ def test_everything_that_is_made_is_the_users(
 
 
 @needs_root
+def test_what_a_job_moves_in_the_place_of_a_new_directory_is_not_given_to_it(
+    session: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its own directory it may move what is another user's, and is closed to it."""
+    (session / "theirs").mkdir(mode=0o700)
+    make = os.mkdir
+
+    def make_and_swap(name: str, *, dir_fd: int) -> None:
+        make(name, dir_fd=dir_fd)
+        (session / name).rename(session / "aside")
+        (session / "theirs").rename(session / name)
+
+    with Root(session, follow=False, owner=Owner(NOBODY, NOBODY)) as root:
+        monkeypatch.setattr(os, "mkdir", make_and_swap)
+        with pytest.raises(LocalWriteError, match="Operation not permitted"):
+            root.directory("new")
+
+    assert facts(session / "new") == (0, 0, 0o700)
+    assert (session / "aside").stat().st_uid == NOBODY
+
+
+@needs_root
 def test_a_staged_file_is_nobody_elses_until_it_has_its_place(session: Path) -> None:
     """Who could write to it could put bytes into the cache that were not verified."""
     owner = Owner(NOBODY, NOBODY)

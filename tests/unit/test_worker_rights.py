@@ -119,7 +119,6 @@ def test_a_job_may_have_its_files_in_a_directory_that_it_may_write_to(place: Pat
     assert check(made(place / "shared", group=61012, mode=0o770))
     assert not check(made(place / "closed", mode=0o755))
     assert not check(place / "absent")
-    assert check(Path("/sessions/s/assetroot"))
     assert check(place / "closed", user=None)
 
 
@@ -131,6 +130,13 @@ def test_a_root_that_the_job_could_replace_by_a_link_is_refused(place: Path) -> 
     assert not check(made(place / "many/files", owner=61002))
     (place / "link").symlink_to(made(place / "own", owner=61002))
     assert not check(place / "link")
+
+
+def test_in_the_session_a_root_is_right_in_its_directory() -> None:
+    """All that is deeper is below a name that the job can put a link in the place of."""
+    assert check(Path("/sessions/s/assetroot"))
+    assert not check(Path("/sessions/s/jobs-own/assetroot"))
+    assert check(Path("/sessions/s/jobs-own/assetroot"), user=None)
 
 
 def test_the_operator_lists_roots_that_jobs_may_use(place: Path) -> None:

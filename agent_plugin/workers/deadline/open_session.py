@@ -28,7 +28,7 @@ from agent_plugin.workers.deadline.properties import (
     parse_arguments,
     read_roots,
 )
-from agent_plugin.workers.rights import check_mapped_root, peer_of_user
+from agent_plugin.workers.rights import check_mapped_root, owner_of
 
 # A call whose asker was killed goes on for a second at most, and holds the session's lock so long.
 LOCK_SECONDS: Final = 10.0
@@ -71,20 +71,13 @@ def read_call(call: Call, settings: Settings) -> Asked:
         NotAllowedError: A root is where the job may have none.
     """
     arguments = parse_arguments(call.arguments)
-    owner = _owner_of(call)
+    owner = owner_of(call.job_user)
     directory = SessionDirectory(call.session_dir, owner)
     roots = read_roots(directory, arguments.properties)
     for root in roots:
         check_mapped_root(root.local_root, call.session_dir, call.job_user, settings.worker)
     job = job_of(roots, arguments, call.environment, call.session_dir)
     return Asked(directory, owner, arguments, roots, job)
-
-
-def _owner_of(call: Call) -> Owner | None:
-    user = call.job_user
-    if user is None:
-        return None
-    return Owner(user.uid, user.gid, tuple(sorted(peer_of_user(user).groups)))
 
 
 @contextmanager

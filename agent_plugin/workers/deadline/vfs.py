@@ -35,6 +35,7 @@ from agent_plugin.content.errors import (
 from agent_plugin.content.mount_spec import Ready
 from agent_plugin.content.mount_table import is_mounted
 from agent_plugin.content.open_store import build_store
+from agent_plugin.content.owner import Owner, acting
 from agent_plugin.content.retry import RetryPolicy
 from agent_plugin.content.safe_path import Root
 from agent_plugin.content.writes_probe import AUTO, choose_writes
@@ -45,7 +46,7 @@ from agent_plugin.session.mounts import ManifestFile, MountRequest, Mounts
 from agent_plugin.session.state import session_id
 from agent_plugin.settings import Settings
 from agent_plugin.workers.call import Call
-from agent_plugin.workers.rights import check_mapped_root
+from agent_plugin.workers.rights import check_mapped_root, owner_of
 
 _OPTIONS: Final = frozenset({"clienttype", "bucket", "manifest", "region", "casprefix", "cachedir"})
 _FLAGS: Final = frozenset({"-f", "-oallow_other"})
@@ -167,8 +168,9 @@ def run_mount(call: Call, settings: Settings) -> int:
     )
     mounts.clear_stale()
     environment = _environment(call, arguments)
-    with _open_manifest(arguments.manifest, session_dir, call) as manifest:
-        _see_mount_point(place)
+    owner = owner_of(call.job_user)
+    with _open_manifest(arguments.manifest, session_dir, owner) as manifest:
+        _see_mount_point(place, owner)
         account_id = _see_store(arguments.store_url, manifest.fd, environment, call)
         request = _request(call, arguments, manifest, place, session_dir, account_id)
         ready = mounts.start(request, cancellation=call.cancellation, environment=environment)
@@ -227,54 +229,57 @@ def _environment(call: Call, arguments: MountArguments) -> dict[str, str]:
 
 
 @contextmanager
-def _open_manifest(named: str, session_dir: Path, call: Call) -> Iterator[ManifestFile]:
-    """Open the manifest; for another user only what is in the session directory, by no link."""
+def _open_manifest(named: str, session_dir: Path, owner: Owner | None) -> Iterator[ManifestFile]:
+    """Open the manifest; for another user what it may read in the session directory, by no link."""
     path = session_dir / named
     try:
-        if call.job_user is None:
+        if owner is None:
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         else:
-            fd = _open_of_session(path, session_dir)
+            fd = _open_of_session(path, session_dir, owner)
     except OSError as error:
         raise LocalReadError(f"{path}: {error.strerror}") from error
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise LocalReadError(f"{path} is no file")
-        if call.job_user is not None and status.st_nlink != 1:
-            # A link to what its maker may not read.
+        if owner is not None and status.st_nlink != 1:
+            # Without root it is read with this process's rights: a link to what its maker may not.
             raise NotAllowedError(f"{path} has other names, perhaps outside of the session")
         yield ManifestFile(fd, os.fspath(path))
     finally:
         os.close(fd)
 
 
-def _open_of_session(path: Path, session_dir: Path) -> int:
-    real = Path(os.path.realpath(path.parent), path.name)
+def _open_of_session(path: Path, session_dir: Path, owner: Owner) -> int:
+    with owner.acting():
+        real = Path(os.path.realpath(path.parent), path.name)
     if not real.is_relative_to(session_dir):
         raise NotAllowedError(f"the manifest {path} is not in the session directory {session_dir}")
-    with Root(session_dir) as root:
+    with Root(session_dir, owner=owner) as root:
         try:
             return root.open_file(real.relative_to(session_dir).as_posix())
         except UnsafePathError as error:
             raise NotAllowedError(error.message, hint=error.hint) from error
 
 
-def _see_mount_point(place: Path) -> None:
+def _see_mount_point(place: Path, owner: Owner | None) -> None:
     """See that a directory is there, with nothing in it that a mount would hide."""
+    # What is mounted is not looked at: its server may hang. Whoever mounts refuses it.
+    if is_mounted(place):
+        return
     try:
-        # What is mounted is not looked at: its server may hang. Whoever mounts refuses it.
-        if is_mounted(place):
-            return
-        place.mkdir(exist_ok=True)
-        if not stat.S_ISDIR(place.lstat().st_mode):
-            raise LocalWriteError(f"{place} is a link", hint="a job may have put it there")
-        if any(place.iterdir()):
-            raise LocalWriteError(
-                f"{place} is not empty", hint="what is in it would be hidden by the mount"
-            )
+        with acting(owner):
+            place.mkdir(exist_ok=True)
+            if not stat.S_ISDIR(place.lstat().st_mode):
+                raise LocalWriteError(f"{place} is a link", hint="a job may have put it there")
+            is_empty = not any(place.iterdir())
     except OSError as error:
         raise LocalWriteError(f"{place}: {error.strerror}") from error
+    if not is_empty:
+        raise LocalWriteError(
+            f"{place} is not empty", hint="what is in it would be hidden by the mount"
+        )
 
 
 def _see_store(url: str, manifest: int, environment: Mapping[str, str], call: Call) -> str:
