@@ -10,7 +10,7 @@ from typing import Final
 
 import msgspec
 
-from agent_plugin.content.errors import local_write_error
+from agent_plugin.content.errors import NotAllowedError, local_write_error
 from agent_plugin.content.leftovers import remove_tree
 from agent_plugin.session.state import session_id
 
@@ -22,7 +22,7 @@ class Note(msgspec.Struct, frozen=True, rename="camel"):
 
     Attributes:
         session_dir: Its directory.
-        uid: Of the job's user.
+        uid: Of the job's user, the first that has asked.
         had_manifests: Whether the agent's `manifests` were seen in it.
     """
 
@@ -62,11 +62,22 @@ def write_note(place: Path, name: str, data: bytes) -> None:
 def note_session(state_dir: Path, session_dir: Path, uid: int) -> None:
     """Note whose session it is, and whether it has the agent's `manifests` by now.
 
+    It stays that user's: the users of several queues may be in one group, and so write to each
+    other's directories; what is known of the session, and its credentials, is one user's alone.
+
     Raises:
+        NotAllowedError: It is another user's.
         NoSpaceError, LocalWriteError: It can not be written.
     """
     place = place_of(state_dir, session_dir)
     before = _read(place)
+    hosts_own = (0, os.geteuid())
+    if before is not None and before.uid != uid and before.uid not in hosts_own:
+        if uid not in hosts_own:
+            raise NotAllowedError(
+                f"the session in {session_dir} is that of the user with id {before.uid}"
+            )
+        uid = before.uid
     has_manifests = os.path.lexists(session_dir / "manifests") or (
         before is not None and before.had_manifests
     )

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from agent_plugin.content.errors import NotAllowedError, SettingsInvalidError, StoreAccessError
+from tests.servers.hooks import CALL_SECONDS
 from tests.servers.service_host import (
     JOB_GROUP,
     JOB_USER,
     OTHER_JOB_GROUP,
+    OTHER_JOB_USER,
     SERVICE_USER,
     ServiceHost,
     service_host,
@@ -90,6 +92,23 @@ def test_a_planted_credential_process_runs_as_the_job_user(
 
     assert done.stdout == "AKIDPROCESS eu-north-1\n", root_host.log.read_text()
     assert ran_as(root_host, f"planted-{call}") == JOB_USER
+
+
+def test_who_shares_a_group_is_not_given_the_credentials_of_others(root_host: ServiceHost) -> None:
+    """Whose they are was written into one file, which a call reads when it needs some."""
+    environment = queue_files(root_host, "theirs", owner=JOB_USER)
+    session_dir = root_host.session("theirs-1")
+    root_host.ask(session_dir, "keys", environment=environment)
+
+    other = root_host.begin(session_dir, "late", user=OTHER_JOB_USER)
+    assert other.stdout is not None
+    first = other.stdout.readline()
+    root_host.ask(session_dir, "keys", environment=environment)
+    (session_dir / "go").touch()
+    said = first + other.communicate(timeout=CALL_SECONDS)[0]
+
+    assert "AKIDPROCESS" not in said
+    assert other.returncode == NotAllowedError.exit_code, said
 
 
 @pytest.mark.slow

@@ -182,6 +182,19 @@ def test_another_users_session_is_refused(host: ServiceHost) -> None:
     assert f"id {OTHER_JOB_USER}".encode() in answer
 
 
+def test_a_session_stays_that_of_the_user_who_has_asked_first(host: ServiceHost) -> None:
+    """Users of several queues may be in one group, to which session directories are open."""
+    session_dir = host.session("of one group")
+
+    first = host.send(request(session_dir))
+    other = host.send(request(session_dir), user=OTHER_JOB_USER, group=JOB_GROUP)
+    again = host.send(request(session_dir))
+
+    assert (exit_code(first), exit_code(again)) == (7, 7)
+    assert exit_code(other) == NotAllowedError.exit_code
+    assert f"that of the user with id {JOB_USER}".encode() in other
+
+
 def test_a_directory_of_the_job_users_own_is_no_session(host: ServiceHost) -> None:
     session_dir = host.session("own", owner=JOB_USER)
 

@@ -21,8 +21,8 @@ from agent_plugin.workers.service import Service
 KINDS = {
     kind: f"tests.servers.worker_calls:{kind}"
     for kind in (
-        *("who", "wait", "keys", "renewed_keys", "crash", "refuse", "talk", "make", "leave"),
-        "repeat",
+        *("who", "wait", "keys", "late", "renewed_keys", "crash", "refuse", "talk", "make"),
+        *("leave", "repeat"),
     )
 }
 
@@ -81,6 +81,14 @@ def renewed_keys(call: Call, settings: Settings) -> int:
     """Say the same when the first keys have expired."""
     expired = {**(call.keys or {}), "Expiration": "2020-01-01T00:00:00Z"}
     return keys(replace(call, keys=expired), settings)
+
+
+def late(call: Call, settings: Settings) -> int:
+    """Do the same, as soon as there is a file `go`."""
+    call.say("waiting")
+    while not (call.session_dir / "go").exists():
+        call.cancellation.sleep(0.02)
+    return keys(call, settings)
 
 
 def crash(call: Call, settings: Settings) -> int:
