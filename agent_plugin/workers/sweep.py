@@ -8,6 +8,7 @@ mounted can not be removed; that the agent's own `manifests` are gone from it sa
 
 import json
 import os
+import random
 from contextlib import suppress
 from pathlib import Path
 
@@ -37,7 +38,10 @@ def sweep(settings: Settings) -> None:
     state_dir = state_directory(settings)
     noted = {note.session_dir: note for note in noted_sessions(state_dir)}
     has_ended = False
-    for named in sorted({*noted, *_known(state_dir)}):
+    sessions = [*{*noted, *_known(state_dir)}]
+    # One that hangs is met late sooner or later, so that it can not keep all others from ending.
+    random.shuffle(sessions)
+    for named in sessions:
         session_dir, note = Path(named), noted.get(named)
         if not _is_over(session_dir, had_manifests=note is not None and note.had_manifests):
             continue
