@@ -180,6 +180,36 @@ def check_mapped_root(
         )
 
 
+def check_mount_point(
+    place: Path, session_dir: Path, job_user: JobUser | None, settings: WorkerSettings
+) -> None:
+    """See that a job may have something mounted at a place, whose content becomes that of a job.
+
+    A directory such as /var/tmp all may write to, but whoever mounts there has it for himself.
+
+    Args:
+        place: The mount point; it need not exist.
+        session_dir: The session's.
+        job_user: Of the call; None may do all that this process may.
+        settings: The host's.
+
+    Raises:
+        NotAllowedError: It may have no files there; or the directory is neither the job user's nor
+            listed by the operator.
+    """
+    check_mapped_root(place, session_dir, job_user, settings)
+    if job_user is None or place.parent == session_dir:
+        return
+    if any(allowed in (place, *place.parents) for allowed in settings.mapped_roots):
+        return
+    owner = place.lstat().st_uid
+    if owner != job_user.uid:
+        raise NotAllowedError(
+            f"{place} belongs to user {owner}, and others would lose it to what is mounted there",
+            hint=f"add {place} to [worker] mapped_roots, if jobs are meant to have it mounted over",
+        )
+
+
 def check_private_file(path: str, peer: Peer) -> None:
     """See that a file may be used for a peer: it may read it, and only this user can change it.
 

@@ -412,6 +412,19 @@ def test_a_mount_point_is_made_with_the_job_users_rights(
     assert [*shown.iterdir()] == []
 
 
+def test_nothing_is_mounted_over_a_directory_that_is_for_all(of_another_user: DropIn) -> None:
+    drop_in = of_another_user
+    manifest = drop_in.manifest_file(drop_in.stored(FILES))
+    for_all = drop_in.home / "tmp"
+    for_all.mkdir()
+    for_all.chmod(0o1777)
+
+    here = drop_in.here(drop_in.arguments(manifest, for_all), job_user=JOB_USER)
+
+    assert here.code == NotAllowedError.exit_code
+    assert not is_mounted(for_all)
+
+
 @pytest.mark.expected_events("session.start_failed")
 def test_another_users_mount_is_as_if_it_were_not_there(
     of_another_user: DropIn, s3: S3Server, tmp_path: Path

@@ -11,7 +11,12 @@ import pytest
 from agent_plugin.content.errors import NotAllowedError, SettingsInvalidError
 from agent_plugin.settings import WorkerSettings
 from agent_plugin.workers.call import JobUser
-from agent_plugin.workers.rights import Peer, check_mapped_root, check_session_directory
+from agent_plugin.workers.rights import (
+    Peer,
+    check_mapped_root,
+    check_mount_point,
+    check_session_directory,
+)
 
 JOB_USER = JobUser(uid=61002, gid=61012)
 PEER = Peer(pid=1, uid=61002, gid=61002, groups=frozenset({61012}))
@@ -151,3 +156,25 @@ def test_the_operator_lists_roots_that_jobs_may_use(place: Path) -> None:
     assert not check(place / "show/open/inside", listed), "a job could put a link there"
     assert not check(place / "shows", listed)
     assert not check(place / "show/../closed", listed)
+
+
+def test_a_job_mounts_over_no_directory_that_it_shares_with_others(place: Path) -> None:
+    """Such as /var/tmp, which would be the job's then."""
+
+    def check_mount(at: Path, settings: WorkerSettings = SETTINGS) -> bool:
+        try:
+            check_mount_point(at, Path("/sessions/s"), JOB_USER, settings)
+        except NotAllowedError:
+            return False
+        return True
+
+    sticky = made(place / "sticky", mode=0o1777)
+    shared = made(place / "shared", group=61012, mode=0o770)
+
+    assert check(sticky)
+    assert not check_mount(sticky)
+    assert not check_mount(shared)
+    assert not check_mount(place / "closed")
+    assert check_mount(shared, WorkerSettings(mapped_roots=[shared]))
+    assert check_mount(made(place / "own", owner=61002, mode=0o700))
+    assert check_mount(Path("/sessions/s/assetroot"))

@@ -46,7 +46,7 @@ from agent_plugin.session.mounts import ManifestFile, MountRequest, Mounts
 from agent_plugin.session.state import session_id
 from agent_plugin.settings import Settings
 from agent_plugin.workers.call import Call
-from agent_plugin.workers.rights import check_mapped_root, owner_of
+from agent_plugin.workers.rights import check_mount_point, owner_of
 
 _OPTIONS: Final = frozenset({"clienttype", "bucket", "manifest", "region", "casprefix", "cachedir"})
 _FLAGS: Final = frozenset({"-f", "-oallow_other"})
@@ -159,7 +159,7 @@ def run_mount(call: Call, settings: Settings) -> int:
     place = path_of_mount(session_dir / arguments.mountpoint)
     if place == session_dir or place in session_dir.parents:
         raise NotAllowedError(f"{place} holds the session directory: it can be no mount point")
-    check_mapped_root(place, session_dir, call.job_user, settings.worker)
+    check_mount_point(place, session_dir, call.job_user, settings.worker)
     queue_id = call.environment.get("DEADLINE_QUEUE_ID", "")
     mounts = open_mounts(
         settings_of_queue(settings, queue_id) if queue_id else settings,
