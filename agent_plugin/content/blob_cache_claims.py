@@ -66,10 +66,18 @@ class Claims:
         """Return the claim on a blob, or None when somebody else fetches it now."""
         offset = self._offset(digest)
         with self._lock:
-            if offset in self._held or not self._set(fcntl.F_WRLCK, offset):
+            if offset in self._held:
                 return None
             self._held.add(offset)
-        return Claim(self, offset)
+        # Not under the lock: whoever holds it over a call to the kernel has to wait for the
+        # interpreter afterwards, and all other threads for both.
+        is_ours = False
+        try:
+            is_ours = self._set(fcntl.F_WRLCK, offset)
+        finally:
+            if not is_ours:
+                self._drop(offset)
+        return Claim(self, offset) if is_ours else None
 
     def is_free(self, digest: Digest) -> bool:
         """Whether nobody holds the claim on a blob at this moment."""
@@ -90,15 +98,21 @@ class Claims:
     def release(self, offset: int) -> None:
         """Give up the claim at an offset; one that is not held is passed over."""
         with self._lock:
-            if offset in self._held:
-                self._held.discard(offset)
-                self._set(fcntl.F_UNLCK, offset)
+            if offset not in self._held:
+                return
+        # Who takes it meanwhile in this process is told that it is held; it was, just now.
+        self._set(fcntl.F_UNLCK, offset)
+        self._drop(offset)
 
     def close(self) -> None:
         """Give up all claims."""
         with self._lock:
             self._held.clear()
             os.close(self._fd)
+
+    def _drop(self, offset: int) -> None:
+        with self._lock:
+            self._held.discard(offset)
 
     def _offset(self, digest: Digest) -> int:
         # 60 bits: the sum stays a valid (signed, 64-bit) offset.
