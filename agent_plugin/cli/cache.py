@@ -1,7 +1,10 @@
-"""`propmaster cache`: look at the shared blob cache, check it, make room.
+"""`propmaster cache`: look at the blob caches of this host, check them, make room.
 
-All of it concerns the whole cache directory, the blobs of all stores, and whatever uses the cache
-at the same time goes on. A cache that is not there yet is not made: who makes it owns it.
+All of it concerns whole cache directories, the blobs of all stores, and whatever uses a cache at
+the same time goes on. A cache that is not there yet is not made: who makes it owns it.
+
+`show`, `verify` and `collect` go over the general directory and those that queues have of their
+own; what removes more than limits ask for (`clear`, `collect --to`) is about one directory.
 """
 
 import logging
@@ -19,7 +22,8 @@ from agent_plugin.cli.options import common_options, escaped, print_json, say
 from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.content import events
 from agent_plugin.content.blob_cache import BlobCache, CacheUsage, CollectReport, VerifyReport
-from agent_plugin.content.errors import CancelledError
+from agent_plugin.content.errors import CancelledError, PropmasterError
+from agent_plugin.content.store import Cancellation
 from agent_plugin.session.job import check_id
 from agent_plugin.session_logs import collect_logs
 from agent_plugin.settings import Settings, load
@@ -33,8 +37,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class ShowResult(msgspec.Struct, rename="camel"):
-    """What `cache show` prints; sizes in bytes, `free_bytes` of the cache's file system."""
+class Shown(msgspec.Struct, rename="camel"):
+    """What is in a cache directory; sizes in bytes, `free_bytes` of its file system."""
 
     directory: str
     exists: bool
@@ -48,6 +52,12 @@ class ShowResult(msgspec.Struct, rename="camel"):
     temporary: int
 
 
+class ShowResult(Shown):
+    """What `cache show` prints: the general cache, or the one of `--queue`, and the other ones."""
+
+    others: list[Shown]
+
+
 class Quarantined(msgspec.Struct):
     """A file that was taken out of the cache, where it was and why."""
 
@@ -55,8 +65,8 @@ class Quarantined(msgspec.Struct):
     reason: str
 
 
-class VerifyResult(msgspec.Struct):
-    """What `cache verify` prints: blobs and bytes that were read, and what was wrong."""
+class Verified(msgspec.Struct):
+    """Blobs and bytes of a cache directory that were read, and what was wrong."""
 
     directory: str
     blobs: int
@@ -64,8 +74,14 @@ class VerifyResult(msgspec.Struct):
     quarantined: list[Quarantined]
 
 
-class CollectResult(msgspec.Struct, rename="camel"):
-    """What `cache collect` and `cache clear` print; `blobs` and `bytes` are left."""
+class VerifyResult(Verified):
+    """What `cache verify` prints: as of ShowResult."""
+
+    others: list[Verified]
+
+
+class Collected(msgspec.Struct, rename="camel"):
+    """What was removed from a cache directory; `blobs` and `bytes` are left."""
 
     directory: str
     within_limits: bool
@@ -75,6 +91,12 @@ class CollectResult(msgspec.Struct, rename="camel"):
     evicted_bytes: int
 
 
+class CollectResult(Collected):
+    """What `cache collect` and `cache clear` print: as of ShowResult; `clear` has no others."""
+
+    others: list[Collected]
+
+
 def _size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Size | None:
     try:
         return None if value is None else Size.parse(value)
@@ -82,39 +104,74 @@ def _size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Si
         raise click.BadParameter(str(error)) from error
 
 
-def _queue_option(command: Callable[P, R]) -> Callable[P, R]:
-    return click.option(
-        "--queue",
-        "queue_id",
-        metavar="QUEUE",
-        help="The cache directory of QUEUE, if the settings give it one of its own.",
-    )(command)
+def _queue_option(text: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    return click.option("--queue", "queue_id", metavar="QUEUE", help=text)
 
 
-def _settings(config: Path | None, queue_id: str | None) -> Settings:
+_only_queue = _queue_option("Only the cache directory that holds for QUEUE.")
+
+
+def _caches(config: Path | None, queue_id: str | None) -> list[Settings]:
+    """Return the settings of each cache directory, the general one first; or of the queue's."""
     settings = load(config)
-    return settings.for_queue(check_id(queue_id, "queue")) if queue_id else settings
+    if queue_id:
+        return [settings.for_queue(check_id(queue_id, "queue"))]
+    caches = {settings.paths.cache_dir: settings}
+    for queue in settings.queues:
+        of_queue = settings.for_queue(queue)
+        caches.setdefault(of_queue.paths.cache_dir, of_queue)
+    return list(caches.values())
+
+
+def _each(caches: list[Settings], work: Callable[[Settings], R]) -> list[R]:
+    """Return what was done with each cache; one that fails keeps nobody from the others.
+
+    Raises:
+        PropmasterError: Of the first that failed, after all were tried.
+    """
+    done: list[R] = []
+    failed: list[PropmasterError] = []
+    for settings in caches:
+        try:
+            done.append(work(settings))
+        except CancelledError:
+            raise
+        except PropmasterError as error:
+            failed.append(error)
+    for other in failed[1:]:
+        say(f"error[{other.reference}]: {other.message}", err=True)
+    if failed:
+        raise failed[0]
+    return done
 
 
 @click.group(name="cache")
 def command() -> None:
-    """Look at the shared blob cache of this host, check it, make room.
+    """Look at the blob caches of this host, check them, make room.
 
-    The cache holds verified content by its hash, so that sessions need not fetch it again. Nothing
-    in it is needed: what is removed is fetched again when a job wants it.
+    A cache holds verified content by its hash, so that sessions need not fetch it again. Nothing in
+    it is needed: what is removed is fetched again when a job wants it.
     """
 
 
 @command.command(name="show")
-@_queue_option
+@_only_queue
 @common_options
 def show_command(queue_id: str | None, as_json: bool, config: Path | None) -> None:
-    """Print what is in the cache, and what it may use."""
-    settings = _settings(config, queue_id)
+    """Print what is in each cache directory, and what it may use."""
+    first, *others = _each(_caches(config, queue_id), _shown)
+    if as_json:
+        print_json(ShowResult(**msgspec.structs.asdict(first), others=others))
+        return
+    for shown in (first, *others):
+        _say_shown(shown)
+
+
+def _shown(settings: Settings) -> Shown:
     with _opened(settings) as cache:
         usage = cache.usage() if cache is not None else CacheUsage(0, 0, 0, 0, 0, 0)
     directory = settings.paths.cache_dir
-    result = ShowResult(
+    return Shown(
         directory=os.fspath(directory),
         exists=cache is not None,
         blobs=usage.blobs,
@@ -126,51 +183,58 @@ def show_command(queue_id: str | None, as_json: bool, config: Path | None) -> No
         quarantined=usage.quarantined,
         temporary=usage.temporary,
     )
-    if as_json:
-        print_json(result)
-        return
-    say(f"{directory}{'' if result.exists else ' (no cache is there yet)'}")
+
+
+def _say_shown(shown: Shown) -> None:
+    say(f"{shown.directory}{'' if shown.exists else ' (no cache is there yet)'}")
     say(
-        f"{result.blobs} blobs, {format_bytes(result.bytes)} of {format_bytes(result.max_bytes)};"
-        f" the disk has {format_bytes(result.free_bytes)} free, of which the cache leaves"
-        f" {format_bytes(result.min_free_bytes)}"
+        f"{shown.blobs} blobs, {format_bytes(shown.bytes)} of {format_bytes(shown.max_bytes)};"
+        f" the disk has {format_bytes(shown.free_bytes)} free, of which the cache leaves"
+        f" {format_bytes(shown.min_free_bytes)}"
     )
     say(
-        f"{result.leases} leases of running sessions, {result.temporary} files being written,"
-        f" {result.quarantined} in quarantine"
+        f"{shown.leases} leases of running sessions, {shown.temporary} files being written,"
+        f" {shown.quarantined} in quarantine"
     )
 
 
 @command.command(name="verify")
-@_queue_option
+@_only_queue
 @common_options
 def verify_command(queue_id: str | None, as_json: bool, config: Path | None) -> None:
     """Read every blob again, and quarantine each one that is not what its name says.
 
     Exits with 1 if there was one. Jobs go on meanwhile, and fetch again what is gone.
     """
-    settings = _settings(config, queue_id)
-    with (
-        cancel_on_signals() as cancellation,
-        _quarantined() as quarantined,
-        _opened(settings) as cache,
-    ):
+    with cancel_on_signals() as cancellation:
+        first, *others = _each(
+            _caches(config, queue_id), lambda settings: _verified(settings, cancellation)
+        )
+    if as_json:
+        print_json(VerifyResult(**msgspec.structs.asdict(first), others=others))
+    else:
+        for verified in (first, *others):
+            _say_verified(verified)
+    if any(verified.quarantined for verified in (first, *others)):
+        raise click.exceptions.Exit(1)
+
+
+def _verified(settings: Settings, cancellation: Cancellation) -> Verified:
+    with _quarantined() as quarantined, _opened(settings) as cache:
         report = VerifyReport(0, 0, ())
         if cache is not None:
             report = cache.verify(cancellation)
     directory = os.fspath(settings.paths.cache_dir)
-    result = VerifyResult(directory, report.blobs, report.bytes, quarantined)
-    if as_json:
-        print_json(result)
-    else:
-        for one in quarantined:
-            say(f"quarantined {one.path}: {one.reason}")
-        say(
-            f"{directory}: {result.blobs} blobs, {format_bytes(result.bytes)} read,"
-            f" {len(quarantined)} quarantined"
-        )
-    if quarantined:
-        raise click.exceptions.Exit(1)
+    return Verified(directory, report.blobs, report.bytes, quarantined)
+
+
+def _say_verified(verified: Verified) -> None:
+    for one in verified.quarantined:
+        say(f"quarantined {one.path}: {one.reason}")
+    say(
+        f"{verified.directory}: {verified.blobs} blobs, {format_bytes(verified.bytes)} read,"
+        f" {len(verified.quarantined)} quarantined"
+    )
 
 
 @command.command(name="collect")
@@ -178,39 +242,46 @@ def verify_command(queue_id: str | None, as_json: bool, config: Path | None) -> 
     "--to",
     callback=_size,
     metavar="SIZE",
-    help="Leave at most this much: bytes, '20 GiB', or '5 %' of the disk.",
+    help="Leave at most this much: bytes, '20 GiB', or '5 %' of the disk. It is about one"
+    " directory, the general one or that of --queue.",
 )
-@_queue_option
+@_only_queue
 @common_options
 def collect_command(
     to: Size | None, queue_id: str | None, as_json: bool, config: Path | None
 ) -> None:
-    """Remove what is stale, and the blobs least recently used until the cache keeps its limits.
+    """Remove what is stale, and the blobs least recently used until each cache keeps its limits.
 
     Logs of sessions that are older than they are kept go as well.
     """
-    settings = _settings(config, queue_id)
+    caches = _caches(config, queue_id)
+    if to is not None:
+        caches = caches[:1]
+    collect_logs(caches[0])
+    _print_collected(_each(caches, lambda settings: _collected(settings, to)), as_json=as_json)
+
+
+def _collected(settings: Settings, to: Size | None) -> Collected | None:
     to_bytes = None if to is None else to.on(settings.paths.cache_dir)
     with _opened(settings) as cache:
         report = CollectReport(within_limits=True)
         if cache is not None:
             report = cache.collect(to_bytes=to_bytes)
-    collect_logs(settings)
-    _print_collected(settings, report, as_json=as_json)
+    return _result_of(settings, report)
 
 
 @command.command(name="clear")
 @click.option("--yes", is_flag=True, help="Do not ask.")
-@_queue_option
+@_queue_option("The cache directory that holds for QUEUE, not the general one.")
 @common_options
 def clear_command(yes: bool, queue_id: str | None, as_json: bool, config: Path | None) -> None:
-    """Remove every blob but those that running sessions hold a lease on."""
-    settings = _settings(config, queue_id)
+    """Remove every blob of one cache directory but those that running sessions hold a lease on."""
+    settings = _caches(config, queue_id)[0]
     if not yes:
         _ask(f"Remove all blobs from {settings.paths.cache_dir}?")
     with _opened(settings) as cache:
         report = cache.clear() if cache is not None else CollectReport(within_limits=True)
-    _print_collected(settings, report, as_json=as_json)
+    _print_collected([_result_of(settings, report)], as_json=as_json)
 
 
 def _ask(question: str) -> None:
@@ -275,12 +346,13 @@ def _free_bytes(directory: Path) -> int:
     return 0
 
 
-def _print_collected(settings: Settings, report: CollectReport, *, as_json: bool) -> None:
+def _result_of(settings: Settings, report: CollectReport) -> Collected | None:
+    """Return what to print of a cache; None, and it is said, if another process makes room."""
     directory = os.fspath(settings.paths.cache_dir)
     if report.busy:
         say(f"{directory}: another process is making room just now", err=True)
-        raise click.exceptions.Exit(1)
-    result = CollectResult(
+        return None
+    return Collected(
         directory,
         report.within_limits,
         report.blobs,
@@ -288,12 +360,21 @@ def _print_collected(settings: Settings, report: CollectReport, *, as_json: bool
         report.evicted_blobs,
         report.evicted_bytes,
     )
+
+
+def _print_collected(results: list[Collected | None], *, as_json: bool) -> None:
+    collected = [result for result in results if result is not None]
+    if len(collected) < len(results):
+        raise click.exceptions.Exit(1)
+    first, *others = collected
     if as_json:
-        print_json(result)
+        print_json(CollectResult(**msgspec.structs.asdict(first), others=others))
         return
-    say(
-        f"{directory}: {result.evicted_blobs} blobs, {format_bytes(result.evicted_bytes)} removed;"
-        f" {result.blobs} blobs, {format_bytes(result.bytes)} left"
-    )
-    if not result.within_limits:
-        say("the cache is still beyond its limits: sessions hold leases, or the disk is full")
+    for result in collected:
+        say(
+            f"{result.directory}: {result.evicted_blobs} blobs,"
+            f" {format_bytes(result.evicted_bytes)} removed;"
+            f" {result.blobs} blobs, {format_bytes(result.bytes)} left"
+        )
+        if not result.within_limits:
+            say("it is still beyond its limits: sessions hold leases, or the disk is full")

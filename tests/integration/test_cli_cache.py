@@ -7,6 +7,7 @@ import pytest
 from agent_plugin.content.blob_cache import BlobCache
 from agent_plugin.content.digest import Digest
 from tests.servers.command import Command
+from tests.servers.hooks import QUEUE
 
 BLOBS = [f"blob {number}".encode() * 1000 for number in range(4)]
 DIGESTS = [Digest.of(data) for data in BLOBS]
@@ -142,3 +143,73 @@ def test_a_cache_that_others_can_write_is_refused(command: Command) -> None:
     done = command("cache", "show")
 
     assert (done.code, "error[cache-unsafe]" in done.stderr) == (75, True)
+
+
+@pytest.fixture
+def two_caches(tmp_path: Path) -> list[str]:
+    """Options for a host with a general cache of four blobs, and a queue's with as many."""
+    directories = [tmp_path / "general", tmp_path / "fast"]
+    for directory in directories:
+        with BlobCache.open(
+            directory, store_url="s3://one", max_bytes=10**9, min_free_bytes=0
+        ) as cache:
+            for data in BLOBS:
+                cache.add(Digest.of(data), data)
+    config = tmp_path / "config.toml"
+    config.write_text(f"""
+        paths = {{cache_dir = "{directories[0]}", state_dir = "{tmp_path}/state"}}
+        [queues."{QUEUE}"]
+        paths.cache_dir = "{directories[1]}"
+        cache.max_bytes = 12000
+        cache.min_free = 0
+        [queues."{QUEUE[:-1]}f"]
+        store.concurrency = 2
+        """)
+    return ["--json", "--config", str(config)]
+
+
+def test_collect_brings_each_queues_own_cache_within_its_limits(
+    tmp_path: Path, two_caches: list[str]
+) -> None:
+    command = Command(tmp_path / "host", caches_by_environment=False)
+    shown = command("cache", "show", *two_caches).json
+    assert [shown["blobs"], *(other["blobs"] for other in shown["others"])] == [4, 4]
+    assert [other["maxBytes"] for other in shown["others"]] == [12_000]
+
+    done = command("cache", "collect", *two_caches).json
+
+    assert (done["directory"], done["evictedBlobs"]) == (str(tmp_path / "general"), 0)
+    [other] = done["others"]
+    assert other["directory"] == str(tmp_path / "fast")
+    assert (other["withinLimits"], other["bytes"] <= 12_000) == (True, True)
+    verified = command("cache", "verify", *two_caches).json
+    assert (verified["blobs"], verified["others"][0]["blobs"]) == (4, other["blobs"])
+    assert command("cache", "show", "--queue", QUEUE, *two_caches).json["others"] == []
+
+
+def test_what_removes_more_than_limits_ask_for_is_about_one_cache(
+    tmp_path: Path, two_caches: list[str]
+) -> None:
+    command = Command(tmp_path / "host", caches_by_environment=False)
+    made = command("cache", "collect", "--to", "6 kB", *two_caches).json
+    assert (made["blobs"], made["others"]) == (1, [])
+    cleared = command("cache", "clear", "--yes", *two_caches).json
+    assert (cleared["blobs"], cleared["others"]) == (0, [])
+    assert command("cache", "show", "--queue", QUEUE, *two_caches).json["blobs"] == 4
+
+    cleared = command("cache", "clear", "--yes", "--queue", QUEUE, *two_caches).json
+
+    assert (cleared["directory"], cleared["blobs"]) == (str(tmp_path / "fast"), 0)
+
+
+def test_a_cache_that_is_refused_keeps_nobody_from_the_others(
+    tmp_path: Path, two_caches: list[str]
+) -> None:
+    command = Command(tmp_path / "host", caches_by_environment=False)
+    (tmp_path / "general").chmod(0o777)
+
+    done = command("cache", "collect", *two_caches)
+
+    assert (done.code, "error[cache-unsafe]" in done.stderr) == (75, True)
+    left = command("cache", "show", "--queue", QUEUE, *two_caches).json
+    assert left["bytes"] <= 12_000

@@ -40,16 +40,23 @@ class Command:
     """The command with caches and state below `home`, whoever runs the tests.
 
     Attributes:
-        cache_dir, state_dir: Of the host; made by the command when it needs them.
+        cache_dir, state_dir: Of the host; made by the command when it needs them. Without
+            `caches_by_environment` it is for a settings file to say where caches are.
     """
 
-    def __init__(self, home: Path, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        home: Path,
+        environment: Mapping[str, str] | None = None,
+        *,
+        caches_by_environment: bool = True,
+    ) -> None:
         self.cache_dir = home / "cache"
         self.state_dir = home / "state"
         self._environment = {
             **os.environ,
             **(environment or {}),
-            "PROPMASTER_CACHE_DIR": str(self.cache_dir),
+            "PROPMASTER_CACHE_DIR": str(self.cache_dir) if caches_by_environment else "",
             "PROPMASTER_STATE_DIR": str(self.state_dir),
         }
 
