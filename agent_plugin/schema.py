@@ -19,6 +19,8 @@ _FAILED_AT: Final = re.compile(
     r"(?P<reason>.*?)(?: - at (?:`key` in )?`\$\.?(?P<place>.*)`)?", re.DOTALL
 )
 _NAMED: Final = re.compile(r"(?P<what>.*) `(?P<name>.*)`", re.DOTALL)
+# Of what values are made whose types say nothing more.
+_SHAPES: Final = (("str", 'text: "…"'), ("array", 'a list: ["…", "…"]'))
 _STEP: Final = re.compile(r"\[(?P<index>\d+|\.\.\.)\]|\.?(?P<name>[^.\[\]]+)")
 
 
@@ -69,7 +71,10 @@ def _explain(text: str, schema: type) -> tuple[str, str, str]:
     if reason.startswith("Invalid enum value"):
         reason = f"{reason.removeprefix('Invalid enum value ')} is not allowed"
         return place, reason, f"allowed: {', '.join(_allowed_values(schema, place))}"
-    allowed = " or ".join(dict.fromkeys(filter(None, map(_allowed, _types_at(schema, place)))))
+    words = [_allowed(kind) for kind in _types_at(schema, place)]
+    if not any(words):
+        words = [text for shape, text in _SHAPES if reason.startswith(f"Expected `{shape}`, got ")]
+    allowed = " or ".join(dict.fromkeys(filter(None, words)))
     reason = f"{reason[:1].lower()}{reason[1:]}"
     return place, reason, f"allowed: {allowed}" if allowed else ""
 
@@ -111,6 +116,10 @@ def _explain_unknown(name: str, place: str, schema: type) -> tuple[str, str, str
 
     known = _known_keys(schema, place)
     nearest = get_close_matches(name, known, n=1)
+    if not nearest:
+        nearest = [
+            f"{above}.{name}" for above in known if name in _known_keys(schema, _join(place, above))
+        ]
     guess = f"did you mean {nearest[0]}? " if nearest else ""
     return _join(place, name), "unknown key", f"{guess}known: {', '.join(known)}"
 

@@ -390,7 +390,35 @@ class _Queues:
         """
         if not isinstance(queues, dict):
             raise self._refusal("a table is expected", 'allowed: [queues."queue-…"]')
-        return {queue_id: self._read(queue_id, table) for queue_id, table in queues.items()}
+        read = {queue_id: self._read(queue_id, table) for queue_id, table in queues.items()}
+        if "paths.cache_dir" not in self._variables:
+            self._insist_one_size(read)
+        return read
+
+    def _insist_one_size(self, queues: Mapping[str, Queue]) -> None:
+        """Refuse a directory with two sizes: each session would evict by its own."""
+        general = schema.conform(
+            self._general.get("cache", {}),
+            CacheSettings,
+            source=str(self._file.path),
+            failure=SettingsInvalidError,
+            decode=_decode,
+        )
+        sizes = {Path(self._general["paths"]["cache_dir"]): ("[cache]", _sizes(general))}
+        for queue_id, queue in queues.items():
+            of_queue = _sizes(queue.tables.cache)
+            whose, first = sizes.setdefault(
+                queue.tables.paths.cache_dir, (f'[queues."{queue_id}"]', of_queue)
+            )
+            if first != of_queue:
+                raise self._refusal(
+                    f"that directory has other sizes by {whose}",
+                    f"set cache.max_bytes and cache.min_free alike, or another directory than"
+                    f" {queue.tables.paths.cache_dir}",
+                    queue_id,
+                    "paths",
+                    "cache_dir",
+                )
 
     def _read(self, queue_id: str, table: object) -> Queue:
         if not _QUEUE_ID.fullmatch(queue_id):
@@ -430,6 +458,10 @@ class _Queues:
         place = f"{self._file.path}, line {line}" if line else f"{self._file.path}"
         name = ".".join(["queues", *(f'"{key[0]}"' for _ in key[:1]), *key[1:]])
         return SettingsInvalidError(f"{place}: {name}: {reason}", hint=hint)
+
+
+def _sizes(cache: CacheSettings) -> tuple[Size, Size | None]:
+    return cache.max_bytes, cache.min_free
 
 
 def _decode(kind: type, value: object) -> object:

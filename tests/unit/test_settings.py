@@ -206,6 +206,12 @@ def test_a_file_that_can_not_be_read_is_an_error(tmp_path: Path) -> None:
             "",
         ),
         ("store.download_limit = 1", "config.toml, line 1: store.download_limit: 1 is no", ""),
+        (
+            "worker.session_roots = '/sessions'",
+            "config.toml, line 1: worker.session_roots: expected `array`, got `str`",
+            'allowed: a list: ["…", "…"]',
+        ),
+        ("worker.agent_user = 5", "config.toml, line 1: worker.agent_user", 'allowed: text: "…"'),
         ("paths = 3", "config.toml, line 1: paths: expected `object`, got `int`", ""),
         (
             "store.least_bytes_per_second = 0",
@@ -339,6 +345,22 @@ def test_a_variable_comes_before_a_queues_directory_as_well(tmp_path: Path) -> N
     assert settings.for_queue(QUEUE).paths.cache_dir == Path("/variable")
 
 
+def test_a_directory_has_one_size_whoever_uses_it(tmp_path: Path) -> None:
+    of_queue = f'[queues."{QUEUE}"]\npaths.cache_dir = "/x"\ncache.max_bytes = 3\n'
+    of_other = f'[queues."{OTHER_QUEUE}"]\npaths.cache_dir = "/x"\n'
+
+    between = refused(f"{of_queue}{of_other}", tmp_path)
+    general = refused(f'paths.cache_dir = "/x"\n{of_queue}', tmp_path)
+
+    assert between.message == (
+        f'{tmp_path}/config.toml, line 5: queues."{OTHER_QUEUE}".paths.cache_dir: that directory'
+        f' has other sizes by [queues."{QUEUE}"]'
+    )
+    assert between.hint.startswith("set cache.max_bytes and cache.min_free alike, or another")
+    assert general.message.endswith("that directory has other sizes by [cache]")
+    load_text(f"{of_queue}{of_other}cache.max_bytes = 3\n", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("text", "message", "hint"),
     [
@@ -366,7 +388,7 @@ def test_a_variable_comes_before_a_queues_directory_as_well(tmp_path: Path) -> N
         (
             f'[queues."{QUEUE}"]\nfile_system = "VIRTUAL"\n',
             f'line 2: queues."{QUEUE}".file_system: unknown key',
-            "known: paths, inputs, cache, store, outputs, mounts",
+            "did you mean inputs.file_system? known: paths, inputs, cache, store, outputs, mounts",
         ),
         (
             f'[queues."{QUEUE}".paths]\nstate_dir = "/x"\n',
