@@ -173,7 +173,7 @@ def _agent_as_job_user(settings: Settings, job: pwd.struct_passwd) -> Iterator[P
 
 
 def _units() -> Probe:
-    consequence = "see docs/OPERATING.md, Installing next to the agent"
+    consequence = "see docs/OPERATING.md, A worker host, step by step"
     if not _SYSTEMD.is_dir():
         return Probe("systemd", "unknown", "this host does not run systemd", consequence)
     off = [

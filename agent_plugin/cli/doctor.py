@@ -102,7 +102,7 @@ def command(
     else:
         click.echo("\nNo session can run here: see what is marked FAILS.")
     if not as_json and result.agent is not None:
-        says = "reach propmaster" if result.agent else "do not all reach it: see FAILS"
+        says = "reach propmaster" if result.agent else "do not all reach propmaster: see FAILS"
         click.echo(f"The worker agent's jobs {says}.")
     if not result.copied or result.agent is False:
         raise click.exceptions.Exit(1)

@@ -72,11 +72,11 @@ def install_command(
     agent.require_supported()
     before = read_record(directory)
     prefix = None if vfs_prefix is None else os.path.abspath(vfs_prefix)  # noqa: PTH100 - no links
-    if prefix is not None:
-        write_prefix(Path(prefix), Path(sys.executable))
-    elif before is not None and before.agent_python == os.fspath(agent.python):
+    if prefix is None and before is not None and before.agent_python == os.fspath(agent.python):
         # Installing again is to mend, not to forget.
         prefix = before.vfs_prefix
+    if prefix is not None:
+        write_prefix(Path(prefix), Path(sys.executable))
     scripts = install(agent, Path(sys.executable), __version__, force=force)
     write_record(directory, Record(os.fspath(agent.python), prefix))
     _print_installed(

@@ -260,6 +260,8 @@ class Service:
         kind = ""
         try:
             request = read_request(connection)
+            if request is None:
+                return 0
             kind = request.kind if request.kind in self._drop_ins else ""
             answer.begin(__version__)
             call = self._call(request, peer, connection, say, cancellation)

@@ -62,8 +62,8 @@ def encode(message: Request | Reply) -> bytes:
     return json.dumps(msgspec.to_builtins(message)).encode("ascii") + b"\n"
 
 
-def read_request(connection: socket.socket) -> Request:
-    """Return the request that comes over a connection.
+def read_request(connection: socket.socket) -> Request | None:
+    """Return the request that comes over a connection; None if it was only to see who answers.
 
     Raises:
         NotAllowedError: None came in time, or it is too long, or makes no sense.
@@ -77,6 +77,8 @@ def read_request(connection: socket.socket) -> Request:
             piece = connection.recv(_PIECE_BYTES)
         except TimeoutError as error:
             raise NotAllowedError(f"no request came within {REQUEST_SECONDS:.0f} s") from error
+        if not piece and not data:
+            return None
         if not piece:
             raise NotAllowedError("the request broke off")
         data += piece

@@ -546,6 +546,7 @@ def test_the_tree_for_deadline_vfs_comes_and_goes_with_the_scripts(
     words = ("worker", "install", "--agent-python", agent.python)
     assert run(*words, "--vfs-prefix", prefix).code == 0
     # To mend is not to forget.
+    (prefix / "bin/deadline_vfs").unlink()
     assert run(*words, "--json").json["vfsPrefix"] == str(prefix)
     status = run("worker", "status", "--same-user", "--json").json
     assert checks(status) == dict.fromkeys(("agent", *SCRIPTS, "propmaster", "vfs"), True)

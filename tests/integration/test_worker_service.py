@@ -195,6 +195,17 @@ def test_a_session_stays_that_of_the_user_who_has_asked_first(host: ServiceHost)
     assert f"that of the user with id {JOB_USER}".encode() in other
 
 
+def test_who_only_looks_whether_it_answers_has_asked_nothing(host: ServiceHost) -> None:
+    """As `worker status` does: monitoring of refused calls must not hear of it."""
+    before = len(host.log.read_text())
+    with socket.socket(socket.AF_UNIX) as looking:
+        looking.connect(str(host.socket))
+    host.send(b"\n")
+    until(lambda: not host.calls())
+
+    assert host.log.read_text()[before:].count("call.refused") == 1
+
+
 def test_a_directory_of_the_job_users_own_is_no_session(host: ServiceHost) -> None:
     session_dir = host.session("own", owner=JOB_USER)
 

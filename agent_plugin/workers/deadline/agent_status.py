@@ -158,9 +158,9 @@ def _script(script: ScriptStatus) -> Check:
     }[script.state]
     reason = f"{found}: {script.reason}" if script.reason else found
     ok = script.state == "ours" and not script.reason
-    return Check(
-        script.name, ok, reason, "jobs run without propmaster: `propmaster worker install`"
-    )
+    force = " --force" if script.state == "changed" else ""
+    advice = f"jobs run without propmaster: `propmaster worker install{force}`"
+    return Check(script.name, ok, reason, advice)
 
 
 def _starts(python: Path) -> Check:
@@ -215,7 +215,9 @@ def _answers(path: Path) -> Check:
         try:
             asking.connect(os.fspath(path))
         except OSError as error:
-            return Check("service", ok=False, reason=f"{path}: {error}", advice=advice)
+            return Check(
+                "service", ok=False, reason=f"{path}: {error.strerror or error}", advice=advice
+            )
     return Check("service", ok=True, reason=f"it answers at {path}", advice=advice)
 
 
