@@ -57,6 +57,8 @@ if [ -d /run/systemd/system ]; then
   cp -r "$PREFIX/share/propmaster/systemd/propmaster"* /etc/systemd/system/
   systemctl daemon-reload
   systemctl enable --quiet --now propmaster.socket propmaster-collect.timer
+  # One that runs already has the version that was there before.
+  systemctl try-restart propmaster.service
 else
   say "no systemd here: the service runs until this host ends"
   setsid "$PREFIX/bin/propmaster" worker serve < /dev/null >> /var/log/propmaster.log 2>&1 &
