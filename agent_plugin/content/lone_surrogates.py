@@ -10,6 +10,7 @@ escape by escape in Python, and what the work needs besides its result is that o
 
 import json
 import re
+import threading
 from collections.abc import Iterator
 from typing import Final, TypeVar
 
@@ -43,6 +44,8 @@ _BACKSLASH: Final = b"\xff"
 # it is worked on; larger ones are no faster.
 _SLICE: Final = 256 * 1024
 
+_ONE_AT_A_TIME: Final = threading.Lock()
+
 _Shape = TypeVar("_Shape")
 
 
@@ -68,7 +71,7 @@ class LoneSurrogateReader:
             msgspec.DecodeError, UnicodeDecodeError, RecursionError: It is no JSON in UTF-8.
         """
         try:
-            return msgspec.json.decode(self._document, type=shape)
+            return _decoder_of(shape).decode(self._document)
         except msgspec.ValidationError:
             raise
         except msgspec.DecodeError:
@@ -78,11 +81,21 @@ class LoneSurrogateReader:
             if marked is self._document:
                 raise
         self._document, self.is_marked = marked, True
-        return msgspec.json.decode(marked, type=shape)
+        return _decoder_of(shape).decode(marked)
 
     def restored(self, text: str) -> str:
         """Return a string of what was decoded last as it stands in the document."""
         return unmark(text) if self.is_marked else text
+
+
+def _decoder_of(shape: type[_Shape]) -> msgspec.json.Decoder[_Shape]:
+    """Return a shape's decoder, made by one thread at a time.
+
+    Documents are decoded by many threads. msgspec 0.22 builds what it knows of a type at first use,
+    and a second thread that comes meanwhile uses the half that is there: the process crashes.
+    """
+    with _ONE_AT_A_TIME:
+        return msgspec.json.Decoder(shape)
 
 
 def mark(document: bytes | bytearray) -> bytes | bytearray:
