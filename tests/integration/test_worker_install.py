@@ -145,7 +145,7 @@ def test_a_kept_script_is_a_copy_where_there_are_no_links(
 # ------------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize("version", ["0.28.21", "0.34.0"])
+@pytest.mark.parametrize("version", [pytest.param("0.28.21", marks=pytest.mark.slow), "0.34.0"])
 def test_a_version_that_propmaster_was_not_made_for_is_refused_by_name(
     agent: AgentCopy, version: str
 ) -> None:
