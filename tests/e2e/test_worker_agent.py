@@ -5,6 +5,7 @@ The agent runs as its own user, and becomes the job's user by sudo. With propmas
 agent's user, and nothing else.
 """
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -65,6 +66,7 @@ RENDER: Final = """
 ls -A . > listing
 cat shared.txt frame*.txt .cache/state.* > rendered
 """
+COPY: Final = "mkdir out; cp -r 00 01 out"
 OUTPUTS: Final = {
     **{f"frame {frame}.txt": f"frame {frame}\n" for frame in (1, 2)},
     **{f".cache/state.{frame}": f"state {frame}\n" for frame in (1, 2)},
@@ -200,6 +202,27 @@ def assert_outputs(data: Path) -> None:
     assert set(listing) == first, "nothing twice, and nothing missing, where the second step ran"
 
 
+def assert_downloads(worker: Worker, job: Job, data: Path) -> dict[str, tuple[int, str]]:
+    """Both of the client's commands bring the same tree; return its sizes and hashes.
+
+    Their times may be a microsecond apart, which is the client's.
+    """
+    client = worker.rig.client
+    downloads: list[Callable[[], str]] = [
+        lambda: client.download_output(job.job_id, QUEUE_ID),
+        lambda: client.sync_output(QUEUE_ID),
+    ]
+    found = []
+    for download in downloads:
+        shutil.rmtree(data)
+        data.mkdir()
+        download()
+        found.append({path: (one.size, one.sha256) for path, one in files_below(data).items()})
+    by_download, by_sync = found
+    assert by_sync == by_download
+    return by_download
+
+
 def assert_manifests(job: Job) -> None:
     for run in job.task_runs:
         assert run.manifests is not None
@@ -296,10 +319,11 @@ def test_every_way_gives_the_same_trees(
         job = worker.work(worker.submit(bundle, file_system=file_system))
         worker.assert_nothing_left()
         worker.rig.client.download_output(job.job_id, QUEUE_ID)
+        assert_outputs(bundle / "data")
+        assert set(assert_downloads(worker, job, bundle / "data")) == {*OUTPUTS, "listing"}
         log = worker.log(job)
 
     assert_seen(log, submitted)
-    assert_outputs(bundle / "data")
     assert_manifests(job)
     assert_no_secret(worker)
     assert ("VFS launched" in log) == (file_system == "VIRTUAL")
@@ -345,13 +369,16 @@ def test_a_job_of_five_thousand_inputs(
     directory = tmp_path / "bundle"
     write_files(directory / "data", files, mtime_ns=MTIME_NS)
     submitted = files_below(directory / "data")
-    bundle = write_bundle(directory, job_template(step("Look", SEE + "mkdir out; echo 1 > out/1")))
+    bundle = write_bundle(directory, job_template(step("Look", SEE + COPY)))
     with open_worker() as worker:
         job = worker.work(worker.submit(bundle, file_system=file_system))
         worker.assert_nothing_left()
+        outputs = assert_downloads(worker, job, bundle / "data")
         log = worker.log(job)
 
     assert_seen(log, submitted)
+    copied = {f"out/{path}": one for path, one in submitted.items() if path < "02"}
+    assert outputs == {path: (one.size, one.sha256) for path, one in copied.items()}
     [sync] = [action for action in job.actions if action.kind == "syncInputJobAttachments"]
     if file_system == "COPIED":
         assert sync.percents == sorted(sync.percents)

@@ -254,7 +254,6 @@ class DeadlineService:
     def _entity(self, identifier: JSON) -> JSON:
         [(kind, given)] = identifier.items()
         job = self._jobs.jobs[given["jobId"]]
-        extensions = job.template.get("extensions", [])
         found: JSON = {"jobId": job.job_id, "schemaVersion": "jobtemplate-2023-09"}
         match kind:
             case "jobDetails":
@@ -267,7 +266,7 @@ class DeadlineService:
                     "stepId": step.step_id,
                     "template": step.template,
                     "dependencies": step.depends_on,
-                    "extensions": extensions,
+                    **_extensions(job.template),
                 }
             case "environmentDetails":
                 template = self._environments[given["environmentId"]]
@@ -275,7 +274,7 @@ class DeadlineService:
                     "schemaVersion": "environment-2023-09",
                     "environmentId": given["environmentId"],
                     "template": template["environment"],
-                    "extensions": template.get("extensions", []),
+                    **_extensions(template),
                 }
             case _:
                 raise _NotFoundError(kind)
@@ -294,7 +293,7 @@ class DeadlineService:
             "jobRunAsUser": run_as,
             "parameters": job.request.get("parameters") or {},
             "pathMappingRules": list(queue.path_mapping_rules),
-            "extensions": job.template.get("extensions", []),
+            **_extensions(job.template),
         }
 
     # ------------------------------------------------------------------------------- the client
@@ -438,6 +437,11 @@ def _handler(
 def _log_configuration(stream: str) -> JSON:
     options = {"logGroupName": LOG_GROUP, "logStreamName": stream}
     return {"logDriver": "awslogs", "parameters": {"interval": "15"}, "options": options}
+
+
+def _extensions(template: JSON) -> JSON:
+    """Return nothing where there are none: agent 0.29 refuses the key."""
+    return {"extensions": template["extensions"]} if template.get("extensions") else {}
 
 
 def _created(moment: float) -> JSON:
