@@ -136,8 +136,8 @@ def test_a_mount_reads_from_the_cache_only_what_its_queue_has_fetched(tmp_path: 
                 store_url=host.store_url,
                 account_id="",
                 writes="none",
-                uid=0,
-                gid=0,
+                uid=user_id,
+                gid=user_id,
             ),
             cancellation=Cancellation(),
         )
