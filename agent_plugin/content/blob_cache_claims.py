@@ -59,8 +59,12 @@ class Claims:
     def __init__(self, fd: int, namespace_key: int) -> None:
         self._fd = fd
         self._namespace_key = namespace_key
-        self._lock = threading.Lock()
+        self._lock = threading.Condition(threading.Lock())
         self._held: set[int] = set()
+        self._leaving: set[int] = set()
+        # Calls to the kernel that are under way; the descriptor has to outlast them.
+        self._calls = 0
+        self._is_closed = False
 
     def take(self, digest: Digest) -> Claim | None:
         """Return the claim on a blob, or None when somebody else fetches it now."""
@@ -68,6 +72,7 @@ class Claims:
         with self._lock:
             if offset in self._held:
                 return None
+            self._begin_call()
             self._held.add(offset)
         # Not under the lock: whoever holds it over a call to the kernel has to wait for the
         # interpreter afterwards, and all other threads for both.
@@ -75,8 +80,7 @@ class Claims:
         try:
             is_ours = self._set(fcntl.F_WRLCK, offset)
         finally:
-            if not is_ours:
-                self._drop(offset)
+            self._end_call(None if is_ours else offset)
         return Claim(self, offset) if is_ours else None
 
     def is_free(self, digest: Digest) -> bool:
@@ -85,6 +89,7 @@ class Claims:
         with self._lock:
             if offset in self._held:
                 return False
+            self._begin_call()
         request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, offset, 1, 0)
         try:
             answer: bytes = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, request)
@@ -92,27 +97,47 @@ class Claims:
             if error.errno in _UNSUPPORTED:
                 return True
             raise
+        finally:
+            self._end_call()
         found: int = _FLOCK.unpack(answer)[0]
         return found == fcntl.F_UNLCK
 
     def release(self, offset: int) -> None:
         """Give up the claim at an offset; one that is not held is passed over."""
         with self._lock:
-            if offset not in self._held:
+            if offset not in self._held or offset in self._leaving:
                 return
+            self._begin_call()
+            self._leaving.add(offset)
         # Who takes it meanwhile in this process is told that it is held; it was, just now.
-        self._set(fcntl.F_UNLCK, offset)
-        self._drop(offset)
+        try:
+            self._set(fcntl.F_UNLCK, offset)
+        finally:
+            self._end_call(offset)
 
     def close(self) -> None:
-        """Give up all claims."""
+        """Give up all claims; late threads of who is done with them may still release theirs."""
         with self._lock:
             self._held.clear()
+            self._is_closed = True
+            # None of them waits for anything but the kernel.
+            self._lock.wait_for(lambda: self._calls == 0)
             os.close(self._fd)
 
-    def _drop(self, offset: int) -> None:
+    def _begin_call(self) -> None:
+        if self._is_closed:
+            # The number may be another file's already.
+            raise OSError(errno.EBADF, "the claims are closed")
+        self._calls += 1
+
+    def _end_call(self, offset: int | None = None) -> None:
         with self._lock:
-            self._held.discard(offset)
+            if offset is not None:
+                self._held.discard(offset)
+                self._leaving.discard(offset)
+            self._calls -= 1
+            if self._is_closed:
+                self._lock.notify_all()
 
     def _offset(self, digest: Digest) -> int:
         # 60 bits: the sum stays a valid (signed, 64-bit) offset.

@@ -7,7 +7,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 
@@ -222,6 +222,33 @@ def test_a_claim_excludes_others_until_it_is_released(directory: Path) -> None:
         assert again is not None
         claim.release()
         assert first.claim(digest) is None, "a claim released twice is not released for others"
+
+
+def test_a_late_release_keeps_the_descriptor_until_it_is_done(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its number may be another file's as soon as it is closed."""
+    cache = opened(directory)
+    claim = cache.claim(numbered(1)[0])
+    assert claim is not None
+    begun, go_on = threading.Event(), threading.Event()
+    call = fcntl.fcntl
+
+    def held_up(fd: int, command: int, argument: bytes) -> object:
+        begun.set()
+        go_on.wait(30)
+        return call(fd, command, argument)
+
+    monkeypatch.setattr(fcntl, "fcntl", held_up)
+    with ThreadPoolExecutor(2) as pool:
+        releasing = pool.submit(claim.release)
+        assert begun.wait(30)
+        closing = pool.submit(cache.close)
+        assert wait([closing], timeout=0.2).not_done
+        go_on.set()
+        closing.result(30)
+        releasing.result(30)
+    claim.release()
 
 
 def test_claims_of_different_stores_do_not_exclude_each_other(directory: Path) -> None:
