@@ -49,6 +49,10 @@ class Waiting(NamedTuple):
             assert time.monotonic() < deadline, "nothing was asked for"
             time.sleep(0.005)
 
+    def has_come(self) -> bool:
+        """Whether a blob is in the host's cache besides the manifest."""
+        return len([*self.session.host.cache_dir.glob("v1/*/??/*")]) > 1
+
     def left(self) -> list[str]:
         """Return what of ours is in the session directory."""
         return [path.name for path in self.session.directory.rglob(".propmaster*")]
@@ -96,6 +100,7 @@ def test_a_cancelled_download_ends_while_the_store_hangs_and_goes_on_later(
     thread.join(WAIT_SECONDS)
     seconds = time.monotonic() - cancelled
     shown = waiting.session.root().exists()
+    had_come = waiting.has_come()
     waiting.proxy.clear()
     again = waiting.session.sync_job()
 
@@ -104,7 +109,8 @@ def test_a_cancelled_download_ends_while_the_store_hangs_and_goes_on_later(
     assert again.exit_code == 0, again.lines
     assert files_below(waiting.session.root()) == files_below(waiting.source)
     assert waiting.left() == []
-    assert ", 0 bytes reused" not in again.plain[-1], "what had come is not fetched again"
+    # Those that pass may all be parts of the large one, or not be whole yet.
+    assert (", 0 bytes reused" not in again.plain[-1]) is had_come, "what had come is kept"
 
 
 def test_a_killed_download_goes_on(waiting: Waiting) -> None:
