@@ -25,7 +25,7 @@ from agent_plugin.content.errors import (
     local_write_error,
 )
 from agent_plugin.content.fusermount import may_administer
-from agent_plugin.content.leftovers import remove_tree
+from agent_plugin.content.leftovers import remove_path
 from agent_plugin.content.log_file import LogFile
 from agent_plugin.content.manifest import MAX_MANIFEST_BYTES, decode
 from agent_plugin.content.mount_probe import LIBFUSE2, TransportChoice
@@ -101,11 +101,7 @@ def main(arguments: list[str]) -> int:
 def _forget(place: Path) -> None:
     """Remove what is known of a mount that nobody is left to ask for."""
     with suppress(OSError):
-        above = os.open(place.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            remove_tree(above, place.name)
-        finally:
-            os.close(above)
+        remove_path(place)
 
 
 class Server:

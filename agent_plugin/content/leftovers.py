@@ -158,6 +158,19 @@ def remove_tree(parent: int, name: str) -> None:
             _remove_tree(parent, name)
 
 
+def remove_path(path: Path) -> None:
+    """Remove whatever is at a path whose directory no job can change; as `remove_tree` does.
+
+    Raises:
+        OSError: As `remove_tree`, or the directory that it is in can not be opened.
+    """
+    parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        remove_tree(parent, path.name)
+    finally:
+        os.close(parent)
+
+
 def _remove_tree(parent: int, name: str) -> None:
     if not _is_directory(parent, name):
         os.unlink(name, dir_fd=parent)

@@ -31,7 +31,7 @@ from agent_plugin.content.errors import (
     SessionStateError,
     local_write_error,
 )
-from agent_plugin.content.leftovers import remove_tree
+from agent_plugin.content.leftovers import remove_path
 from agent_plugin.content.log_file import LogPlace
 from agent_plugin.content.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest, encode
 from agent_plugin.content.mount_probe import AUTO
@@ -476,11 +476,7 @@ class Mounts:
 
     def _forget(self, place: Path) -> None:
         if place.exists():
-            fd = os.open(place.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                remove_tree(fd, place.name)
-            finally:
-                os.close(fd)
+            remove_path(place)
 
 
 def ask_mount(control: str, question: Mapping[str, object]) -> bytes:

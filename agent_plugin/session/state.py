@@ -18,7 +18,7 @@ import msgspec
 
 from agent_plugin.content.digest import hash_name
 from agent_plugin.content.errors import LocalWriteError, SessionStateError, local_write_error
-from agent_plugin.content.leftovers import remove_tree
+from agent_plugin.content.leftovers import remove_path
 from agent_plugin.content.mount_spec import Layer
 from agent_plugin.session.job import JobDocument
 
@@ -246,11 +246,7 @@ class StateFile:
 
     def remove(self) -> None:
         """Forget the session; nothing happens when it is forgotten already."""
-        fd = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            remove_tree(fd, self._layers.name)
-        finally:
-            os.close(fd)
+        remove_path(self._layers)
         self._path.unlink(missing_ok=True)
 
     @property

@@ -11,7 +11,7 @@ from typing import Final
 import msgspec
 
 from agent_plugin.content.errors import NotAllowedError, local_write_error
-from agent_plugin.content.leftovers import remove_tree
+from agent_plugin.content.leftovers import remove_path
 from agent_plugin.session.state import session_id
 
 _SESSION: Final = "session.json"
@@ -95,11 +95,7 @@ def noted_sessions(state_dir: Path) -> Iterator[Note]:
 def forget(place: Path) -> None:
     """Remove what is noted of a session."""
     with suppress(FileNotFoundError):
-        fd = os.open(place.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            remove_tree(fd, place.name)
-        finally:
-            os.close(fd)
+        remove_path(place)
 
 
 def _read(place: Path) -> Note | None:
