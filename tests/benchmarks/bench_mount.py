@@ -24,11 +24,13 @@ from tests.benchmarks.mount_stacks import (
     OVERLAY,
     PASSTHROUGH,
     PASSTHROUGH_OVERLAYFS,
+    PLAIN_OVERLAYFS,
     MountHost,
     Tree,
     View,
     bound,
     missing_peer,
+    plain_overlay,
 )
 from tests.benchmarks.mount_start import ready_lines
 from tests.benchmarks.mount_writes import Writing
@@ -65,7 +67,11 @@ def run(only: str = "") -> Iterator[dict[str, object]]:
         for stack in WRITTEN:
             if only not in ("", stack.name):
                 continue
-            yield from Writing(stack, host, trees.small, client, farm).lines()
+            written = functools.partial(host.mounted, stack, trees.small)
+            yield from Writing(stack.name, written, client, farm).lines()
+        if only in ("", PLAIN_OVERLAYFS):
+            plain = functools.partial(plain_overlay, farm)
+            yield from Writing(PLAIN_OVERLAYFS, plain, client, farm).lines()
         if only:
             return
         million = farm.fresh("million.manifest")

@@ -48,6 +48,7 @@ NO_OPEN_OVERLAYFS = Stack("kernel, no-open, overlayfs", "kernel", "overlayfs")
 OVERLAY = Stack("kernel, overlay", "kernel", "overlay")
 FUSEPY = Stack("fusepy", "fusepy")
 BINDFS = "bindfs"
+PLAIN_OVERLAYFS = "overlayfs over ext4"
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +174,21 @@ def bound(farm: Farm, tree: Tree) -> Iterator[View]:
     subprocess.run([BINDFS, "-r", tree.native.root, at], check=True)
     try:
         yield View(at, tree.native.names)
+    finally:
+        unmount(at)
+
+
+@contextlib.contextmanager
+def plain_overlay(farm: Farm) -> Iterator[View]:
+    """Mount overlayfs with nothing of ours below it; yield it, empty."""
+    place = farm.fresh("plain")
+    for name in ("lower", "upper", "work", "mount"):
+        (place / name).mkdir(parents=True)
+    options = f"lowerdir={place}/lower,upperdir={place}/upper,workdir={place}/work"
+    at = place / "mount"
+    subprocess.run(["mount", "-t", "overlay", "plain", "-o", options, at], check=True)
+    try:
+        yield View(at, ())
     finally:
         unmount(at)
 

@@ -3,12 +3,13 @@
 import itertools
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from tests.benchmarks.datasets import KIB, MIB
 from tests.benchmarks.farm import Farm
 from tests.benchmarks.file_client import FileClient, Operation
-from tests.benchmarks.mount_stacks import MountHost, Stack, Tree
+from tests.benchmarks.mount_stacks import View
 from tests.benchmarks.rounds import ratio_line, sandwich
 
 ROUNDS = 5
@@ -24,19 +25,21 @@ class Writing:
     """One way of mounting that takes writes, measured.
 
     Args:
-        stack: How.
-        host: Mounts.
-        tree: What is below; nothing of it is read.
+        peer: Its name.
+        mounting: Does it.
         client: Writes.
         farm: The scratch directory.
     """
 
     def __init__(
-        self, stack: Stack, host: MountHost, tree: Tree, client: FileClient, farm: Farm
+        self,
+        peer: str,
+        mounting: Callable[[], AbstractContextManager[View]],
+        client: FileClient,
+        farm: Farm,
     ) -> None:
-        self._stack = stack
-        self._host = host
-        self._tree = tree
+        self._peer = peer
+        self._mounting = mounting
         self._client = client
         self._farm = farm
         self._numbers = itertools.count()
@@ -45,7 +48,7 @@ class Writing:
         """Yield what a long file and many small ones give."""
         native = self._farm.fresh("native")
         native.mkdir()
-        with self._host.mounted(self._stack, self._tree) as view:
+        with self._mounting() as view:
             yield self._line("write 256 MiB", self._long, native, view.root)
             yield self._line("create 5,000 x 16 KiB", self._many, native, view.root)
 
@@ -53,7 +56,7 @@ class Writing:
         self, bench: str, write: Callable[[Path], float], native: Path, mounted: Path
     ) -> dict[str, object]:
         measured = sandwich(lambda: write(native), lambda: write(mounted), rounds=ROUNDS)
-        return ratio_line(f"mount: {bench}", self._stack.name, measured, reference="native")
+        return ratio_line(f"mount: {bench}", self._peer, measured, reference="native")
 
     def _long(self, below: Path) -> float:
         path = below / f"{next(self._numbers)}.bin"

@@ -548,6 +548,22 @@ def test_a_read_past_the_page_cache_is_given_up_with_its_reader(
     assert slow.errors(at) == []
 
 
+def test_who_answers_goes_before_others_and_who_fetches_does_not(
+    mounter: Mounter, source: Path
+) -> None:
+    at = mounter.mount(mounter.stored(source))
+    for path in ("tex/wood.tx", "geo/big.abc", "scene.usd"):
+        assert (at / path).read_bytes() == (source / path).read_bytes()
+
+    server = mounter.status(at)["pid"]
+    threads = [int(thread.name) for thread in Path(f"/proc/{server}/task").iterdir()]
+    niceness = {thread: os.getpriority(os.PRIO_PROCESS, thread) for thread in threads}
+    assert niceness.pop(server) == -10
+    assert len(niceness) > 1
+    assert set(niceness.values()) == {0}
+    assert os.getpriority(os.PRIO_PROCESS, mounter.status(at)["supervisor"]) == 0
+
+
 # ------------------------------------------------------------------ how it ends
 
 
