@@ -52,7 +52,7 @@ demo: $(VENV)/.installed
 test: system $(VENV)/.installed peers check
 	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
-test-slow: system $(VENV)/.installed peers
+test-slow: system $(VENV)/.installed peers .peers/agent-oldest/.installed
 	$(BIN)/python -m pytest -m slow
 
 # Mounting needs root.
@@ -95,6 +95,11 @@ peers: .peers/client/.installed .peers/agent/.installed .peers/openjd/.installed
 .peers/agent/.installed: Makefile
 	$(call make_venv,.peers/agent)
 	.peers/agent/bin/python -m pip install $(PIP_FLAGS) deadline-cloud-worker-agent==0.33.6
+	touch $@
+
+.peers/agent-oldest/.installed: Makefile
+	$(call make_venv,.peers/agent-oldest)
+	.peers/agent-oldest/bin/python -m pip install $(PIP_FLAGS) deadline-cloud-worker-agent==0.29.0
 	touch $@
 
 .peers/openjd/.installed: Makefile

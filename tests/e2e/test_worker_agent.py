@@ -8,7 +8,7 @@ agent's user, and nothing else.
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -16,15 +16,15 @@ from typing import Any, Final, Literal
 import pytest
 
 from agent_plugin.content.leftovers import is_partial
-from agent_plugin.content.mount_table import read_mounts
 from agent_plugin.workers.deadline.vfs_prefix import write_prefix
 from tests.servers.deadline_command import job_template, step, write_bundle
 from tests.servers.deadline_jobs import Job
-from tests.servers.deadline_peers import AGENT_PYTHON
+from tests.servers.deadline_peers import AGENT_PYTHON, OLDEST_AGENT_PYTHON
 from tests.servers.host_service import PropmasterHost
 from tests.servers.role_store import RoleStore
 from tests.servers.secret_watch import ArgumentWatch, files_with
 from tests.servers.trees import FileFacts, files_below, write_files
+from tests.servers.unprivileged import fuse_for_all
 from tests.servers.worker_agent import WorkerAgent
 from tests.servers.worker_host import WorkerHost
 from tests.servers.worker_rig import JOB_SECONDS, QUEUE_ID, Rig, open_rig
@@ -87,12 +87,17 @@ def two_steps(directory: Path, *, first: str = SIMULATE, second: str = RENDER) -
 
 @dataclass
 class Worker:
-    """A worker with propmaster, ready for jobs."""
+    """A worker with propmaster, ready for jobs.
+
+    Attributes:
+        mounts: The kernel's list of what is mounted there.
+    """
 
     rig: Rig
     agent: WorkerAgent
     service: PropmasterHost
     argv: ArgumentWatch
+    mounts: Path
 
     def submit(self, bundle: Path, *, file_system: str = "COPIED", queue: str = QUEUE_ID) -> str:
         return self.rig.client.submit(bundle, queue, file_system=file_system)
@@ -122,9 +127,10 @@ class Worker:
 
     def _left(self) -> Iterator[str]:
         host = self.rig.host
-        for mount in read_mounts():
-            if mount.mountpoint.startswith(f"{host.directory}/"):
-                yield f"mount {mount.mountpoint}"
+        for line in self.mounts.read_text().splitlines():
+            mountpoint = line.split()[4]
+            if mountpoint.startswith(f"{host.directory}/"):
+                yield f"mount {mountpoint}"
         yield from (f"session {path}" for path in self.agent.sessions.iterdir())
         yield from (f"process {words}" for words in host.processes_of(host.job).values())
         for path in self.service.root.rglob("*"):
@@ -142,23 +148,18 @@ class Setting:
         service_user: Whom the service runs as.
         more: For `open_rig`.
         tables: For the settings' file.
+        mounts: A service without root is to be able to mount, which this host may keep for root.
+        peer: Whose copy the agent is: the Python of its environment.
     """
 
     service_user: Literal["root", "agent"] = "root"
     more: dict[str, Any] = field(default_factory=dict)
     tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    mounts: bool = False
+    peer: Path = AGENT_PYTHON
 
 
 OpenWorker = Callable[..., Any]
-
-
-def require_fuse(service_user: str, file_system: str) -> None:
-    """Skip a test of mounts by a service without root, where the host keeps /dev/fuse for root."""
-    if (service_user, file_system) != ("agent", "VIRTUAL"):
-        return
-    mode = Path("/dev/fuse").stat().st_mode if Path("/dev/fuse").exists() else 0
-    if mode & 0o006 != 0o006:
-        pytest.skip("/dev/fuse is not for everybody on this host")
 
 
 @pytest.fixture
@@ -168,23 +169,36 @@ def open_worker(role_store: RoleStore, worker_host: WorkerHost, tmp_path: Path) 
     @contextmanager
     def opened(setting: Setting | None = None) -> Iterator[Worker]:
         how = setting or Setting()
-        service = PropmasterHost(
-            worker_host,
-            user="root" if how.service_user == "root" else worker_host.agent,
-            environment=role_store.endpoints,
-            tables=how.tables,
-        )
-        agent_python = worker_host.agent_python(AGENT_PYTHON)
-        service.install_into(agent_python)
-        prefix = service.root / "deadline_vfs"
-        write_prefix(prefix, worker_host.own_python())
-        environment = {**service.job_environment, "PYTHON": str(worker_host.base_python)}
-        with open_rig(
-            role_store, worker_host, tmp_path / "home", job_environment=environment, **how.more
-        ) as rig:
-            agent = rig.agent(agent_python, more={"DEADLINE_VFS_PATH": str(prefix)})
-            with service, ArgumentWatch(secrets_of(rig)) as argv, agent:
-                yield Worker(rig, agent, service, argv)
+        with ExitStack() as stack:
+            namespace = "self"
+            within: tuple[str, ...] = ()
+            if how.mounts and how.service_user == "agent":
+                fuse = worker_host.directory / f"fuse-{tmp_path.name}"
+                fuse.mkdir()
+                namespace = str(stack.enter_context(fuse_for_all(fuse, allow_other=True)))
+                within = ("nsenter", f"--mount=/proc/{namespace}/ns/mnt")
+            service = PropmasterHost(
+                worker_host,
+                user="root" if how.service_user == "root" else worker_host.agent,
+                environment=role_store.endpoints,
+                tables=how.tables,
+                within=within,
+            )
+            agent_python = worker_host.agent_python(how.peer)
+            service.install_into(agent_python)
+            prefix = service.root / "deadline_vfs"
+            write_prefix(prefix, worker_host.own_python())
+            environment = {**service.job_environment, "PYTHON": str(worker_host.base_python)}
+            home = tmp_path / "home"
+            rig = stack.enter_context(
+                open_rig(role_store, worker_host, home, job_environment=environment, **how.more)
+            )
+            more = {"DEADLINE_VFS_PATH": str(prefix)}
+            agent = rig.agent(agent_python, more=more, within=within)
+            argv = ArgumentWatch(secrets_of(rig))
+            for entered in (service, argv, agent):
+                stack.enter_context(entered)
+            yield Worker(rig, agent, service, argv, Path("/proc", namespace, "mountinfo"))
 
     return opened
 
@@ -284,6 +298,27 @@ def test_a_job_of_two_steps_goes_through_the_agent_and_back_to_the_client(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("file_system", ["COPIED", "VIRTUAL"])
+def test_the_oldest_agent_that_is_supported_works_the_same_job(
+    open_worker: OpenWorker, tmp_path: Path, file_system: str
+) -> None:
+    if not OLDEST_AGENT_PYTHON.exists():
+        pytest.skip("the oldest agent is not here: `make test-slow` makes it")
+    bundle = two_steps(tmp_path / "bundle", first=SEE + SIMULATE)
+    submitted = files_below(bundle / "data")
+    with open_worker(Setting(peer=OLDEST_AGENT_PYTHON)) as worker:
+        job = worker.work(worker.submit(bundle, file_system=file_system))
+        worker.rig.client.download_output(job.job_id, QUEUE_ID)
+        worker.assert_nothing_left()
+        log = worker.log(job)
+
+    assert_seen(log, submitted)
+    assert_outputs(bundle / "data")
+    assert_manifests(job)
+    assert_no_secret(worker)
+
+
+@pytest.mark.slow
 def test_a_task_that_leaves_nothing_is_reported_with_no_manifest(
     open_worker: OpenWorker, tmp_path: Path
 ) -> None:
@@ -311,8 +346,7 @@ def test_every_way_gives_the_same_trees(
     session_per: str,
     file_system: str,
 ) -> None:
-    require_fuse(service_user, file_system)
-    setting = Setting(service_user, {"session_per": session_per})
+    setting = Setting(service_user, {"session_per": session_per}, mounts=file_system == "VIRTUAL")
     bundle = two_steps(tmp_path / "bundle", first=SEE + SIMULATE)
     submitted = files_below(bundle / "data")
     with open_worker(setting) as worker:
@@ -394,9 +428,9 @@ def test_a_job_that_is_cancelled_in_its_task_leaves_nothing(
     file_system: str,
     service_user: Literal["root", "agent"],
 ) -> None:
-    require_fuse(service_user, file_system)
     bundle = two_steps(tmp_path / "bundle", first="cat scene.usd > /dev/null; sleep 600")
-    with open_worker(Setting(service_user)) as worker:
+    setting = Setting(service_user, mounts=file_system == "VIRTUAL")
+    with open_worker(setting) as worker:
         job_id = worker.submit(bundle, file_system=file_system)
         job = worker.rig.service.job(job_id)
         worker.rig.service.wait_until(

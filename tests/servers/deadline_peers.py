@@ -18,6 +18,8 @@ import msgspec
 REPOSITORY = Path(__file__).parents[2]
 CLIENT_PYTHON = REPOSITORY / ".peers" / "client" / "bin" / "python"
 AGENT_PYTHON = REPOSITORY / ".peers" / "agent" / "bin" / "python"
+# Only `make test-slow` makes it.
+OLDEST_AGENT_PYTHON = REPOSITORY / ".peers" / "agent-oldest" / "bin" / "python"
 SCRIPTS = Path(__file__).with_name("peers")
 
 FARM_ID = "farm-" + "a" * 32

@@ -28,6 +28,7 @@ class PropmasterHost:
         user: Whom the service runs as: root, or the agent's user.
         environment: Where S3 is; no credentials.
         tables: More for the settings' file.
+        within: A command that runs its commands, in another namespace for instance.
 
     Attributes:
         config: The settings' file, which everybody may read.
@@ -41,8 +42,10 @@ class PropmasterHost:
         user: str,
         environment: Mapping[str, str],
         tables: Mapping[str, Mapping[str, Any]] | None = None,
+        within: Sequence[str] = (),
     ) -> None:
         self._host = host
+        self._within = within
         self.user = user
         self.root = host.directory / f"service-{len(list(host.directory.iterdir()))}"
         self.root.mkdir(mode=0o755)
@@ -161,7 +164,7 @@ class PropmasterHost:
 
     def _argv(self, *words: str | Path) -> list[str]:
         argv: Sequence[str | Path] = [self._python, "-m", "agent_plugin", *words]
-        return self._host.argv_as(self.user, [*argv, "--config", self.config])
+        return [*self._within, *self._host.argv_as(self.user, [*argv, "--config", self.config])]
 
     def _root_config(self) -> Path:
         """Return settings for commands of root, with a state directory of its own."""
