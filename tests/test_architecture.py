@@ -27,6 +27,12 @@ MAY_IMPORT = {
     "agent_plugin/content/": CONTENT,
     "agent_plugin/transfer/": TRANSFER,
     "agent_plugin/session/": [*TRANSFER, "agent_plugin.schema", "agent_plugin.session"],
+    "agent_plugin/publish/": [*TRANSFER, "agent_plugin.schema", "agent_plugin.publish"],
+    # What a job's executions left is found by the manifests of its sessions.
+    "agent_plugin/publish/results.py": [
+        *(*TRANSFER, "agent_plugin.publish"),
+        *("agent_plugin.session.manifests", "agent_plugin.session.roots"),
+    ],
     "agent_plugin/schema.py": CONTENT,
     "agent_plugin/sizes.py": [],
     "agent_plugin/settings": SETTINGS,

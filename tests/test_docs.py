@@ -17,11 +17,12 @@ import msgspec
 import pytest
 from msgspec import inspect
 
-from agent_plugin.cli import cache, doctor, manifest, queue, worker_serve
+from agent_plugin.cli import cache, doctor, ls, manifest, queue, worker_serve
 from agent_plugin.cli.demo_screen import DemoResult
 from agent_plugin.cli.main import COMMANDS, propmaster
 from agent_plugin.cli.worker_install import InstallResult
 from agent_plugin.content import errors, events
+from agent_plugin.publish.getting import GetResult
 from agent_plugin.session.end import EndResult
 from agent_plugin.session.job import JobDocument
 from agent_plugin.session.outputs import OutputsResult
@@ -248,6 +249,8 @@ RESULTS: dict[str, Any] = {
     "session end": EndResult,
     "submit": SubmitResult,
     "outputs list": OutputsResult,
+    "ls": ls.ListResult,
+    "get": GetResult,
     "manifest show": manifest.ShowResult,
     "manifest verify": manifest.VerifyResult,
     "manifest diff": manifest.DiffResult,

@@ -29,8 +29,11 @@ SUPPORTED_MACHINES: Final = frozenset({"x86_64", "aarch64"})
 # Command -> module and one line of help, so that `--help` imports none of them.
 COMMANDS: Final = {
     "cache": ("agent_plugin.cli.cache", "Look at the shared blob cache, check it, make room."),
+    "cat": ("agent_plugin.cli.cat", "Print one result file of a job."),
     "demo": ("agent_plugin.cli.demo", "Show the whole main job on this machine."),
     "doctor": ("agent_plugin.cli.doctor", "Say what this host can do, and what follows."),
+    "get": ("agent_plugin.cli.get", "Download the result files of a job."),
+    "ls": ("agent_plugin.cli.ls", "List the result files of a job."),
     "manifest": ("agent_plugin.cli.manifest", "Show, check, compare and make manifests."),
     "mount": ("agent_plugin.cli.mount", "Mount a manifest as a file system that fetches lazily."),
     "openjd": ("agent_plugin.cli.openjd", "What OpenJD environment and job templates call."),

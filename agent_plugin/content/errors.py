@@ -5,7 +5,7 @@
     │   ├── ManifestInvalidError        JobInvalidError          SettingsInvalidError
     │   ├── PathMappingError            UnsafePathError          PathClashError
     │   ├── UnsupportedPlatformError    NotAllowedError
-    │   └── AgentUnsupportedError
+    │   └── AgentUnsupportedError       ResultClashError
     ├── StoreError             the content store
     │   ├── BlobNotFoundError           DocumentNotFoundError    StoreAccessError
     │   ├── StoreUnavailableError       StoreThrottledError      BlobCorruptError
@@ -105,6 +105,12 @@ class AgentUnsupportedError(InputError):
     """A worker agent, or a script of it, is not one that propmaster was made for."""
 
     reference, code, exit_code, errno = "agent-unsupported", "E_AGENT", 90, errno.ENOSYS
+
+
+class ResultClashError(InputError):
+    """Results that are to stand at one path differ, or differ from what stands there."""
+
+    reference, code, exit_code, errno = "result-clash", "E_RESULT_CLASH", 101, errno.EEXIST
 
 
 class StoreError(PropmasterError):

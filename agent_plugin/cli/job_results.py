@@ -1,0 +1,100 @@
+"""What `ls`, `cat`, `get` and `results` have in common: how a job and a path in it are named."""
+
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import click
+
+from agent_plugin.cli.options import farm_option, queue_option, store_option
+from agent_plugin.publish.results import JobExecution, find_executions, find_job
+from agent_plugin.session.job import check_id
+from agent_plugin.transfer.asking import Asking
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+by_root_option = click.option(
+    "--by-root", is_flag=True, help="Have each root's files in a directory of its own."
+)
+
+
+def of_a_job(metavar: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Give a command the arguments that say which job and which of its executions are meant.
+
+    They are `job`, `store_url`, `farm_id`, `queue_id`, `step_id`, `task_id` and `only`.
+
+    Args:
+        metavar: How the first argument is shown.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        for option in (
+            click.option(
+                *("--execution", "only"),
+                multiple=True,
+                metavar="ID",
+                help="Only of this execution (session action); may be given several times.",
+            ),
+            click.option("--task-id", metavar="TASK", help="Only of this task; needs --step-id."),
+            click.option("--step-id", metavar="STEP", help="Only of this step."),
+            queue_option,
+            farm_option,
+            store_option,
+            click.argument("job", metavar=metavar),
+        ):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def check_ids(farm_id: str, queue_id: str, step_id: str | None, task_id: str | None) -> None:
+    """Refuse what is no id before the store is asked.
+
+    Raises:
+        JobInvalidError: One is none.
+        click.UsageError: A task without its step.
+    """
+    check_id(farm_id, "farm")
+    check_id(queue_id, "queue")
+    if step_id is not None:
+        check_id(step_id, "step")
+    if task_id is not None:
+        check_id(task_id, "task")
+        if step_id is None:
+            raise click.UsageError("--task-id needs --step-id")
+
+
+def job_and_path(argument: str) -> tuple[str, str]:
+    """Return the two parts of `JOB/path`; the path is empty when there is none."""
+    job, _, path = argument.partition("/")
+    return job, path
+
+
+def executions_of(
+    asking: Asking,
+    job: str,
+    queue: tuple[str, str],
+    *,
+    step_id: str | None,
+    task_id: str | None,
+    only: tuple[str, ...],
+) -> tuple[str, list[JobExecution]]:
+    """Return a job's id and those of its executions that are meant.
+
+    Args:
+        asking: Of the store.
+        job: The id or its beginning.
+        queue: The ids of farm and queue.
+        step_id: Only of this step.
+        task_id: Only of this task.
+        only: Only these.
+
+    Raises:
+        PropmasterError: As find_job and find_executions.
+    """
+    job_id = find_job(asking, *queue, job)
+    executions = find_executions(
+        asking, (*queue, job_id), step_id=step_id, task_id=task_id, only=only
+    )
+    return job_id, executions
