@@ -9,7 +9,8 @@
     ├── StoreError             the content store
     │   ├── BlobNotFoundError           DocumentNotFoundError    StoreAccessError
     │   ├── StoreUnavailableError       StoreThrottledError      BlobCorruptError
-    │   └── StoreProtocolError
+    │   ├── StoreProtocolError          ObjectNotFoundError      ObjectChangedError
+    │   └── KeyExistsError
     ├── LocalError             this host
     │   ├── NoSpaceError                LocalWriteError          LocalReadError
     │   ├── CacheUnsafeError            FileChangedError
@@ -157,6 +158,24 @@ class StoreProtocolError(StoreError):
     """The store answered what its protocol does not allow, or refused the request as malformed."""
 
     reference, code, exit_code = "store-protocol", "E_PROTOCOL", 82
+
+
+class ObjectNotFoundError(StoreError):
+    """There is no object at a key: it never was, or the newest version of it is a delete marker."""
+
+    reference, code, exit_code, errno = "object-not-found", "E_NOT_FOUND", 91, errno.ENOENT
+
+
+class ObjectChangedError(StoreError):
+    """An object is not the one any more that was looked at before: replaced, or deleted."""
+
+    reference, code, exit_code, errno = "object-changed", "E_SOURCE_CHANGED", 92, errno.EIO
+
+
+class KeyExistsError(StoreError):
+    """Something is stored at a key already, and overwriting was not allowed."""
+
+    reference, code, exit_code, errno = "key-exists", "E_KEY_EXISTS", 93, errno.EEXIST
 
 
 class LocalError(PropmasterError):

@@ -118,13 +118,13 @@ def receive(
     # Mapped, and so aligned: whoever writes it on can do so by direct I/O.
     buffer = memoryview(mmap.mmap(-1, PIECE_BYTES))
     # The other parts are stopped before the end of what they write is awaited.
-    with _SharedFile(fd, cancellation) as file, _stopping() as stop:
+    with SharedFile(fd, cancellation) as file, stopping() as stop:
 
         def move(offset: int) -> Part:
             return read_part(offset, min(PART_BYTES, digest.size - offset), stop, file.write)
 
         tasks = ((offset, partial(move, offset)) for offset in range(0, digest.size, PART_BYTES))
-        for offset, part in _in_order(tasks, lanes, cancellation, WINDOW_PARTS, deque()):
+        for offset, part in in_order(tasks, lanes, cancellation, WINDOW_PARTS, deque()):
             if part.blob_size != digest.size:
                 raise BlobCorruptError(f"{digest} is stored as {part.blob_size} bytes")
             if version not in (None, part.version):
@@ -170,7 +170,7 @@ def send(
     hashing = xxhash.xxh3_128()
     part_bytes = part_size(size)
     sent: list[T] = []
-    with _stopping() as stop:
+    with stopping() as stop:
 
         def tasks() -> Iterator[tuple[int, Callable[[], T]]]:
             for number, offset in enumerate(range(0, size, part_bytes), start=1):
@@ -184,7 +184,7 @@ def send(
                 yield offset + length, partial(send_part, number, data, stop)
 
         window = max(2, min(WINDOW_PARTS, WINDOW_BYTES // part_bytes))
-        for end, result in _in_order(tasks(), lanes, cancellation, window, pending):
+        for end, result in in_order(tasks(), lanes, cancellation, window, pending):
             sent.append(result)
             progress.reached(end)
     return hashing.hexdigest(), sent
@@ -242,6 +242,11 @@ def read_all(fd: int, offset: int, length: int) -> bytes:
     return data
 
 
+def size_of(fd: int) -> int:
+    """Return how many bytes a file has now."""
+    return os.fstat(fd).st_size
+
+
 def reserve(fd: int, size: int) -> None:
     """Make a file `size` bytes long and claim the space, so that a full disk shows at once.
 
@@ -256,13 +261,25 @@ def reserve(fd: int, size: int) -> None:
         os.ftruncate(fd, size)
 
 
-def _in_order(
+def in_order(
     tasks: Iterator[tuple[int, Callable[[], T]]],
     lanes: Lanes,
     cancellation: Cancellation,
     window: int,
     pending: "Pending[T]",
 ) -> Iterator[tuple[int, T]]:
+    """Yield what the tasks return, each with its position, in their order.
+
+    Args:
+        tasks: Each with a position; taken when there is room in the window.
+        lanes: Where they are carried out.
+        cancellation: Checked while results are awaited.
+        window: How many are under way at once.
+        pending: Empty; holds those under way, also after an error.
+
+    Raises:
+        CancelledError: Cancellation was wished.
+    """
     for position, task in tasks:
         pending.append((position, lanes.submit(task)))
         cancellation.check()
@@ -281,7 +298,7 @@ def _first_of(pending: "Pending[T]", lanes: Lanes, cancellation: Cancellation) -
 
 
 @contextmanager
-def _stopping() -> Iterator[Cancellation]:
+def stopping() -> Iterator[Cancellation]:
     """Lend a cancellation that is wished when the context is left."""
     stop = Cancellation()
     try:
@@ -290,7 +307,7 @@ def _stopping() -> Iterator[Cancellation]:
         stop.cancel()
 
 
-class _SharedFile:
+class SharedFile:
     """A file written by threads that may be slower than whoever lent it.
 
     Leaving it waits until no write is under way.
@@ -324,6 +341,12 @@ class _SharedFile:
                 self._changed.wait(POLL_SECONDS)
 
     def write(self, data: "Buffer", offset: int) -> None:
+        """Write all of `data` at a position.
+
+        Raises:
+            CancelledError: The file was left.
+            OSError: It could not be written.
+        """
         with self._changed:
             if self._left:
                 raise CancelledError("the transfer has ended")

@@ -22,7 +22,12 @@ from agent_plugin import __version__
 from agent_plugin.content import events
 from agent_plugin.content.errors import SettingsInvalidError
 from agent_plugin.content.retry import RetryPolicy
-from agent_plugin.content.s3_environment import Credentials, locate, resolve_account_id
+from agent_plugin.content.s3_environment import (
+    Anonymous,
+    Credentials,
+    locate,
+    resolve_account_id,
+)
 from agent_plugin.content.store import WHOLE_BLOB_BYTES
 
 if TYPE_CHECKING:
@@ -102,6 +107,10 @@ class Access:
         policy: For the timeouts.
         account_id: 12 digits; empty if it is known to be unknown; None to find out.
         keys: As Credentials has them.
+        credentials: What was found already, or Anonymous; None to look for them.
+        spare_checksums: Whether servers that are not AWS's are spared the checksums that botocore
+            sends and wants by itself, since some refuse the coding of bodies that goes with them.
+            Bodies are signed as a whole then.
 
     Raises:
         SettingsInvalidError: Bucket, prefix, endpoint, account or profile make no sense.
@@ -117,18 +126,53 @@ class Access:
         policy: RetryPolicy,
         account_id: str | None,
         keys: Mapping[str, object] | None = None,
+        credentials: Credentials | Anonymous | None = None,
+        spare_checksums: bool = False,
     ) -> None:
         self._environment = environment
         self._policy = policy
+        self._spare_checksums = spare_checksums
         self._lock = threading.Lock()
         self.location = locate(bucket, prefix, environment)
-        self._credentials = Credentials(environment, keys)
+        self._credentials: Credentials | Anonymous = credentials or Credentials(environment, keys)
         if account_id is None:
             account_id = resolve_account_id(environment, self.location, self._credentials)
             if not account_id:
                 log.info(events.OWNER_UNKNOWN, extra={"bucket": bucket})
         self.account_id = _checked_account(account_id) if account_id else ""
         self.clients = self._make_clients(0)
+
+    def beside(self, bucket: str, *, account_id: str, region: str = "") -> "Access":
+        """Return the access of the same identity to all of another bucket, or of this one.
+
+        Args:
+            bucket: Its name.
+            account_id: Its expected owner; empty if anybody may own it.
+            region: Where it is; empty for the region of this one.
+
+        Raises:
+            SettingsInvalidError: That is not a bucket's name.
+        """
+        environment = {**self._environment, **({"AWS_REGION": region} if region else {})}
+        return Access(
+            bucket,
+            "",
+            environment=environment,
+            policy=self._policy,
+            account_id=account_id,
+            credentials=self._credentials,
+            spare_checksums=True,
+        )
+
+    @property
+    def expiry(self) -> float | None:
+        """When the credentials of this moment end, seconds since the epoch; None if unknown."""
+        return self._credentials.expiry
+
+    @property
+    def is_anonymous(self) -> bool:
+        """Whether requests are not signed."""
+        return isinstance(self._credentials, Anonymous)
 
     @property
     def owner(self) -> dict[str, str]:
@@ -172,11 +216,14 @@ class Access:
             writer=Lazily(
                 lambda: self._obstore(read_timeout + UPLOAD_PATIENCE_SECONDS, credentials)
             ),
-            boto=Lazily(lambda: self._boto(credentials)),
+            boto=Lazily(lambda: self.boto_client(credentials)),
         )
 
     def _obstore(
-        self, read_timeout: float, credentials: "Credentials", most_bytes: int = WHOLE_BLOB_BYTES
+        self,
+        read_timeout: float,
+        credentials: Credentials | Anonymous,
+        most_bytes: int = WHOLE_BLOB_BYTES,
     ) -> obstore.store.S3Store:
         options: ClientConfig = {
             "allow_http": self.location.bucket_url.startswith("http://"),
@@ -205,30 +252,48 @@ class Access:
                 "aws_endpoint_url_s3": self.location.bucket_url + prefix,
                 "region": self.location.region,
                 "virtual_hosted_style_request": True,
-                "skip_signature": False,
+                "skip_signature": isinstance(credentials, Anonymous),
                 "unsigned_payload": False,
             },
             client_options=options,
             retry_config={"max_retries": 0},
-            credential_provider=credentials.provide,
+            credential_provider=(
+                credentials.provide if isinstance(credentials, Credentials) else None
+            ),
         )
 
-    def _boto(self, credentials: "Credentials") -> "S3Client":
+    def boto_client(
+        self, credentials: Credentials | Anonymous | None = None, **options: object
+    ) -> "S3Client":
+        """Return a client of boto3 of its own.
+
+        Args:
+            credentials: Those of this moment by default.
+            **options: Of botocore's Config, besides ours.
+        """
         import boto3  # noqa: PLC0415 - 300 ms that most commands do not need
+        from botocore import UNSIGNED  # noqa: PLC0415 - as above
         from botocore.config import Config  # noqa: PLC0415 - as above
 
+        credentials = credentials or self._credentials
+        if isinstance(credentials, Anonymous):
+            options["signature_version"] = UNSIGNED
+        if self._spare_checksums and not self.location.is_aws:
+            options["request_checksum_calculation"] = "when_required"
+            options["response_checksum_validation"] = "when_required"
+        config = Config(
+            connect_timeout=self._policy.connect_timeout,
+            read_timeout=self._policy.read_timeout + _BOTO_PATIENCE_SECONDS,
+            retries={"total_max_attempts": 1},
+            max_pool_connections=_BOTO_CONNECTIONS,
+            s3={"addressing_style": "path" if self.location.endpoint_url else "auto"},
+            user_agent_extra=f"propmaster/{__version__}",
+        ).merge(Config(**options))  # type: ignore[arg-type]
         return boto3.session.Session(botocore_session=credentials.session()).client(
             "s3",
             region_name=self.location.region,
             endpoint_url=self.location.endpoint_url,
-            config=Config(
-                connect_timeout=self._policy.connect_timeout,
-                read_timeout=self._policy.read_timeout + _BOTO_PATIENCE_SECONDS,
-                retries={"total_max_attempts": 1},
-                max_pool_connections=_BOTO_CONNECTIONS,
-                s3={"addressing_style": "path" if self.location.endpoint_url else "auto"},
-                user_agent_extra=f"propmaster/{__version__}",
-            ),
+            config=config,
         )
 
 

@@ -69,6 +69,12 @@ class Location:
         """`s3://bucket/prefix`."""
         return f"s3://{self.bucket}/{self.prefix}" if self.prefix else f"s3://{self.bucket}"
 
+    @property
+    def is_aws(self) -> bool:
+        """Whether it is AWS's own S3, which knows what other servers do not."""
+        host = urlsplit(self.bucket_url).hostname or ""
+        return host.endswith((".amazonaws.com", *_PARTITIONS.values()))
+
 
 class Credentials:
     """Keys from the environment, or botocore's chain.
@@ -149,6 +155,23 @@ class Credentials:
             # Older versions of botocore do not know it.
             return getattr(self._chain.get_frozen_credentials(), "account_id", None)
 
+    @property
+    def expiry(self) -> float | None:
+        """When the keys of this moment end, seconds since the epoch; None if nobody says.
+
+        Of keys in variables AWS_CREDENTIAL_EXPIRATION says it, if whoever set them was so kind:
+        https://docs.aws.amazon.com/sdkref/latest/guide/feature-container-credentials.html
+        """
+        if self._chain is not None:
+            # botocore has no other way to tell.
+            expiry = getattr(self._chain, "_expiry_time", None)
+            return None if expiry is None else float(expiry.timestamp())
+        try:
+            said = datetime.fromisoformat(self._environment.get("AWS_CREDENTIAL_EXPIRATION", ""))
+        except ValueError:
+            return None
+        return said.timestamp() if said.tzinfo else None
+
     def session(self) -> "botocore.session.Session":
         """Return a botocore session with these credentials."""
         if self._session is not None:
@@ -160,6 +183,22 @@ class Credentials:
             self._environment.get("AWS_SESSION_TOKEN"),
         )
         return session
+
+
+class Anonymous:
+    """No keys: what is asked is not signed, which is enough for what everybody may read."""
+
+    fixed = True
+    account_id = None
+    expiry = None
+    source = "nowhere: requests are not signed"
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = environment
+
+    def session(self) -> "botocore.session.Session":
+        """Return a botocore session, in which nobody has looked for credentials."""
+        return _botocore_session(self._environment)
 
 
 def keys_of(environment: Mapping[str, str]) -> dict[str, object]:
@@ -238,6 +277,15 @@ def region_of(environment: Mapping[str, str]) -> str | None:
         return region
 
 
+def endpoint_of(environment: Mapping[str, str]) -> str:
+    """Return the endpoint that variables or profile say, as they say it; empty for AWS's own.
+
+    Raises:
+        SettingsInvalidError: The profile or its file makes no sense.
+    """
+    return _region_and_endpoint(environment)[1] or ""
+
+
 def preload() -> None:
     """Load the S3 libraries, for a process whose children need them; starts no thread."""
     import boto3.session  # noqa: F401, PLC0415 - see the module
@@ -284,7 +332,7 @@ def locate(bucket: str, prefix: str, environment: Mapping[str, str]) -> Location
 
 
 def resolve_account_id(
-    environment: Mapping[str, str], location: Location, credentials: Credentials
+    environment: Mapping[str, str], location: Location, credentials: Credentials | Anonymous
 ) -> str:
     """Return the account that the credentials belong to; empty if that can not be found out.
 
@@ -296,10 +344,7 @@ def resolve_account_id(
     """
     if account := credentials.account_id:
         return account
-    host = urlsplit(location.bucket_url).hostname or ""
-    if not _sts_endpoint(environment) and not host.endswith(
-        (".amazonaws.com", *_PARTITIONS.values())
-    ):
+    if not _sts_endpoint(environment) and not location.is_aws:
         return ""
     asked = Lanes(1).submit(lambda: _ask_sts(environment, location.region, credentials))
     try:
@@ -308,7 +353,9 @@ def resolve_account_id(
         return ""
 
 
-def _ask_sts(environment: Mapping[str, str], region: str, credentials: Credentials) -> str:
+def _ask_sts(
+    environment: Mapping[str, str], region: str, credentials: Credentials | Anonymous
+) -> str:
     import boto3  # noqa: PLC0415 - 300 ms that most commands do not need
     from botocore.config import Config  # noqa: PLC0415 - as above
 

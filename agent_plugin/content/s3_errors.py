@@ -35,6 +35,10 @@ class ObjectExistsError(StoreProtocolError):
     """409 or 412: a condition did not hold, which for our writes means that the object exists."""
 
 
+class ConditionRacedError(ObjectExistsError):
+    """409: somebody else wrote the same key meanwhile; who has won is not known yet."""
+
+
 class RangeUnsatisfiableError(StoreProtocolError):
     """416: the object ends before the range begins."""
 
@@ -244,6 +248,7 @@ _BY_CODE: Final[dict[str, Callable[[str], PropmasterError]]] = {
         f"{reason} (the bucket itself is missing)", hint="Check the queue's bucket name."
     ),
     "NoSuchUpload": UploadGoneError,
+    "ConditionalRequestConflict": ConditionRacedError,
     "NotImplemented": UnsupportedByStoreError,
     "RequestTimeTooSkewed": lambda reason: StoreAccessError(
         reason, hint="Set this host's clock: it differs too much from the store's."

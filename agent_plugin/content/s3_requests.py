@@ -54,6 +54,9 @@ class Requests:
         limit: How many may be under way.
         bandwidth: How much may move; it is taken before a request is sent, so that no store waits
             for us with a connection open, and a request that is slow is slow by itself.
+
+    Attributes:
+        bucket_seen: Whether a request succeeded, so that the bucket exists.
     """
 
     def __init__(
@@ -69,7 +72,7 @@ class Requests:
         self._limit = limit
         self.bandwidth = bandwidth or Bandwidth()
         self._conditional_puts = True
-        self._bucket_seen = False
+        self.bucket_seen = False
 
     def place(self, below: str) -> str:
         """Return a key below the prefix as a URL, for messages."""
@@ -168,7 +171,9 @@ class Requests:
         silence = self.access.silence(len(data))
         self.make(ask, f"put {self.place(below)}", silence=silence, sends=len(data))
 
-    def list_below(self, start: str) -> "Iterator[ObjectTypeDef]":
+    def list_below(
+        self, start: str, cancellation: Cancellation | None = None
+    ) -> "Iterator[ObjectTypeDef]":
         """Yield what boto3 says of the objects whose keys below the prefix start with `start`.
 
         Each has key, size and time. What is no listing of them, such as a proxy's page with status
@@ -189,7 +194,7 @@ class Requests:
             return page
 
         while True:
-            page = self.boto(ask, what)
+            page = self.boto(ask, what, cancellation)
             yield from page.get("Contents", [])
             if not page["IsTruncated"]:
                 return
@@ -227,7 +232,7 @@ class Requests:
                 raise error_of_obstore(error, what) from error
             finally:
                 movement.add(self.policy.clock() - begun)
-        self._bucket_seen = True
+        self.bucket_seen = True
         return result
 
     def _size(self, clients: Clients, below: str, what: str) -> int | None:
@@ -237,7 +242,7 @@ class Requests:
             reason = error_of_obstore(error, what)
             if reason.retryable:
                 raise reason from error
-            if isinstance(reason, ObjectAbsentError) and self._bucket_seen:
+            if isinstance(reason, ObjectAbsentError) and self.bucket_seen:
                 return None
         # GET is refused with a reason; if it is not refused, its body is not read.
         try:

@@ -29,15 +29,17 @@ from agent_plugin.content.errors import (
     DocumentNotFoundError,
     FileChangedError,
     ManifestInvalidError,
+    ObjectNotFoundError,
 )
 from agent_plugin.content.flight import AdaptiveLimit, Lanes
 from agent_plugin.content.retry import RetryPolicy
-from agent_plugin.content.s3_access import Access, Clients
+from agent_plugin.content.s3_access import Access, Clients, Lazily
 from agent_plugin.content.s3_errors import (
     DamagedAnswerError,
     ObjectAbsentError,
     RangeUnsatisfiableError,
 )
+from agent_plugin.content.s3_objects import ObjectInfo, S3Objects
 from agent_plugin.content.s3_requests import Requests, refuse_coded
 from agent_plugin.content.s3_upload import Upload
 from agent_plugin.content.store import (
@@ -106,6 +108,9 @@ class S3Store:
             access, policy=policy, limit=AdaptiveLimit(requests), bandwidth=bandwidth
         )
         self._lanes = Lanes(requests)
+        self._objects = Lazily(
+            partial(S3Objects.like, access, policy=policy, bandwidth=self._requests.bandwidth)
+        )
 
     @property
     def url(self) -> str:
@@ -233,6 +238,31 @@ class S3Store:
             progress=parts.HighWater(progress),
         )
         return True
+
+    @property
+    def objects(self) -> S3Objects:
+        """Plain objects of any bucket there, as the identity that this store is used as."""
+        return self._objects()
+
+    def object_of(self, digest: Digest) -> ObjectInfo:
+        """Return a blob as an object of `objects`, under whichever key it has.
+
+        Raises:
+            BlobNotFoundError: As for get.
+            BlobCorruptError: The object has another size than the digest.
+        """
+        location = self._access.location
+
+        def look(key: str) -> ObjectInfo:
+            try:
+                return self.objects.head(location.bucket, location.key(key))
+            except ObjectNotFoundError as error:
+                raise ObjectAbsentError(error.message) from error
+
+        info = _of_either_key(digest, look)
+        if info.size != digest.size:
+            raise BlobCorruptError(f"{digest} is stored as {info.size} bytes")
+        return info
 
     def list_blobs(self) -> Iterator[Digest]:
         """See Store.list_blobs."""

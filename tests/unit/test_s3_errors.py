@@ -24,6 +24,7 @@ from agent_plugin.content.errors import (
 )
 from agent_plugin.content.s3_environment import boto_errors
 from agent_plugin.content.s3_errors import (
+    ConditionRacedError,
     DamagedAnswerError,
     ExpiredCredentialsError,
     ObjectAbsentError,
@@ -117,7 +118,7 @@ ANSWERS: list[tuple[int, str, type[PropmasterError]]] = [
     (502, "BadGateway", StoreUnavailableError),
     (504, "GatewayTimeout", StoreUnavailableError),
     (501, "NotImplemented", UnsupportedByStoreError),
-    (409, "ConditionalRequestConflict", ObjectExistsError),
+    (409, "ConditionalRequestConflict", ConditionRacedError),
     (412, "PreconditionFailed", ObjectExistsError),
     (416, "InvalidRange", RangeUnsatisfiableError),
     (418, "Teapot", StoreProtocolError),

@@ -1,0 +1,131 @@
+"""Plain objects, of any bucket: how they are reached, and what is known of one."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from agent_plugin.content.errors import SettingsInvalidError, UnsafePathError
+
+# https://docs.aws.amazon.com/AmazonS3/latest/userguide/object-keys.html
+MAX_KEY_BYTES: Final = 1024
+_SCHEME: Final = "s3://"
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectAccess:
+    """As whom objects are asked for, and where; what is empty is what the environment says.
+
+    Attributes:
+        endpoint: URL of a server; AWS's own if the environment names none either.
+        region: Of the buckets.
+        profile: Of the AWS configuration; its keys come before those in variables.
+        anonymous: Whether requests are not signed.
+    """
+
+    endpoint: str = ""
+    region: str = ""
+    profile: str = ""
+    anonymous: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """What a store says of an object.
+
+    Attributes:
+        bucket, key: Where it is.
+        size: Bytes.
+        etag: As the store spells it, with its quotation marks; empty if it says none. Not a hash of
+            the content in general.
+        version: Empty for a bucket without versions, and for what was listed.
+        modified: Seconds since the epoch; S3 gives whole seconds.
+        storage_class: Empty for the standard one.
+        checksum_sha256: Of the whole content, in base64; empty if the store has none, and for what
+            was listed.
+        content_type: Empty for what was listed.
+        metadata: Of the user; names are lower case. Empty for what was listed.
+    """
+
+    bucket: str
+    key: str
+    size: int
+    etag: str
+    version: str
+    modified: float
+    storage_class: str = ""
+    checksum_sha256: str = ""
+    content_type: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def url(self) -> str:
+        """`s3://bucket/key`, the key as it is."""
+        return object_url(self.bucket, self.key)
+
+
+@dataclass(slots=True)
+class Unfinished:
+    """An upload in parts that can be gone on with, by another process perhaps.
+
+    Attributes:
+        upload_id: Empty until it has begun.
+        part_bytes: How large the parts are, but the last one; 0 until it has begun.
+        parts: The ETags of those that the store has, by number (from 1).
+        changed: Called when any of that has changed, before anything else is done.
+        drops: Tells whether nobody will go on with it, so that it is aborted when it ends.
+    """
+
+    upload_id: str = ""
+    part_bytes: int = 0
+    parts: dict[int, str] = field(default_factory=dict)
+    changed: "Callable[[Unfinished], None]" = lambda _unfinished: None
+    drops: Callable[[], bool] = lambda: False
+
+    def begun(self, upload_id: str, part_bytes: int) -> None:
+        """Take down that it has begun."""
+        self.upload_id, self.part_bytes = upload_id, part_bytes
+        self.parts.clear()
+        self.changed(self)
+
+    def sent(self, number: int, etag: str) -> None:
+        """Take down that the store has a part."""
+        self.parts[number] = etag
+        self.changed(self)
+
+
+def object_url(bucket: str, key: str) -> str:
+    """Return `s3://bucket/key`, the key as it is."""
+    return f"{_SCHEME}{bucket}/{key}"
+
+
+def split_url(url: str) -> tuple[str, str]:
+    """Return bucket and key of `s3://bucket/key`; nothing in a key is decoded or special.
+
+    Raises:
+        SettingsInvalidError: It is no such URL, or has no key.
+        UnsafePathError: The key can be no object's.
+    """
+    bucket, slash, key = url.removeprefix(_SCHEME).partition("/")
+    if not url.startswith(_SCHEME) or not bucket or not slash or not key:
+        raise SettingsInvalidError(
+            f"{url[:200]!r} is not the URL of an object", hint="It is like s3://bucket/key."
+        )
+    return bucket, checked_key(key)
+
+
+def checked_key(key: str) -> str:
+    """Return a key that an object can have.
+
+    Raises:
+        UnsafePathError: It is empty, longer than 1,024 bytes, not UTF-8, or has a NUL.
+    """
+    try:
+        length = len(key.encode("utf-8"))
+    except UnicodeEncodeError:
+        length = 0
+    if not 0 < length <= MAX_KEY_BYTES or "\0" in key:
+        raise UnsafePathError(
+            f"{key[:200]!r} can not be an object's key",
+            hint="A key has 1 to 1,024 bytes of UTF-8, and no NUL.",
+        )
+    return key

@@ -1,0 +1,567 @@
+"""Plain objects of any bucket: looked at, listed, read, stored, copied, deleted, linked to.
+
+Whoever reads or copies an object names the one that was looked at or listed before (ObjectInfo),
+and gets that one or an error: every request has its ETag as a condition, and its version if there
+is one. What is stored replaces nothing unless that is wished; where a store can not be told so, it
+is looked at first, and who writes between the look and the request is overwritten.
+"""
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Self
+from urllib.parse import parse_qs, urlsplit
+
+from agent_plugin.content import parts, s3_copy, s3_multipart, s3_ranges
+from agent_plugin.content.bandwidth import Bandwidth
+from agent_plugin.content.errors import (
+    FileChangedError,
+    ObjectNotFoundError,
+    StoreProtocolError,
+    StoreUnavailableError,
+)
+from agent_plugin.content.objects import (
+    ObjectAccess,
+    ObjectInfo,
+    Unfinished,
+    checked_key,
+    object_url,
+)
+from agent_plugin.content.retry import RetryPolicy
+from agent_plugin.content.s3_access import CONTENT_TYPE, Access
+from agent_plugin.content.s3_buckets import Buckets, checked_seconds
+from agent_plugin.content.s3_errors import (
+    ConditionRacedError,
+    ObjectExistsError,
+    UnsupportedByStoreError,
+)
+from agent_plugin.content.s3_multipart import PartSizes, Target, info_of_answer
+from agent_plugin.content.s3_upload import Upload, key_exists
+from agent_plugin.content.store import Cancellation, Progress, ignore_progress
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3.client import S3Client
+    from mypy_boto3_s3.type_defs import CompletedPartTypeDef, PutObjectOutputTypeDef
+
+__all__ = ["ObjectAccess", "ObjectInfo", "S3Objects", "Unfinished", "open_objects"]
+
+# https://docs.aws.amazon.com/AmazonS3/latest/userguide/ShareObjectPreSignedURL.html
+MAX_LINK_SECONDS: Final = 7 * 86_400
+# https://docs.aws.amazon.com/AmazonS3/latest/API/API_DeleteObjects.html
+DELETED_AT_ONCE: Final = 1000
+
+
+class S3Objects:
+    """Plain objects of any bucket, at one endpoint with one identity; for any thread.
+
+    Every method raises StoreAccessError (401, 403, no such bucket), StoreUnavailableError (the
+    retry budget is spent), StoreProtocolError (an answer that makes no sense), SettingsInvalidError
+    (no name of a bucket) and UnsafePathError (no key of an object), besides what it names itself.
+
+    Args:
+        access: Which identity, and which endpoint.
+        environment: AWS variables.
+        policy: When requests are sent again.
+        bandwidth: How much may move; as much as there is by default. Copies are not ours to slow.
+        sizes: From which sizes on objects move in parts.
+        like: Whose credentials are taken instead, and whose bucket's owner is expected.
+
+    Raises:
+        SettingsInvalidError: Profile or endpoint make no sense.
+        StoreAccessError: There are no credentials.
+    """
+
+    def __init__(
+        self,
+        access: ObjectAccess,
+        *,
+        environment: Mapping[str, str],
+        policy: RetryPolicy | None = None,
+        bandwidth: Bandwidth | None = None,
+        sizes: PartSizes | None = None,
+        like: Access | None = None,
+    ) -> None:
+        self.access = access
+        self._sizes = sizes or PartSizes()
+        self._buckets = Buckets(
+            access,
+            environment=environment,
+            policy=policy or RetryPolicy(),
+            bandwidth=bandwidth or Bandwidth(),
+            like=like,
+        )
+
+    @classmethod
+    def like(cls, access: Access, *, policy: RetryPolicy, bandwidth: Bandwidth) -> Self:
+        """Return the objects that the identity of a store's access sees where the store is."""
+        return cls(ObjectAccess(), environment={}, policy=policy, bandwidth=bandwidth, like=access)
+
+    @property
+    def endpoint(self) -> str:
+        """URL of the server, without a slash at its end; empty for AWS's own."""
+        return self._buckets.endpoint
+
+    def head(
+        self,
+        bucket: str,
+        key: str,
+        *,
+        version: str = "",
+        cancellation: Cancellation | None = None,
+    ) -> ObjectInfo:
+        """Return what the store says of an object, of its newest version by default.
+
+        Raises:
+            ObjectNotFoundError: It is not there, or a delete marker is.
+        """
+        head = self._buckets.head(bucket, key, version=version, cancellation=cancellation)
+        return s3_copy.info_of_head(bucket, key, head)
+
+    def list(
+        self, bucket: str, prefix: str, *, cancellation: Cancellation | None = None
+    ) -> Iterator[ObjectInfo]:
+        """Yield the objects whose keys start with a prefix, ascending by the bytes of the key.
+
+        AWS lists in that order, 1,000 a request, while they are taken. What other servers list,
+        each by an order of its own, is complete before the first is yielded.
+        """
+        requests = self._buckets.of(bucket)
+        found = (
+            ObjectInfo(
+                bucket,
+                entry["Key"],
+                entry["Size"],
+                entry.get("ETag", ""),
+                "",
+                entry["LastModified"].timestamp(),
+                _class(entry.get("StorageClass", "")),
+            )
+            for entry in requests.list_below(prefix, cancellation)
+        )
+        location = requests.access.location
+        # https://docs.aws.amazon.com/AmazonS3/latest/userguide/s3-express-differences.html
+        if location.is_aws and not bucket.endswith("--x-s3"):
+            yield from found
+        else:
+            yield from sorted(found, key=lambda info: info.key.encode("utf-8", "surrogatepass"))
+
+    def read(self, info: ObjectInfo, offset: int, length: int) -> bytes:
+        """Return part of an object, exactly min(length, size - offset) bytes.
+
+        Raises:
+            ObjectChangedError: It is another one by now, or gone.
+        """
+        return s3_ranges.read(self._buckets, info, offset, length)
+
+    def fetch(
+        self,
+        info: ObjectInfo,
+        fd: int,
+        *,
+        cancellation: Cancellation,
+        progress: Progress = ignore_progress,
+        have: Collection[int] = (),
+        arrived: Callable[[int, int], None] = lambda _offset, _length: None,
+    ) -> None:
+        """Write an object to a file open for writing, in ranges and in parallel.
+
+        The file has the object's size afterwards. Ranges arrive in any order; what has arrived is
+        in the file, so that another call can go on with the others.
+
+        Args:
+            info: The object.
+            fd: The file.
+            cancellation: Checked while ranges are awaited.
+            progress: Told how many bytes have arrived; called from any thread.
+            have: The positions of the ranges that the file has already, as `arrived` told them.
+            arrived: Told position and length of each range that is in the file; from any thread,
+                and by threads that were left behind also after CancelledError.
+
+        Raises:
+            ObjectChangedError: It is another one by now, or gone.
+            CancelledError: Cancellation was wished. A range may still be written.
+            OSError: The file could not be written; ENOSPC among others.
+        """
+
+        def told(offset: int, length: int) -> None:
+            arrived(offset, length)
+            progress(length)
+
+        s3_ranges.fetch(self._buckets, info, fd, have=have, cancellation=cancellation, arrived=told)
+
+    def put(
+        self,
+        bucket: str,
+        key: str,
+        data: bytes,
+        *,
+        overwrite: bool,
+        content_type: str = "",
+        metadata: Mapping[str, str] | None = None,
+        cancellation: Cancellation | None = None,
+    ) -> ObjectInfo:
+        """Store an object by one request.
+
+        Raises:
+            KeyExistsError: Something is there, and `overwrite` is False.
+        """
+        checked_key(key)
+        headers = _headers(content_type, metadata)
+        condition = {} if overwrite else {"IfNoneMatch": "*"}
+        try:
+            answer = self._put(bucket, key, data, {**headers, **condition}, cancellation)
+        except UnsupportedByStoreError:
+            if overwrite:
+                raise
+            s3_multipart.insist_absent(self._buckets, bucket, key, cancellation)
+            answer = self._put(bucket, key, data, headers, cancellation)
+        except ConditionRacedError as error:
+            raise StoreUnavailableError(
+                error.message, hint="Somebody wrote the same key meanwhile; try again."
+            ) from error
+        except ObjectExistsError as error:
+            raise key_exists(object_url(bucket, key)) from error
+        if answer is None:
+            return self.head(bucket, key, cancellation=cancellation)
+        return info_of_answer(bucket, key, len(data), answer, _date(answer))
+
+    def put_file(
+        self,
+        bucket: str,
+        key: str,
+        fd: int,
+        *,
+        overwrite: bool,
+        content_type: str = "",
+        metadata: Mapping[str, str] | None = None,
+        cancellation: Cancellation,
+        progress: Progress = ignore_progress,
+        size: int | None = None,
+        unfinished: Unfinished | None = None,
+    ) -> ObjectInfo:
+        """Store a file's content, in parts if it is large.
+
+        Args:
+            bucket: Where to.
+            key: Where to.
+            fd: The file, read by position from its beginning.
+            overwrite: Whether what is there may be replaced.
+            content_type: Of the object.
+            metadata: Of the object; ASCII.
+            cancellation: Checked at part boundaries.
+            progress: Told each byte that this call has sent.
+            size: What the file is expected to have, bytes; by default what it has now.
+            unfinished: Where an upload in parts is written down that another call may go on with;
+                then it is left as it is on any error. Without it nothing is left.
+
+        Raises:
+            KeyExistsError: Something is there, and `overwrite` is False.
+            FileChangedError: The file has another size than at the beginning; nothing was stored.
+            CancelledError: Cancellation was wished. A request that is under way may take effect.
+        """
+        size = parts.size_of(fd) if size is None else size
+
+        def check() -> None:
+            _insist_size(parts.size_of(fd), size)
+
+        return self.put_stream(
+            bucket,
+            key,
+            size,
+            partial(parts.read_all, fd),
+            overwrite=overwrite,
+            content_type=content_type,
+            metadata=metadata,
+            cancellation=cancellation,
+            progress=progress,
+            unfinished=unfinished,
+            check=check,
+        )
+
+    def put_stream(
+        self,
+        bucket: str,
+        key: str,
+        size: int,
+        read: Callable[[int, int], bytes],
+        *,
+        overwrite: bool,
+        content_type: str = "",
+        metadata: Mapping[str, str] | None = None,
+        cancellation: Cancellation,
+        progress: Progress = ignore_progress,
+        unfinished: Unfinished | None = None,
+        check: Callable[[], None] = lambda: None,
+        in_order: bool = True,
+    ) -> ObjectInfo:
+        """Store what a function reads; the rest as put_file does it.
+
+        Args:
+            size: Bytes in all.
+            read: Given position and length, returns that many bytes. What an unfinished upload has
+                is not read again.
+            in_order: Whether `read` is called by one thread at a time, from the beginning to the
+                end; otherwise by several at once, in any order.
+            check: Called when all was read, before the object is there; may raise.
+            bucket: As for put_file, as all that follows.
+            key: The same.
+            overwrite: The same.
+            content_type: The same.
+            metadata: The same.
+            cancellation: The same.
+            progress: The same.
+            unfinished: The same.
+
+        Raises:
+            KeyExistsError, FileChangedError, CancelledError: As for put_file.
+        """
+        checked_key(key)
+        if size <= self._sizes.send_from:
+
+            def put() -> ObjectInfo:
+                data = read(0, size)
+                _insist_size(len(data), size)
+                check()
+                return self.put(
+                    bucket,
+                    key,
+                    data,
+                    overwrite=overwrite,
+                    content_type=content_type,
+                    metadata=metadata,
+                    cancellation=cancellation,
+                )
+
+            info = self._buckets.lanes.run(put, cancellation)
+            progress(size)
+            return info
+        part_bytes = parts.part_size(size)
+        window = max(2, min(parts.WINDOW_PARTS, parts.WINDOW_BYTES // part_bytes))
+        headers = _headers(content_type, metadata)
+
+        def part_of(offset: int, length: int) -> bytes:
+            data = read(offset, length)
+            _insist_size(offset + len(data), offset + length)
+            return data
+
+        def send(
+            upload: Upload, number: int, offset: int, length: int, stop: Cancellation
+        ) -> "Callable[[], CompletedPartTypeDef]":
+            if in_order:
+                return partial(upload.send, number, part_of(offset, length), stop)
+            return lambda: upload.send(number, part_of(offset, length), stop)
+
+        answer = s3_multipart.make_of_parts(
+            self._buckets,
+            Target(bucket, key, headers, overwrite, size, part_bytes, window),
+            send,
+            cancellation=cancellation,
+            progress=progress,
+            unfinished=unfinished,
+            check=check,
+        )
+        if answer is None:
+            look = partial(self.head, bucket, key, cancellation=cancellation)
+            return self._buckets.lanes.run(look, cancellation)
+        return info_of_answer(bucket, key, size, answer, _date(answer))
+
+    def copy(
+        self,
+        info: ObjectInfo,
+        bucket: str,
+        key: str,
+        *,
+        overwrite: bool,
+        metadata: Mapping[str, str] | None = None,
+        content_type: str = "",
+        cancellation: Cancellation,
+        progress: Progress = ignore_progress,
+        unfinished: Unfinished | None = None,
+    ) -> ObjectInfo:
+        """Have the store copy an object, in parts if it is large; no byte comes here.
+
+        Args:
+            info: The object.
+            bucket: Where to.
+            key: Where to.
+            overwrite: Whether what is there may be replaced.
+            metadata: Instead of the object's own, and of all else that it has, such as the type.
+            content_type: Instead of the object's own.
+            cancellation: Checked at part boundaries.
+            progress: Told each byte that this call has had copied.
+            unfinished: As for put_file.
+
+        Raises:
+            ObjectChangedError: It is another one by now, or gone.
+            KeyExistsError: Something is there, and `overwrite` is False.
+            CancelledError: Cancellation was wished. A request that is under way may take effect.
+        """
+        checked_key(key)
+        return s3_copy.copy(
+            self._buckets,
+            info,
+            bucket,
+            key,
+            sizes=self._sizes,
+            overwrite=overwrite,
+            metadata=metadata,
+            content_type=content_type,
+            cancellation=cancellation,
+            progress=progress,
+            unfinished=unfinished,
+        )
+
+    def abort(self, bucket: str, key: str, upload_id: str) -> None:
+        """Abort an upload that nobody goes on with; what can not be aborted is logged."""
+        s3_multipart.abort(self._buckets, bucket, key, upload_id)
+
+    def delete(self, bucket: str, keys: Collection[str]) -> None:
+        """Delete the newest versions of objects; those that are not there are no error.
+
+        Raises:
+            StoreError: Some could not be deleted; others may have been.
+        """
+        names = [checked_key(key) for key in keys]
+        for start in range(0, len(names), DELETED_AT_ONCE):
+            self._delete(bucket, names[start : start + DELETED_AT_ONCE])
+
+    def presign(self, info: ObjectInfo, seconds: int) -> tuple[str, float]:
+        """Return a URL by which anybody may get an object, and when it really ends.
+
+        That is the earliest of: the time that was asked for, seven days, and the end of the
+        credentials that sign it, as far as they tell. The URL holds the version if there is one.
+
+        Args:
+            info: The object.
+            seconds: For how long, >= 1.
+
+        Returns:
+            The URL, and seconds since the epoch.
+
+        Raises:
+            SettingsInvalidError: That is no time.
+            StoreAccessError: The access is anonymous, or its credentials have ended.
+        """
+        seconds = checked_seconds(seconds, MAX_LINK_SECONDS)
+        url = self._buckets.presign(info, seconds)
+        signed = parse_qs(urlsplit(url).query)
+        begins = datetime.strptime(signed["X-Amz-Date"][0], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+        ends = begins.timestamp() + int(signed["X-Amz-Expires"][0])
+        expiry = self._buckets.of(info.bucket).access.expiry
+        return url, ends if expiry is None else min(ends, expiry)
+
+    def _put(
+        self,
+        bucket: str,
+        key: str,
+        data: bytes,
+        headers: Mapping[str, Any],
+        cancellation: Cancellation | None,
+    ) -> "PutObjectOutputTypeDef | None":
+        """Send it; return the answer, None if it got lost."""
+        tries = 0
+
+        def ask(client: "S3Client", common: dict[str, Any]) -> "PutObjectOutputTypeDef":
+            nonlocal tries
+            tries += 1
+            return client.put_object(**common, Key=key, Body=data, **headers)
+
+        what = f"put {object_url(bucket, key)}"
+        try:
+            return self._buckets.boto(bucket, ask, what, cancellation, sends=len(data))
+        except ObjectExistsError:
+            # It may be ours, if the answer to an earlier attempt got lost.
+            if tries == 1 or not self._holds(bucket, key, data):
+                raise
+            return None
+
+    def _holds(self, bucket: str, key: str, data: bytes) -> bool:
+        try:
+            info = self.head(bucket, key)
+        except ObjectNotFoundError:
+            return False
+        return info.size == len(data) and self.read(info, 0, info.size) == data
+
+    def _delete(self, bucket: str, keys: Sequence[str]) -> None:
+        # XML can not hold these, and with few keys single requests are as quick.
+        single = [key for key in keys if not key.isprintable()]
+        several = [key for key in keys if key.isprintable()]
+        what = f"delete {len(keys)} objects of {bucket}"
+
+        def ask(client: "S3Client", common: dict[str, Any]) -> list[Any]:
+            answer = client.delete_objects(
+                **common, Delete={"Objects": [{"Key": key} for key in several], "Quiet": True}
+            )
+            return answer.get("Errors", [])
+
+        if several:
+            try:
+                failed = self._buckets.boto(bucket, ask, what)
+            except UnsupportedByStoreError:
+                failed = []
+                single = [*keys]
+            if failed:
+                raise StoreProtocolError(
+                    f"{len(failed)} objects of {bucket} could not be deleted:"
+                    f" {failed[0].get('Key', '')}: {failed[0].get('Code', '')}",
+                    hint="Check the identity's rights (s3:DeleteObject).",
+                )
+        for key in single:
+            self._delete_one(bucket, key)
+
+    def _delete_one(self, bucket: str, key: str) -> None:
+        self._buckets.boto(
+            bucket,
+            lambda client, common: client.delete_object(**common, Key=key),
+            f"delete {object_url(bucket, key)}",
+        )
+
+
+def open_objects(
+    access: ObjectAccess,
+    *,
+    environment: Mapping[str, str],
+    policy: RetryPolicy | None = None,
+    bandwidth: Bandwidth | None = None,
+) -> S3Objects:
+    """Return the objects that an access sees.
+
+    Args:
+        access: Which identity, and which endpoint.
+        environment: AWS variables.
+        policy: When requests are sent again.
+        bandwidth: How much may move.
+
+    Raises:
+        SettingsInvalidError: Profile or endpoint make no sense.
+        StoreAccessError: There are no credentials.
+    """
+    return S3Objects(access, environment=environment, policy=policy, bandwidth=bandwidth)
+
+
+def _headers(content_type: str, metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    return {"ContentType": content_type or CONTENT_TYPE, "Metadata": dict(metadata or {})}
+
+
+def _class(storage_class: str) -> str:
+    # What HEAD leaves out is spelled out in listings.
+    return "" if storage_class == "STANDARD" else storage_class
+
+
+def _date(answer: Mapping[str, Any]) -> float:
+    """Return when an answer was given, which is about when the object was stored."""
+    said = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date", "")
+    try:
+        return parsedate_to_datetime(said).timestamp()
+    except ValueError:
+        return float(int(time.time()))
+
+
+def _insist_size(found: int, size: int) -> None:
+    if found != size:
+        raise FileChangedError(
+            f"a file had {size} bytes and has {found} now",
+            hint="Send it when nobody writes to it any more.",
+        )
