@@ -59,6 +59,35 @@ def conform(
         raise failure(f"{place}: {shown}: {reason}", hint=hint) from error
 
 
+def spelled(document: object, schema: type) -> object:
+    """Return a decoded document with the keys that a struct has spelled as the struct spells them.
+
+    For documents whose keys may be in any case. Other keys stay as they are, and so does one that
+    is there twice in different cases: `conform` refuses them.
+    """
+    return _spelled(document, list(_alternatives(inspect.type_info(schema))))
+
+
+def _spelled(value: object, kinds: list[inspect.Type]) -> object:
+    fields = {
+        field.encode_name.lower(): field
+        for kind in kinds
+        if isinstance(kind, inspect.StructType)
+        for field in kind.fields
+    }
+    if not isinstance(value, dict) or not fields:
+        return value
+    written: dict[object, object] = {}
+    for key, below in value.items():
+        field = fields.get(key.lower()) if isinstance(key, str) else None
+        if field is None or (field.encode_name != key and field.encode_name in value):
+            written[key] = below
+        else:
+            name = key if field.encode_name in written else field.encode_name
+            written[name] = _spelled(below, list(_alternatives(field.type)))
+    return written
+
+
 def _explain(text: str, schema: type) -> tuple[str, str, str]:
     """Return the key's path, what is wrong with it, and what is allowed."""
     match = _FAILED_AT.fullmatch(text)

@@ -5,10 +5,12 @@ store, and so never loads an S3 client.
 """
 
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 from agent_plugin.content import events
 from agent_plugin.content.bandwidth import Limit
@@ -16,6 +18,7 @@ from agent_plugin.content.blob_cache import BlobCache
 from agent_plugin.content.errors import LocalError, LocalWriteError
 from agent_plugin.content.local_index import LocalIndex
 from agent_plugin.content.mount_spec import StoreLimits
+from agent_plugin.content.objects import ObjectAccess
 from agent_plugin.content.open_store import build_store
 from agent_plugin.content.owner import Owner
 from agent_plugin.content.store import Cancellation, Store
@@ -24,6 +27,12 @@ from agent_plugin.transfer.asking import Asking
 from agent_plugin.transfer.context import Records, TransferContext
 from agent_plugin.transfer.ledger import Ledger
 from agent_plugin.transfer.progress import SilentView, View
+
+if TYPE_CHECKING:
+    from agent_plugin.content.s3_objects import S3Objects
+
+# What the worker agent of AWS Deadline Cloud tells its sessions; other hosts have their name.
+_WORKER_ID: Final = "DEADLINE_WORKER_ID"
 
 log = events.get_logger()
 
@@ -70,6 +79,28 @@ class LazyStore:
             if self._store is None:
                 return self._account_id
             return getattr(self._store, "account_id", None)
+
+
+class OpenObjects:
+    """Opens what reaches plain objects, once for each access; may be called from any thread."""
+
+    def __init__(self, limits: StoreLimits, environment: Mapping[str, str]) -> None:
+        self._limits = limits
+        self._environment = environment
+        self._lock = threading.Lock()
+        self._opened: dict[ObjectAccess, S3Objects] = {}
+
+    def __call__(self, access: ObjectAccess) -> "S3Objects":
+        """Return it, opened."""
+        # Imported here because it brings the libraries for S3.
+        from agent_plugin.content.s3_objects import open_objects  # noqa: PLC0415
+
+        with self._lock:
+            if access not in self._opened:
+                self._opened[access] = open_objects(
+                    access, environment=self._environment, policy=self._limits.retry_policy()
+                )
+            return self._opened[access]
 
 
 def store_limits(settings: Settings, queue_id: str = "") -> StoreLimits:
@@ -242,6 +273,8 @@ def open_services(
             cache=cache,
             index=index,
             ledger=ledger,
+            open_objects=OpenObjects(limits, environment),
+            worker_id=environment.get(_WORKER_ID) or socket.gethostname(),
             cancellation=cancellation,
             view=view or (_silent if quiet else _view),
             concurrency=settings.store.concurrency,

@@ -21,12 +21,27 @@ SETTINGS = [
 ]
 HOST = [*SETTINGS, *TRANSFER, "agent_plugin.services"]
 
+# What publishes at a task's end; none of it knows of sessions.
+PUBLISHING = [
+    f"agent_plugin.publish.{module}"
+    for module in (
+        *("archive", "destination", "outputs", "packed", "placeholders", "plain"),
+        *("publisher", "result_documents", "run", "spec"),
+    )
+]
+
 # What a module may import of ours, by the longest path here that it starts with. `agent_plugin`
 # itself, which is the version and nothing else, anybody may.
 MAY_IMPORT = {
     "agent_plugin/content/": CONTENT,
     "agent_plugin/transfer/": TRANSFER,
-    "agent_plugin/session/": [*TRANSFER, "agent_plugin.schema", "agent_plugin.session"],
+    **{
+        f"{module.replace('.', '/')}.py": [*TRANSFER, "agent_plugin.schema", *PUBLISHING]
+        for module in PUBLISHING
+    },
+    "agent_plugin/session/": [
+        *(*TRANSFER, *PUBLISHING, "agent_plugin.schema", "agent_plugin.session"),
+    ],
     "agent_plugin/publish/": [*TRANSFER, "agent_plugin.schema", "agent_plugin.publish"],
     # What a job's executions left is found by the manifests of its sessions.
     "agent_plugin/publish/results.py": [

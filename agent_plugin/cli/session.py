@@ -171,6 +171,10 @@ def finish_task_command(
     for manifest in result.manifests:
         if manifest.output_manifest_path:
             say(f"manifest {manifest.output_manifest_path}")
+    for published in result.results:
+        say(f"published {published.url}")
+    for failure in result.publish_failures:
+        say(f"not published ({failure.error}): {failure.message}")
 
 
 @command.command(name="end")

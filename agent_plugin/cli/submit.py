@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 import click
+import msgspec
 
 from agent_plugin.cli.options import (
     common_options,
@@ -15,6 +16,7 @@ from agent_plugin.cli.options import (
 )
 from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.content.errors import JobInvalidError
+from agent_plugin.publish.spec import parse_all
 from agent_plugin.services import open_services
 from agent_plugin.session.job import check_id
 from agent_plugin.session.submit import submit
@@ -42,6 +44,15 @@ from agent_plugin.transfer.progress import format_bytes
     help="How workers are to bring the inputs in.",
 )
 @click.option(
+    "-p",
+    "--publisher",
+    "publishers",
+    multiple=True,
+    metavar="s3://BUCKET/KEY[,opt=NAME=VALUE]…",
+    help="Where tasks' outputs are published as well (docs/PROTOCOL.md); may be given more than"
+    " once.",
+)
+@click.option(
     "--force-store-check",
     is_flag=True,
     help="Trust no memory of what the store has; for when blobs were deleted from it.",
@@ -54,6 +65,7 @@ def command(
     queue_id: str,
     output_dirs: tuple[str, ...],
     file_system: Literal["COPIED", "VIRTUAL"],
+    publishers: tuple[str, ...],
     force_store_check: bool,
     as_json: bool,
     config: Path | None,
@@ -71,6 +83,7 @@ def command(
                 f"--output-dir {directory!r} is not below ROOT",
                 hint="give a relative path; `.` is ROOT itself",
             )
+    parsed = parse_all(publishers, "--publisher")
     settings = load(config)
     with (
         cancel_on_signals() as cancellation,
@@ -90,6 +103,7 @@ def command(
             output_directories=output_dirs,
             file_system=file_system,
         )
+    result = msgspec.structs.replace(result, publishers=parsed)
     say(
         f"{summary.files} files, {format_bytes(summary.bytes)};"
         f" {format_bytes(summary.bytes_uploaded)} uploaded,"

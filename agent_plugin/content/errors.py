@@ -5,7 +5,8 @@
     │   ├── ManifestInvalidError        JobInvalidError          SettingsInvalidError
     │   ├── PathMappingError            UnsafePathError          PathClashError
     │   ├── UnsupportedPlatformError    NotAllowedError
-    │   └── AgentUnsupportedError       ResultClashError
+    │   ├── AgentUnsupportedError       ResultClashError
+    │   └── PlaceholderUnknownError
     ├── StoreError             the content store
     │   ├── BlobNotFoundError           DocumentNotFoundError    StoreAccessError
     │   ├── StoreUnavailableError       StoreThrottledError      BlobCorruptError
@@ -106,6 +107,12 @@ class AgentUnsupportedError(InputError):
     """A worker agent, or a script of it, is not one that propmaster was made for."""
 
     reference, code, exit_code, errno = "agent-unsupported", "E_AGENT", 90, errno.ENOSYS
+
+
+class PlaceholderUnknownError(InputError):
+    """A publisher's key names a placeholder that there is not, or has a brace on its own."""
+
+    reference, code, exit_code = "placeholder-unknown", "E_PLACEHOLDER", 96
 
 
 class ResultClashError(InputError):

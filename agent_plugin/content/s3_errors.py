@@ -31,6 +31,10 @@ class ObjectAbsentError(StoreProtocolError):
     """404 for an object; whoever asked knows whether that is a blob or a document."""
 
 
+class BucketAbsentError(StoreAccessError):
+    """404 for the bucket itself, which must never be taken for an absent object."""
+
+
 class ObjectExistsError(StoreProtocolError):
     """409 or 412: a condition did not hold, which for our writes means that the object exists."""
 
@@ -243,8 +247,7 @@ _FORBIDDEN: Final = (
 )
 
 _BY_CODE: Final[dict[str, Callable[[str], PropmasterError]]] = {
-    # A 404 that must never be taken for an absent object.
-    "NoSuchBucket": lambda reason: StoreAccessError(
+    "NoSuchBucket": lambda reason: BucketAbsentError(
         f"{reason} (the bucket itself is missing)", hint="Check the queue's bucket name."
     ),
     "NoSuchUpload": UploadGoneError,

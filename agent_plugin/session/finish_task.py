@@ -29,7 +29,12 @@ from agent_plugin.content.safe_path import Root
 from agent_plugin.content.snapshot import FoundFile, hash_files, walk, walk_links
 from agent_plugin.content.store import Store
 from agent_plugin.session.mounts import Mounts, files_of_mount
-from agent_plugin.session.roots import is_below, output_manifest_key, output_metadata
+from agent_plugin.session.roots import (
+    is_below,
+    output_manifest_key,
+    output_metadata,
+    session_directory_name,
+)
 from agent_plugin.session.state import (
     VIRTUAL,
     AnsweredAction,
@@ -141,7 +146,9 @@ def finish_task(
     if failed and not upload_failed:
         result = _empty_result(state)
     else:
-        result = _store_outputs(state, action, context, state_file, on_manifest)
+        result, found = _store_outputs(state, action, context, state_file, on_manifest)
+        if result.files and state.job.publishers and not failed:
+            _publish(state, found, context, state_file)
     result.seconds = round(time.monotonic() - begun, 3)
     log.info(
         events.TASK_FINISHED,
@@ -170,7 +177,7 @@ def _store_outputs(
     context: TransferContext,
     state_file: StateFile,
     on_manifest: Callable[[int, bytes], object],
-) -> FinishResult:
+) -> tuple[FinishResult, list[_Changes]]:
     """Store what became of all roots, and note it; what was stored and noted is told again."""
     found = [
         _find_changes(root, state, action, context)
@@ -178,7 +185,7 @@ def _store_outputs(
         if root.output_directories
     ]
     if not any(changes.differ() for changes in found) and (answer := _answer_before(state, action)):
-        return answer
+        return answer, found
     result = _empty_result(state)
     found = [_store_changes(changes, state, action, context, result) for changes in found]
     _store_manifests(state, found, action, context, result, on_manifest)
@@ -192,17 +199,40 @@ def _store_outputs(
         )
         state.account_id = getattr(context.open_store, "account_id", None)
         state_file.write(state)
-    return result
+    return result, found
+
+
+def _publish(
+    state: SessionState,
+    found: Sequence[_Changes],
+    context: TransferContext,
+    state_file: StateFile,
+) -> None:
+    """Publish what the action left whose answer the state has, and complete the answer."""
+    # Loaded here: it brings the libraries for S3, which a task without publishers does without.
+    from agent_plugin.publish.outputs import RootOutputs  # noqa: PLC0415
+    from agent_plugin.session.publishing import publish_outputs  # noqa: PLC0415
+
+    assert state.answered is not None  # noqa: S101 - who has stored files has an answer
+    roots = [
+        RootOutputs(
+            Path(changes.root.local_root),
+            changes.follow,
+            session_directory_name(changes.root.root_path),
+            list(changes.changed.values()),
+        )
+        for changes in found
+        if changes.changed
+    ]
+    publish_outputs(roots, state.answered, state, context, state_file)
 
 
 def _answer_before(state: SessionState, action: TaskAction) -> FinishResult | None:
     """Return what this very action was answered before, if it was the last that stored anything."""
     answered = state.answered
-    if answered is None or (
-        answered.step_id,
-        answered.task_id,
-        answered.session_action_id,
-    ) != (action.step_id, action.task_id, action.session_action_id):
+    if answered is None or not answered.is_of(
+        action.step_id, action.task_id, action.session_action_id
+    ):
         return None
     return answered.result
 

@@ -15,6 +15,8 @@ from msgspec import Meta
 
 from agent_plugin import schema
 from agent_plugin.content.errors import JobInvalidError
+from agent_plugin.publish.spec import Publishers, spelled
+from agent_plugin.publish.spec import defects as publisher_defects
 
 MAX_JOB_BYTES: Final = 16 * 1024 * 1024
 
@@ -41,7 +43,7 @@ _StepId = Annotated[str, Meta(pattern=_ID_PATTERNS["step"])]
 _Path = Annotated[str, Meta(min_length=1, max_length=1024)]
 
 _STORE_URL: Final = re.compile(r"file:///.+|s3://[^/]+/.+", re.DOTALL)
-_NOT_YET: Final = ("input_sources", "publishers", "artifacts")
+_NOT_YET: Final = ("input_sources", "artifacts")
 
 
 def check_id(value: str, kind: IdKind) -> str:
@@ -131,7 +133,8 @@ class JobDocument(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fi
         store: URL of the store, `file:///dir` or `s3://bucket/prefix`.
         path_mapping_rules: The queue's rules, first match first.
         step_dependencies: For each step the steps whose outputs it needs, in their order.
-        input_sources, publishers, artifacts: Reserved; empty in this version.
+        publishers: Where tasks' outputs are published, besides the store.
+        input_sources, artifacts: Reserved; empty in this version.
     """
 
     farm_id: _FarmId
@@ -143,7 +146,7 @@ class JobDocument(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fi
     path_mapping_rules: tuple[PathMappingRule, ...] = ()
     step_dependencies: dict[_StepId, tuple[_StepId, ...]] = {}
     input_sources: tuple[Any, ...] = ()
-    publishers: tuple[Any, ...] = ()
+    publishers: Publishers = ()
     artifacts: dict[str, Any] = {}
 
     @classmethod
@@ -157,6 +160,7 @@ class JobDocument(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fi
         Raises:
             JobInvalidError: It breaks the schema; names `source`, the key's path and the reason,
                 and says in the hint what is allowed.
+            PlaceholderUnknownError: A publisher's key names a placeholder that there is not.
         """
         if len(data) > MAX_JOB_BYTES:
             raise JobInvalidError(f"{source}: {len(data)} bytes, more than {MAX_JOB_BYTES}")
@@ -164,6 +168,8 @@ class JobDocument(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fi
             document = msgspec.json.decode(data)
         except (msgspec.DecodeError, RecursionError) as error:
             raise JobInvalidError(f"{source}: not a JSON document: {error}") from error
+        if isinstance(document, dict) and "publishers" in document:
+            document["publishers"] = spelled(document["publishers"])
         job = schema.conform(document, cls, source=source, failure=JobInvalidError)
         defect = next(_defects(job), None)
         if defect is not None:
@@ -210,6 +216,7 @@ def _defects(job: JobDocument) -> Iterator[_Defect]:
                 "the step would depend on itself",
                 "name the steps whose outputs it needs",
             )
+    yield from publisher_defects(job.publishers, "publishers")
     for field in _NOT_YET:
         if getattr(job, field):
             key = msgspec.structs.fields(job)[job.__struct_fields__.index(field)].encode_name

@@ -20,6 +20,7 @@ from agent_plugin.content.digest import hash_name
 from agent_plugin.content.errors import LocalWriteError, SessionStateError, local_write_error
 from agent_plugin.content.leftovers import remove_path
 from agent_plugin.content.mount_spec import Layer
+from agent_plugin.publish.result_documents import Published, PublishFailure, Result
 from agent_plugin.session.job import JobDocument
 
 VERSION: Final = 1
@@ -99,6 +100,8 @@ class FinishResult(msgspec.Struct, rename="camel"):
         files: Files in all output manifests.
         bytes_uploaded, bytes_reused: Of their distinct content, what the store lacked and had.
         deleted: Paths of the output directories, below their local roots, that are gone.
+        results: What the job's publishers have published, in their order.
+        publish_failures: Why others have not; none of them is required.
     """
 
     manifests: list[OutputManifestResult]
@@ -107,15 +110,31 @@ class FinishResult(msgspec.Struct, rename="camel"):
     bytes_reused: int
     deleted: list[str]
     seconds: float
+    results: list[Result] = []
+    publish_failures: list[PublishFailure] = []
 
 
 class AnsweredAction(msgspec.Struct, rename="camel"):
-    """What finish-task answered a session action; `seconds` is left open."""
+    """What finish-task answered a session action; `seconds` is left open.
+
+    Attributes:
+        publishing_since: When its outputs began to be published, seconds since the epoch; 0 before.
+        published: What became of the job's publishers, those that had their turn.
+        is_published: Whether publishing is over, so that nothing is left to be done.
+    """
 
     step_id: str
     task_id: str | None
     session_action_id: str
     result: FinishResult
+    publishing_since: float = 0.0
+    published: list[Published] = []
+    is_published: bool = False
+
+    def is_of(self, step_id: str, task_id: str | None, session_action_id: str) -> bool:
+        """Whether it is the answer to this action."""
+        own = (self.step_id, self.task_id, self.session_action_id)
+        return own == (step_id, task_id, session_action_id)
 
 
 class SessionState(msgspec.Struct, rename="camel"):

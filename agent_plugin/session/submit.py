@@ -19,6 +19,7 @@ from agent_plugin.content.manifest import FileEntry, Manifest, encode
 from agent_plugin.content.safe_path import Root
 from agent_plugin.content.snapshot import hash_files, walk
 from agent_plugin.content.store import Store
+from agent_plugin.publish.spec import Publisher
 from agent_plugin.session.job import (
     Attachments,
     FileSystem,
@@ -42,6 +43,7 @@ class SubmitResult(msgspec.Struct, rename="camel", omit_defaults=True):
     attachments: Attachments
     job_attachment_settings: JobAttachmentSettings | None = None
     store: str | None = None
+    publishers: tuple[Publisher, ...] = ()
 
 
 class SubmitSummary(msgspec.Struct):

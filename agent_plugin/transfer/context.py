@@ -3,19 +3,23 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from agent_plugin.content import events
 from agent_plugin.content.blob_cache import BlobCache
 from agent_plugin.content.digest import Digest
 from agent_plugin.content.errors import CacheUnsafeError, LocalError, PropmasterError
 from agent_plugin.content.local_index import LocalIndex
+from agent_plugin.content.objects import ObjectAccess
 from agent_plugin.content.owner import Owner
 from agent_plugin.content.retry import telling
 from agent_plugin.transfer.asking import CONCURRENCY, Asking
 from agent_plugin.transfer.ledger import Ledger
 from agent_plugin.transfer.progress import SilentView, View
 from agent_plugin.transfer.states import TaskStatus
+
+if TYPE_CHECKING:
+    from agent_plugin.content.s3_objects import S3Objects
 
 log = events.get_logger()
 
@@ -50,6 +54,9 @@ class TransferContext(Asking):
         existence_max_age: For how many seconds a blob seen in the store is asked for before it
             would be sent.
         owner: Whose the files below local roots are; None: this process's user's.
+        open_objects: Opens what reaches plain objects, of any bucket, as an access says; the same
+            one for the same access. Opening costs time.
+        worker_id: Of this host, as its farm or its network knows it.
         expect: Told what several transfers are going to place together, before the first begins:
             files and bytes.
     """
@@ -58,6 +65,8 @@ class TransferContext(Asking):
     cache: BlobCache | None
     index: LocalIndex
     ledger: Ledger
+    open_objects: "Callable[[ObjectAccess], S3Objects]"
+    worker_id: str
     view: Callable[[str], View] = field(default=lambda _title: SilentView())
     concurrency: int = CONCURRENCY
     existence_max_age: int = EXISTENCE_MAX_AGE_SECONDS

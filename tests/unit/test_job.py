@@ -267,11 +267,6 @@ def test_a_missing_key_is_named() -> None:
             "leave it empty",
         ),
         (
-            lambda job: job.update(publishers=[1]),
-            "publishers: not supported by this version",
-            "leave it empty",
-        ),
-        (
             lambda job: job.update(artifacts={"limit": 1}),
             "artifacts: not supported by this version",
             "leave it empty",

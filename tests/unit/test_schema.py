@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from agent_plugin.content.errors import InputError, JobInvalidError
-from agent_plugin.schema import conform
+from agent_plugin.schema import conform, spelled
 
 
 class Leaf(msgspec.Struct, forbid_unknown_fields=True, rename="camel"):
@@ -70,3 +70,22 @@ def test_the_line_is_told_when_it_can_be_found() -> None:
             line_of={"number": 7}.get,
         )
     assert caught.value.__cause__ is not None
+
+
+@pytest.mark.parametrize(
+    ("document", "expected"),
+    [
+        ({"TOP": {"KINDOFLEAF": "oak"}}, {"top": {"kindOfLeaf": "oak"}}),
+        ({"Leaves": {"A": [{"KindOfLeaf": "oak"}]}}, {"leaves": {"A": [{"KindOfLeaf": "oak"}]}}),
+        ({"number": 1, "Number": 2}, {"number": 1, "Number": 2}),
+        ({"Number": 1, "NUMBER": 2}, {"number": 1, "NUMBER": 2}),
+        ({"other": 1, 3: 4}, {"other": 1, 3: 4}),
+        ({"Top": 5}, {"top": 5}),
+        ([1], [1]),
+    ],
+)
+def test_keys_are_spelled_as_the_schema_spells_them_unless_that_hides_one(
+    document: object, expected: object
+) -> None:
+    """Lists are left alone: whoever has a list of documents goes through it."""
+    assert spelled(document, Tree) == expected

@@ -247,6 +247,10 @@ def _tell_finished(result: FinishResult, say: Say) -> None:
         f"openjd_status: {result.files} output files,"
         f" {format_bytes(result.bytes_uploaded)} uploaded"
     )
+    for published in result.results:
+        say(f"openjd_status: published {published.url}")
+    for failure in result.publish_failures:
+        say(f"propmaster: not published ({failure.error}): {failure.message}")
 
 
 def _write_rules(session_dir: Path, rules: list[PathMappingRule]) -> Path:

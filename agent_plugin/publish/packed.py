@@ -1,0 +1,104 @@
+"""Outputs as one archive at one key, which somebody else has not taken.
+
+The archive's hash is in its metadata, which S3 wants before the first part. So the archive is made
+once to be measured and, unless it is small, once more while it is sent; nothing is at its key
+before all of it was sent and was what had been measured.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from agent_plugin.content.objects import ObjectInfo
+from agent_plugin.publish.archive import CONTENT_TYPES, InOrder, Measured, archive, measure
+from agent_plugin.publish.destination import SHA256, Destination, Standing
+from agent_plugin.publish.outputs import Output
+from agent_plugin.publish.run import Run
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """The publishing of one task's outputs as an archive.
+
+    Attributes:
+        destination: Where to.
+        run: The transfer.
+        key: The archive's.
+        encoding: `gzip` or `zstd`.
+        zero_mtime: Whether the files in it have the time 0.
+    """
+
+    destination: Destination
+    run: Run
+    key: str
+    encoding: str
+    zero_mtime: bool
+
+    def publish(self, outputs: Sequence[Output]) -> tuple[ObjectInfo, Measured]:
+        """Publish the outputs, in their order.
+
+        Raises:
+            KeyExistsError: Somebody else has written the key.
+            FileChangedError: An output is not what it was when it was stored.
+            PropmasterError: Any other of the tree.
+        """
+        standing = Standing.NOTHING
+        if not self.destination.overwrite:
+            # Before the work, not instead of the condition: somebody may come first meanwhile.
+            standing = self.run.alone(self._standing)
+        measured = self.run.alone(lambda: measure(self._pieces(outputs)))
+        metadata = self.destination.metadata(**{SHA256: measured.sha256})
+
+        def put(replace: bool) -> ObjectInfo:
+            return self._put(outputs, measured, metadata, replace=replace)
+
+        def write() -> ObjectInfo:
+            if standing is Standing.OWN:
+                there, found = self.destination.look(self.key, metadata)
+                if there is Standing.SAME and found is not None:
+                    return found
+            return self.destination.write(self.key, metadata, put)
+
+        info = self.run.alone(write)
+        for output in outputs:
+            self.run.placed(output, output.entry.size)
+            self.run.settle(output)
+        return info, measured
+
+    def _standing(self) -> Standing:
+        """Return what is at the key, which nobody else may have written.
+
+        Raises:
+            KeyExistsError: Somebody has.
+        """
+        standing, _ = self.destination.look(self.key, self.destination.metadata())
+        if standing is Standing.FOREIGN:
+            raise self.destination.exists([self.key], 1)
+        return Standing.OWN if standing is Standing.SAME else standing
+
+    def _put(
+        self,
+        outputs: Sequence[Output],
+        measured: Measured,
+        metadata: Mapping[str, str],
+        *,
+        replace: bool,
+    ) -> ObjectInfo:
+        """Send the archive, which is made once more if it was too large to be kept."""
+        data = measured.data
+        pieces = self._pieces(outputs) if data is None else iter([data])
+        return self.destination.objects.put_stream(
+            self.destination.bucket,
+            self.key,
+            measured.size,
+            InOrder(pieces, measured.size, measured.sha256).read,
+            overwrite=replace,
+            content_type=CONTENT_TYPES[self.encoding],
+            metadata=metadata,
+            cancellation=self.run.halt,
+            progress=self.run.sent,
+        )
+
+    def _pieces(self, outputs: Sequence[Output]) -> Iterator[bytes]:
+        return archive(
+            outputs, self.encoding, zero_mtime=self.zero_mtime, cancellation=self.run.halt
+        )

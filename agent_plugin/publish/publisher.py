@@ -1,0 +1,183 @@
+"""Publishing: what each of a job's publishers makes of a task's outputs.
+
+The outputs are in the store, and their manifest is, before any of this begins: whatever happens
+here, none is lost. Publishers are carried out one after the other, and one that fails keeps no
+other from its turn. A publisher that had its turn before is not asked again.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from agent_plugin.content import events
+from agent_plugin.content.errors import CancelledError, PropmasterError
+from agent_plugin.content.objects import ObjectAccess, checked_key, object_url
+from agent_plugin.content.s3_store import S3Store
+from agent_plugin.publish.destination import Destination
+from agent_plugin.publish.outputs import RootOutputs, opened
+from agent_plugin.publish.packed import Packed
+from agent_plugin.publish.placeholders import Execution, fill
+from agent_plugin.publish.plain import Plain, keys_of
+from agent_plugin.publish.result_documents import (
+    Published,
+    PublishFailure,
+    Result,
+    ResultParams,
+)
+from agent_plugin.publish.run import running
+from agent_plugin.publish.spec import Publisher
+from agent_plugin.transfer.context import TransferContext
+from agent_plugin.transfer.ledger import TransferSpec
+
+log = events.get_logger()
+
+
+def publish(
+    publishers: Sequence[Publisher],
+    roots: Sequence[RootOutputs],
+    execution: Execution,
+    context: TransferContext,
+    before: Sequence[Published] = (),
+) -> tuple[list[Published], PropmasterError | None]:
+    """Give each publisher its turn.
+
+    Args:
+        publishers: Of the job.
+        roots: What the task left; with files.
+        execution: The task's run.
+        context: The services.
+        before: What became of turns of the same execution; those that failed are taken again.
+
+    Returns:
+        What became of each, in order, and the first failure of one that is required.
+
+    Raises:
+        CancelledError: On request; the same publication goes on where it stopped.
+    """
+    had = {published.publisher: published for published in before if published.result is not None}
+    all_published = []
+    refused: PropmasterError | None = None
+    for index, publisher in enumerate(publishers):
+        if (published := had.get(index)) is None:
+            try:
+                result = _Turn(index, publisher, execution, context).take(roots)
+            except CancelledError:
+                raise
+            except PropmasterError as error:
+                failure = type(error)(f"publishers[{index}]: {error.message}", hint=error.hint)
+                failure.__cause__ = error
+                published = _failed(index, publisher, execution, failure)
+                if refused is None and publisher.params.required:
+                    refused = failure
+            else:
+                published = Published(index, result=result)
+        all_published.append(published)
+    return all_published, refused
+
+
+def _failed(
+    index: int, publisher: Publisher, execution: Execution, error: PropmasterError
+) -> Published:
+    log.warning(
+        events.PUBLISH_FAILED,
+        extra={
+            "publisher": index,
+            "code": error.code,
+            "reason": error.message,
+            "required": publisher.params.required,
+        },
+    )
+    failure = PublishFailure(
+        publisher=index,
+        bucket=publisher.params.bucket,
+        key=fill(publisher.key_template, execution.values),
+        error=error.code,
+        # The name of a file need not be UTF-8, and documents are.
+        message=error.message.encode("utf-8", "backslashreplace").decode("utf-8"),
+        required=publisher.params.required,
+    )
+    return Published(index, failure=failure)
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    index: int
+    publisher: Publisher
+    execution: Execution
+    context: TransferContext
+
+    def take(self, roots: Sequence[RootOutputs]) -> Result:
+        """Publish, and return the result."""
+        begun = time.monotonic()
+        params = self.publisher.params
+        key = checked_key(fill(self.publisher.key_template, self.execution.values))
+        is_plain = self.publisher.encoding == "plain"
+        with opened(roots, by_root=params.by_root, owner=self.context.owner) as outputs:
+            planned = keys_of(key, outputs) if is_plain else [(output, key) for output in outputs]
+            with running(self.context, self._spec(key), planned) as run:
+                store, destination = run.alone(self._open)
+                if is_plain:
+                    keys = {output.path: at for output, at in planned}
+                    Plain(destination, store, run, keys).publish(outputs)
+                    result = self._result(key)
+                else:
+                    packed = Packed(
+                        destination, run, key, self.publisher.encoding, params.mtime == "zero"
+                    )
+                    info, measured = packed.publish(outputs)
+                    result = self._result(key, version=info.version, checksum=measured.checksum)
+        log.info(
+            events.PUBLISH_COMPLETED,
+            extra={
+                "transfer": run.row.id,
+                "publisher": self.index,
+                "place": result.url,
+                "files": len(outputs),
+                "bytes": sum(output.entry.size for output in outputs),
+                "bytes_sent": run.moved,
+                "seconds": round(time.monotonic() - begun, 3),
+            },
+        )
+        return result
+
+    def _spec(self, key: str) -> TransferSpec:
+        return TransferSpec(
+            kind="publish",
+            source=self.context.store_url,
+            destination=object_url(self.publisher.params.bucket, key),
+            session=self.execution.session_id,
+            job=self.execution.job_id,
+            step=self.execution.step_id,
+            task=self.execution.task_id or "",
+        )
+
+    def _open(self) -> tuple[S3Store | None, Destination]:
+        """Return the store, if S3 can copy from it to the destination, and the destination."""
+        params = self.publisher.params
+        store = self.context.open_store()
+        access = ObjectAccess(params.endpoint, params.region, params.profile)
+        home = store.objects if isinstance(store, S3Store) else None
+        if home is not None and access == ObjectAccess():
+            objects = home
+        else:
+            objects = self.context.open_objects(access)
+        destination = Destination(
+            objects, params.bucket, params.overwrite, self.execution.execution_id
+        )
+        if isinstance(store, S3Store) and objects.endpoint == store.objects.endpoint:
+            return store, destination
+        return None, destination
+
+    def _result(self, key: str, *, version: str = "", checksum: str = "") -> Result:
+        params = self.publisher.params
+        return Result(
+            "s3",
+            ResultParams(
+                bucket=params.bucket,
+                key=key,
+                endpoint=params.endpoint,
+                region=params.region,
+                version_id=version,
+                checksum_sha256=checksum,
+            ),
+        )

@@ -1,0 +1,207 @@
+"""What publishing came to: result documents in the form of Bacalhau's, and where they are kept.
+
+A result is itself an input source. Those of one run of a task are kept in one document of the
+store, below `Manifests/<farm>/<queue>/Results/<job>/`, where the service's own readers never list
+(docs/decisions/0018-where-results-are-kept.md); any machine finds all runs of a job there.
+"""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any, Final, Literal
+
+import msgspec
+
+from agent_plugin.content import events
+from agent_plugin.content.errors import DocumentNotFoundError
+from agent_plugin.content.store import Store
+from agent_plugin.publish.placeholders import Execution
+from agent_plugin.transfer.asking import Asking
+
+VERSION: Final = 1
+RESULTS: Final = "Results"
+MAX_RESULTS_BYTES: Final = 1024 * 1024
+
+log = events.get_logger()
+
+
+class ResultParams(msgspec.Struct, frozen=True, rename="pascal"):
+    """Where a result is.
+
+    Attributes:
+        key: Of plain objects their prefix, with its slash; of an archive its name.
+        endpoint, region: As the publisher has them; empty is what the reader's environment says.
+        filter: Empty: all that is below the key.
+        version_id: Of an archive in a bucket with versions.
+        checksum_sha256: Of a whole archive, in base64; empty for plain objects.
+        partition: None: all of it.
+    """
+
+    bucket: str
+    key: str
+    endpoint: str = ""
+    region: str = ""
+    filter: str = ""
+    version_id: str = msgspec.field(default="", name="VersionID")
+    checksum_sha256: str = msgspec.field(default="", name="ChecksumSHA256")
+    partition: dict[str, Any] | None = None
+
+
+class Result(msgspec.Struct, frozen=True, rename="pascal"):
+    """What a publisher has published; an input source as it is."""
+
+    type: Literal["s3"]
+    params: ResultParams
+
+    @property
+    def url(self) -> str:
+        """`s3://bucket/key`, for people."""
+        return f"s3://{self.params.bucket}/{self.params.key}"
+
+
+class PublishFailure(msgspec.Struct, frozen=True, rename="camel"):
+    """Why a publisher has published nothing, or not all.
+
+    Attributes:
+        publisher: Its index in the job's list.
+        key: Its key, with the placeholders filled.
+        error: Ledger code, `E_KEY_EXISTS` for example.
+        message: For people.
+        required: Whether the task has failed for it.
+    """
+
+    publisher: int
+    bucket: str
+    key: str
+    error: str
+    message: str
+    required: bool
+
+
+class Published(msgspec.Struct, frozen=True, rename="camel"):
+    """What became of one publisher's turn; one of the two is there.
+
+    Attributes:
+        publisher: Its index in the job's list.
+    """
+
+    publisher: int
+    result: Result | None = None
+    failure: PublishFailure | None = None
+
+
+class ResultsDocument(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
+    """The results of one run of a task, as the store keeps them.
+
+    Attributes:
+        execution_id: The session action.
+        task_id: None for a chunk of tasks.
+        node_id: The worker.
+        published_at: The instant of the placeholders, seconds since the epoch.
+        results: In the order of the job's publishers, those that published something.
+        failures: The others.
+    """
+
+    version: int = VERSION
+    farm_id: str
+    queue_id: str
+    job_id: str
+    step_id: str
+    task_id: str | None
+    execution_id: str
+    session_id: str
+    node_id: str
+    published_at: float
+    results: list[Result]
+    failures: list[PublishFailure]
+
+    @classmethod
+    def of(
+        cls, execution: Execution, results: Sequence[Result], failures: Sequence[PublishFailure]
+    ) -> "ResultsDocument":
+        """Return the document of an execution."""
+        return cls(
+            farm_id=execution.farm_id,
+            queue_id=execution.queue_id,
+            job_id=execution.job_id,
+            step_id=execution.step_id,
+            task_id=execution.task_id,
+            execution_id=execution.execution_id,
+            session_id=execution.session_id,
+            node_id=execution.node_id,
+            published_at=execution.instant,
+            results=list(results),
+            failures=list(failures),
+        )
+
+    @property
+    def key(self) -> str:
+        """Where it is kept, below `Manifests/`."""
+        prefix = results_prefix(
+            (self.farm_id, self.queue_id, self.job_id), self.step_id, self.task_id
+        )
+        moment = datetime.fromtimestamp(self.published_at, UTC).isoformat(timespec="microseconds")
+        return f"{prefix}{moment.replace('+00:00', 'Z')}_{self.execution_id}.json"
+
+
+def results_prefix(
+    job: tuple[str, str, str], step_id: str | None = None, task_id: str | None = None
+) -> str:
+    """Return what the keys of all result documents begin with, below `Manifests/`.
+
+    Args:
+        job: Its farm id, queue id and job id.
+        step_id: Only of this step.
+        task_id: Only of this task; needs the step.
+    """
+    farm, queue, job_id = job
+    parts = [farm, queue, RESULTS, job_id, *filter(None, (step_id, task_id))]
+    return "/".join(parts) + "/"
+
+
+def keep_results(store: Store, document: ResultsDocument) -> None:
+    """Put a document where readers find it, in place of an earlier one of the same execution."""
+    store.put_document(document.key, msgspec.json.encode(document), {})
+
+
+def find_results(
+    asking: Asking,
+    job: tuple[str, str, str],
+    *,
+    step_id: str | None = None,
+    task_id: str | None = None,
+) -> list[ResultsDocument]:
+    """Return the results of all runs of a job's tasks, by the instant of their publishing.
+
+    A document that is none is left out and logged: anybody who may write to the bucket may have
+    put it there, and it must not hide the others.
+
+    Args:
+        asking: Of the job's store.
+        job: Its farm id, queue id and job id.
+        step_id: Only of this step.
+        task_id: Only of this task; needs the step.
+
+    Raises:
+        StoreAccessError, StoreUnavailableError: They can not be had.
+    """
+    prefix = results_prefix(job, step_id, task_id)
+    infos = asking.ask(lambda store: list(store.list_documents(prefix)))
+    keys = [info.key for info in infos if info.key.endswith(".json")]
+    found = [document for document in asking.ask_each(_read, keys) if document is not None]
+    return sorted(found, key=lambda document: (document.published_at, document.execution_id))
+
+
+def _read(store: Store, key: str) -> ResultsDocument | None:
+    try:
+        data = store.get_document(key, max_bytes=MAX_RESULTS_BYTES).data
+        document = msgspec.json.decode(data, type=ResultsDocument)
+    except DocumentNotFoundError as error:
+        reason = error.message
+    except msgspec.DecodeError as error:
+        reason = str(error)
+    else:
+        if document.version == VERSION and document.key == key:
+            return document
+        reason = "its name is not that of the execution which it tells of"
+    log.warning(events.RESULTS_SKIPPED, extra={"key": key, "reason": reason})
+    return None
