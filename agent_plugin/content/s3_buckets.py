@@ -99,6 +99,7 @@ class Buckets:
             )
         self._lock = threading.Lock()
         self._requests: dict[str, Requests] = {}
+        self._signers: dict[str, S3Client] = {}
 
     @property
     def endpoint(self) -> str:
@@ -188,9 +189,12 @@ class Buckets:
                 f"{info.url}: without credentials no link can be signed",
                 hint="Use an access that is not anonymous.",
             )
-        # By default boto3 signs links as version 2, which most servers refuse.
-        client = access.boto_client(signature_version="s3v4")
-        return client.generate_presigned_url(
+        with self._lock:
+            if info.bucket not in self._signers:
+                # By default boto3 signs links as version 2, which most servers refuse.
+                client = access.boto_client(signature_version="s3v4")
+                self._signers[info.bucket] = client
+        return self._signers[info.bucket].generate_presigned_url(
             "get_object",
             Params={
                 "Bucket": info.bucket,

@@ -98,14 +98,13 @@ class Credentials:
         self.fixed = bool(
             environment.get("AWS_ACCESS_KEY_ID") and environment.get("AWS_SECRET_ACCESS_KEY")
         )
-        self._session: botocore.session.Session | None = None
         self._chain: BotoCredentials | None = None
         if not self.fixed:
-            self._session = _botocore_session(environment)
+            session = _botocore_session(environment)
             if keys is not None:
-                _provide(self._session, environment, keys)
+                _provide(session, environment, keys)
             with boto_errors("find credentials"):
-                self._chain = self._session.get_credentials()
+                self._chain = session.get_credentials()
             self.provide()
 
     def provide(self) -> "S3Credential":
@@ -173,10 +172,14 @@ class Credentials:
         return said.timestamp() if said.tzinfo else None
 
     def session(self) -> "botocore.session.Session":
-        """Return a botocore session with these credentials."""
-        if self._session is not None:
-            return self._session
+        """Return a botocore session with these credentials, a new one each time.
+
+        What boto3 adds to a session it may add only once, so each client needs one of its own.
+        """
         session = _botocore_session(self._environment)
+        if self._chain is not None:
+            _find_always(session, self._chain)
+            return session
         session.set_credentials(
             self._environment["AWS_ACCESS_KEY_ID"],
             self._environment["AWS_SECRET_ACCESS_KEY"],
@@ -232,23 +235,28 @@ def _provide(
     keys: Mapping[str, object],
 ) -> None:
     """Give a session keys that were found elsewhere, and what they are renewed by."""
-    from botocore.credentials import (  # noqa: PLC0415 - see the module
-        CredentialProvider,
-        CredentialResolver,
-        RefreshableCredentials,
-    )
+    from botocore.credentials import RefreshableCredentials  # noqa: PLC0415 - see the module
 
     chain = RefreshableCredentials.create_from_metadata(
         _metadata(keys),
         refresh_using=lambda: _metadata(keys_of(environment)),
         method=_METHOD,
     )
+    _find_always(session, chain)
+
+
+def _find_always(session: "botocore.session.Session", keys: "BotoCredentials") -> None:
+    """Have a session look nowhere else for keys; they renew themselves if they can."""
+    from botocore.credentials import (  # noqa: PLC0415 - see the module
+        CredentialProvider,
+        CredentialResolver,
+    )
 
     class Found(CredentialProvider):
         METHOD = CANONICAL_NAME = _METHOD
 
-        def load(self) -> RefreshableCredentials:
-            return chain
+        def load(self) -> "BotoCredentials":
+            return keys
 
     session.register_component("credential_provider", CredentialResolver([Found()]))
 

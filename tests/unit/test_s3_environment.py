@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import boto3
 import pytest
 
 from agent_plugin.content.errors import SettingsInvalidError, StoreAccessError
@@ -183,6 +184,15 @@ def test_a_process_of_the_profile_is_asked_for_credentials(tmp_path: Path, confi
     assert keys["expires_at"] is not None
     assert credentials.account_id == "123456789012"
     assert not credentials.fixed
+    # Of several buckets, or of S3 and STS.
+    clients = [
+        boto3.session.Session(botocore_session=credentials.session()).client("s3", region_name="x")
+        for _ in range(2)
+    ]
+    assert all(
+        "PAK" in c.generate_presigned_url("get_object", Params={"Bucket": "b", "Key": "k"})
+        for c in clients
+    )
 
     process.write_text("#!/bin/sh\nexit 3\n")
     with pytest.raises(StoreAccessError, match="no credentials"):
