@@ -33,6 +33,7 @@ def conform(
     decode: Callable[[type, Any], Any] | None = None,
     line_of: Callable[[str], int | None] = lambda _key: None,
     prefix: str = "",
+    place_of: Callable[[str], str] = lambda key: key,
 ) -> _T:
     """Return a decoded document (dicts, lists, strings, numbers) as what its schema says.
 
@@ -44,6 +45,8 @@ def conform(
         decode: Makes a value of a type that msgspec does not know, or raises ValueError.
         line_of: Finds the line of a key, given as its path; None when it can not be found.
         prefix: Put before the paths of keys in messages, when this is a part of a document.
+        place_of: Returns the path of a key as the document has it, when what is decoded was made
+            of it in another form.
 
     Raises:
         InputError: As `failure`: an unknown or missing key or a value that is not allowed. The
@@ -55,7 +58,7 @@ def conform(
         key, reason, hint = _explain(str(error), schema)
         line = line_of(key)
         place = f"{source}, line {line}" if line else source
-        shown = f"{prefix}{key}".rstrip(".") or "the document"
+        shown = f"{prefix}{place_of(key)}".rstrip(".") or "the document"
         raise failure(f"{place}: {shown}: {reason}", hint=hint) from error
 
 

@@ -39,8 +39,10 @@ MAY_IMPORT = {
         f"{module.replace('.', '/')}.py": [*TRANSFER, "agent_plugin.schema", *PUBLISHING]
         for module in PUBLISHING
     },
+    "agent_plugin/sources/": [*CONTENT, "agent_plugin.schema", "agent_plugin.sources"],
     "agent_plugin/session/": [
         *(*TRANSFER, *PUBLISHING, "agent_plugin.schema", "agent_plugin.session"),
+        "agent_plugin.sources",
     ],
     "agent_plugin/publish/": [*TRANSFER, "agent_plugin.schema", "agent_plugin.publish"],
     # What a job's executions left is found by the manifests of its sessions.

@@ -17,11 +17,12 @@ import msgspec
 import pytest
 from msgspec import inspect
 
-from agent_plugin.cli import cache, doctor, ls, manifest, queue, worker_serve
+from agent_plugin.cli import cache, doctor, ls, manifest, queue, source, worker_serve
 from agent_plugin.cli.demo_screen import DemoResult
 from agent_plugin.cli.main import COMMANDS, propmaster
 from agent_plugin.cli.worker_install import InstallResult
 from agent_plugin.content import errors, events
+from agent_plugin.content.object_snapshot import SnapshotDocument
 from agent_plugin.publish.getting import GetResult
 from agent_plugin.session.end import EndResult
 from agent_plugin.session.job import JobDocument
@@ -30,6 +31,7 @@ from agent_plugin.session.start import StartResult
 from agent_plugin.session.state import FinishResult, SessionState
 from agent_plugin.session.submit import SubmitResult
 from agent_plugin.settings import Settings, load
+from agent_plugin.sources.spec import InputSource
 from agent_plugin.workers.deadline.agent_status import WorkerStatus
 
 ROOT = Path(__file__).parents[1]
@@ -258,6 +260,7 @@ RESULTS: dict[str, Any] = {
     "cache show": cache.ShowResult,
     "cache verify": cache.VerifyResult,
     "cache collect": cache.CollectResult,
+    "source resolve": source.ResolveResult,
     "queue show": queue.QueuesResult,
     "queue explain": queue.ExplainResult,
     "worker install": InstallResult,
@@ -295,6 +298,18 @@ def test_every_key_of_the_job_document_is_documented() -> None:
     keys = set(_keys(inspect.type_info(JobDocument)))
 
     assert keys - words(section(read("PROTOCOL.md"), "The job document")) == set()
+
+
+def test_every_field_of_an_input_source_is_documented() -> None:
+    keys = set(_keys(inspect.type_info(InputSource)))
+
+    assert keys - words(section(read("PROTOCOL.md"), "Input sources")) == set()
+
+
+def test_every_key_of_a_snapshot_of_objects_is_documented() -> None:
+    keys = set(_keys(inspect.type_info(SnapshotDocument)))
+
+    assert keys - words(section(read("PROTOCOL.md"), "The snapshot")) == set()
 
 
 def test_the_example_of_a_job_document_is_one() -> None:

@@ -40,6 +40,7 @@ COMMANDS: Final = {
     "outputs": ("agent_plugin.cli.outputs", "List or download what a job's tasks left behind."),
     "queue": ("agent_plugin.cli.queue", "Show or set what this host does for a queue's jobs."),
     "session": ("agent_plugin.cli.session", "What the worker agent calls around tasks."),
+    "source": ("agent_plugin.cli.source", "Show what objects of a bucket would come as inputs."),
     "submit": ("agent_plugin.cli.submit", "Upload a directory as a job's inputs."),
     "unmount": ("agent_plugin.cli.unmount", "End a mount."),
     "worker": ("agent_plugin.cli.worker", "What a render worker's host runs and installs."),

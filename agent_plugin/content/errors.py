@@ -6,7 +6,8 @@
     │   ├── PathMappingError            UnsafePathError          PathClashError
     │   ├── UnsupportedPlatformError    NotAllowedError
     │   ├── AgentUnsupportedError       ResultClashError
-    │   └── PlaceholderUnknownError
+    │   ├── PlaceholderUnknownError
+    │   └── SourceInvalidError          SourceEmptyError
     ├── StoreError             the content store
     │   ├── BlobNotFoundError           DocumentNotFoundError    StoreAccessError
     │   ├── StoreUnavailableError       StoreThrottledError      BlobCorruptError
@@ -119,6 +120,18 @@ class ResultClashError(InputError):
     """Results that are to stand at one path differ, or differ from what stands there."""
 
     reference, code, exit_code, errno = "result-clash", "E_RESULT_CLASH", 101, errno.EEXIST
+
+
+class SourceInvalidError(InputError):
+    """The description of an input source breaks its rules, or what it names can not be taken."""
+
+    reference, code, exit_code = "source-invalid", "E_SOURCE", 97
+
+
+class SourceEmptyError(InputError):
+    """An input source brings no object, and does not say that this is fine."""
+
+    reference, code, exit_code = "source-empty", "E_EMPTY", 98
 
 
 class StoreError(PropmasterError):

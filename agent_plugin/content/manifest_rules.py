@@ -150,7 +150,7 @@ def are_sound(paths: Sequence[str], hashes: Sequence[str], sizes: Sequence[int])
         hashes: As in entry_defect.
         sizes: As in entry_defect; of them only which are 0 is looked at, see are_numbers.
     """
-    return _are_hashes(hashes, sizes) and _are_paths(paths)
+    return _are_hashes(hashes, sizes) and are_paths(paths)
 
 
 def _are_hashes(hashes: Sequence[str], sizes: Sequence[int]) -> bool:
@@ -169,7 +169,12 @@ def _are_hashes(hashes: Sequence[str], sizes: Sequence[int]) -> bool:
     )
 
 
-def _are_paths(paths: Sequence[str]) -> bool:
+def are_paths(paths: Sequence[str]) -> bool:
+    """Say whether each can be a path below a root; False means: ask path_defect of each.
+
+    Args:
+        paths: One or more, some thousands at most, as for are_sound.
+    """
     # First, because several copies are made of them all.
     longest = max(map(len, paths))
     if longest > MAX_PATH_BYTES // _UTF8_BYTES:

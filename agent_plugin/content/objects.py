@@ -44,6 +44,8 @@ class ObjectInfo:
             was listed.
         content_type: Empty for what was listed.
         metadata: Of the user; names are lower case. Empty for what was listed.
+        checksum_of_parts: Of an object made of parts, the SHA-256 of the parts' SHA-256s, in
+            base64, with `-` and their number; no hash of the content. Empty for what was listed.
     """
 
     bucket: str
@@ -56,6 +58,7 @@ class ObjectInfo:
     checksum_sha256: str = ""
     content_type: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict, compare=False)
+    checksum_of_parts: str = ""
 
     @property
     def url(self) -> str:

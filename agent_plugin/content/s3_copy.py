@@ -254,6 +254,8 @@ def _type(content_type: str) -> dict[str, str]:
 def info_of_head(bucket: str, key: str, head: Mapping[str, Any]) -> ObjectInfo:
     """Return what the answer to HEAD says of an object."""
     checksum = str(head.get("ChecksumSHA256", ""))
+    # That of an object made of parts is a hash of hashes, and ends in their number.
+    is_of_parts = "-" in checksum
     return ObjectInfo(
         bucket,
         key,
@@ -262,9 +264,9 @@ def info_of_head(bucket: str, key: str, head: Mapping[str, Any]) -> ObjectInfo:
         str(head.get("VersionId", "")),
         head["LastModified"].timestamp(),
         str(head.get("StorageClass", "")),
-        # That of an object made of parts is a hash of hashes, and ends in their number.
-        "" if "-" in checksum else checksum,
+        "" if is_of_parts else checksum,
         str(head.get("ContentType", "")),
         # S3 folds names to lower case; other servers need not.
         {name.lower(): value for name, value in head.get("Metadata", {}).items()},
+        checksum if is_of_parts else "",
     )

@@ -227,7 +227,7 @@ many = settings(max_examples=20 * settings().max_examples)
 @example([("a", HASHES[0] + "0", 1, 5), ("b", HASHES[0][1:], 1, 5)])
 @example([("a", "\udce9" * 32, 1, 5)])
 def test_the_checks_in_bulk_let_nothing_through_that_the_rules_refuse(rows: list[Row]) -> None:
-    """Caught: each single condition of _are_paths, _are_hashes and _are_integers taken out."""
+    """Caught: each single condition of are_paths, _are_hashes and _are_integers taken out."""
     listed, hashes, sizes, mtimes = (list(column) for column in zip(*rows, strict=True))
 
     defects = [rules.entry_defect(*row) for row in rows]
@@ -239,7 +239,7 @@ def test_the_checks_in_bulk_let_nothing_through_that_the_rules_refuse(rows: list
 @many
 @given(st.lists(hostile_paths, min_size=1, max_size=3))
 def test_the_check_of_paths_in_bulk_agrees_with_the_rules_on_short_ones(listed: list[str]) -> None:
-    """Caught: any condition of _are_paths taken out, or made to refuse too much."""
+    """Caught: any condition of are_paths taken out, or made to refuse too much."""
     expected = all(rules.path_defect(path) is None for path in listed)
     hashes, sizes = [HASHES[0]] * len(listed), [1] * len(listed)
 

@@ -1,0 +1,84 @@
+"""`propmaster source resolve`: what a source would bring, before a job asks for it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.servers.command import Command
+from tests.servers.s3_server import S3Server
+
+
+@pytest.fixture
+def propmaster(tmp_path: Path, s3: S3Server) -> Command:
+    return Command(tmp_path / "host", s3.environment)
+
+
+@pytest.fixture
+def stored(s3: S3Server, s3_prefix: str) -> str:
+    """The URL of three objects, with its slash."""
+    for name, data in (("b.exr", b"bb"), ("a.exr", b"a"), ("sub/line\nbreak", b"ccc")):
+        s3.client().put_object(Bucket=s3.bucket, Key=f"{s3_prefix}/{name}", Body=data)
+    return f"s3://{s3.bucket}/{s3_prefix}/"
+
+
+def test_s1_resolve_prints_the_snapshot(propmaster: Command, s3: S3Server, stored: str) -> None:
+    done = propmaster("source", "resolve", f"{stored}:/plates", "--json")
+
+    assert done.code == 0, done.stderr
+    result = done.json
+    assert (result["files"], result["bytes"], result["target"]) == (3, 6, "plates")
+    assert (result["bucket"], result["endpoint"]) == (s3.bucket, s3.endpoint_url)
+    assert [entry["path"] for entry in result["entries"]] == ["a.exr", "b.exr", "sub/line\nbreak"]
+    [event] = done.events
+    assert event["event"] == "source.resolved"
+    assert (event["objects"], event["listed"], event["ignored"]) == (3, 3, [])
+
+    again = propmaster("source", "resolve", f"{stored}*", "--limit", "1")
+    lines = again.text.splitlines()
+    assert lines[0] == f"3 files, 6 bytes (6 bytes), for inputs; sha256 {result['digest']}"
+    assert lines[2].split()[0::2] == ["1", "a.exr"]
+    assert lines[3:] == ["2 more files; leave out --limit to see them"]
+    # A name can not begin a line of its own.
+    assert r"sub/line\nbreak" in propmaster("source", "resolve", stored).text
+
+
+def test_s8_resolve_shows_one_part(propmaster: Command, s3: S3Server, stored: str) -> None:
+    source = {
+        "Bucket": s3.bucket,
+        "Key": stored.partition(f"{s3.bucket}/")[2],
+        "Partition": {"Type": "object", "Count": 2, "IndexParameter": "Part"},
+        "OnEmpty": "ok",
+    }
+    spec = json.dumps(source)
+
+    parts = [
+        propmaster("source", "resolve", spec, "--json", "--partition-index", str(index)).json
+        for index in range(2)
+    ]
+
+    assert sum(part["files"] for part in parts) == 3
+    refused = propmaster("source", "resolve", spec)
+    assert refused.code == 97
+    assert "error[source-invalid]: Partition.IndexParameter: the value of Part" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("spec", "code", "message"),
+    [
+        ("show/k", 97, "error[source-invalid]: source 'show/k': it is no name=value"),
+        ('{"Buckets": "x"}', 97, "error[source-invalid]: the source: Buckets: unknown key"),
+        ("{", 97, "error[source-invalid]: the source: not a JSON object: "),
+        ("{stored}none/", 98, "error[source-empty]: "),
+        ("{stored}none", 91, "error[object-not-found]: "),
+        ("{stored}:..", 97, "error[source-invalid]: the source: Target: '..' is no directory"),
+    ],
+)
+def test_s1_a_source_that_brings_nothing_is_told_with_what_to_do(
+    propmaster: Command, stored: str, spec: str, code: int, message: str
+) -> None:
+    done = propmaster("source", "resolve", spec.replace("{stored}", stored))
+
+    assert (done.code, done.stdout) == (code, b""), done.stderr
+    assert message in done.stderr
+    assert "hint: " in done.stderr
