@@ -9,9 +9,9 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 PARALLEL := -n 3 --dist loadfile
 # What Debian splits off Python, and all that the demonstration needs of the system.
 VENV_PACKAGES := python3-venv
-# For the tests: a real renderer, the file systems that some of them make and mount, and sudo, by
-# which the worker agent becomes the job user.
-TEST_PACKAGES := povray povray-examples xfsprogs btrfs-progs e2fsprogs exfatprogs exfat-fuse libfuse2 sudo
+# For the tests: a real renderer, the file systems that some of them make and mount, sudo, by which
+# the worker agent becomes the job user, and what desktops ask who opens a URL.
+TEST_PACKAGES := povray povray-examples xfsprogs btrfs-progs e2fsprogs exfatprogs exfat-fuse libfuse2 sudo desktop-file-utils xdg-utils libglib2.0-bin
 
 # For the suites of others that `make test-mount` runs in mounts.
 MOUNT_PACKAGES := fio git rsync stress-ng

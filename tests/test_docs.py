@@ -30,8 +30,11 @@ from agent_plugin.session.outputs import OutputsResult
 from agent_plugin.session.start import StartResult
 from agent_plugin.session.state import FinishResult, SessionState
 from agent_plugin.session.submit import SubmitResult
+from agent_plugin.session.sync import SyncResult
+from agent_plugin.session.sync_checkpoint import Advance, Header
 from agent_plugin.settings import Settings, load
 from agent_plugin.sources.spec import InputSource
+from agent_plugin.url_handler import HandlerStatus
 from agent_plugin.workers.deadline.agent_status import WorkerStatus
 
 ROOT = Path(__file__).parents[1]
@@ -253,6 +256,8 @@ RESULTS: dict[str, Any] = {
     "outputs list": OutputsResult,
     "ls": ls.ListResult,
     "get": GetResult,
+    "outputs sync": SyncResult,
+    "url-handler status": HandlerStatus,
     "manifest show": manifest.ShowResult,
     "manifest verify": manifest.VerifyResult,
     "manifest diff": manifest.DiffResult,
@@ -336,6 +341,12 @@ def test_every_key_of_the_state_file_is_documented() -> None:
     keys |= set(_keys(inspect.type_info(roots.type), below=True))
 
     assert keys - words(section(read("PROTOCOL.md"), "The state file")) == set()
+
+
+def test_every_key_of_the_checkpoint_is_documented() -> None:
+    keys = {key for kind in (Header, Advance) for key in _keys(inspect.type_info(kind))}
+
+    assert keys - words(section(read("PROTOCOL.md"), "The checkpoint of a sync")) == set()
 
 
 @pytest.mark.parametrize(

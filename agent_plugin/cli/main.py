@@ -13,7 +13,7 @@ import click
 
 from agent_plugin import __version__
 from agent_plugin.cli import streams
-from agent_plugin.cli.options import escaped, say
+from agent_plugin.cli.options import escaped, say_error
 from agent_plugin.cli.signals import raise_on_signals
 from agent_plugin.content import events
 from agent_plugin.content.errors import (
@@ -33,6 +33,7 @@ COMMANDS: Final = {
     "demo": ("agent_plugin.cli.demo", "Show the whole main job on this machine."),
     "doctor": ("agent_plugin.cli.doctor", "Say what this host can do, and what follows."),
     "get": ("agent_plugin.cli.get", "Download the result files of a job."),
+    "handle-url": ("agent_plugin.cli.handle_url", "Download the outputs that a URL names."),
     "ls": ("agent_plugin.cli.ls", "List the result files of a job."),
     "manifest": ("agent_plugin.cli.manifest", "Show, check, compare and make manifests."),
     "mount": ("agent_plugin.cli.mount", "Mount a manifest as a file system that fetches lazily."),
@@ -42,6 +43,7 @@ COMMANDS: Final = {
     "session": ("agent_plugin.cli.session", "What the worker agent calls around tasks."),
     "source": ("agent_plugin.cli.source", "Show what objects of a bucket would come as inputs."),
     "submit": ("agent_plugin.cli.submit", "Upload a directory as a job's inputs."),
+    "url-handler": ("agent_plugin.cli.url_handler", "Open such URLs from a web browser."),
     "unmount": ("agent_plugin.cli.unmount", "End a mount."),
     "worker": ("agent_plugin.cli.worker", "What a render worker's host runs and installs."),
 }
@@ -115,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("error[cancelled]: stopped on request", file=sys.stderr)
         code = CancelledError.exit_code
     except PropmasterError as error:
-        _print_error(error)
+        say_error(error)
         code = error.exit_code
     except BrokenPipeError:
         # The reader of our output has gone.
@@ -141,9 +143,3 @@ def _run(arguments: Sequence[str] | None) -> int:
         standalone_mode=False,
     )
     return code if isinstance(code, int) else 0
-
-
-def _print_error(error: PropmasterError) -> None:
-    say(f"error[{error.reference}]: {error.message}", err=True)
-    if error.hint:
-        say(f"hint: {error.hint}", err=True)

@@ -10,6 +10,8 @@ from typing import Final, ParamSpec, TypeVar
 import click
 import msgspec
 
+from agent_plugin.content.errors import PropmasterError
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -66,6 +68,13 @@ def say(text: str, *, err: bool = False) -> None:
     It has to begin with a word of ours, not with a name, for the same reason.
     """
     print(escaped(text), file=sys.stderr if err else sys.stdout)
+
+
+def say_error(error: PropmasterError) -> None:
+    """Print an expected failure on stderr: what happened, and what to do."""
+    say(f"error[{error.reference}]: {error.message}", err=True)
+    if error.hint:
+        say(f"hint: {error.hint}", err=True)
 
 
 def print_json(result: object) -> None:

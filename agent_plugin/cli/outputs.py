@@ -14,11 +14,13 @@ from agent_plugin.cli.options import (
     say,
     store_option,
 )
+from agent_plugin.cli.outputs_sync import conflict_option, sync_command
 from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.services import ask_store, open_services
 from agent_plugin.session.job import check_id
 from agent_plugin.session.outputs import OutputsResult, get_outputs, list_outputs
 from agent_plugin.settings import load
+from agent_plugin.transfer.conflicts import Conflict
 from agent_plugin.transfer.progress import format_bytes
 
 P = ParamSpec("P")
@@ -27,7 +29,10 @@ R = TypeVar("R")
 
 @click.group(name="outputs")
 def command() -> None:
-    """List or download what a job's tasks left behind: of each task its last run."""
+    """List or download what jobs' tasks left behind."""
+
+
+command.add_command(sync_command)
 
 
 def _which(function: Callable[P, R]) -> Callable[P, R]:
@@ -81,6 +86,7 @@ def list_command(
     help="Where the files of all roots go; otherwise to the job's own root paths.",
 )
 @click.option("--by-root", is_flag=True, help="Give each root a directory of its own below --to.")
+@conflict_option(Conflict.OVERWRITE)
 @common_options
 def get_command(
     job_id: str,
@@ -91,6 +97,7 @@ def get_command(
     task_id: str | None,
     to: Path | None,
     by_root: bool,
+    conflict_resolution: str,
     as_json: bool,
     config: Path | None,
 ) -> None:
@@ -109,6 +116,7 @@ def get_command(
             (farm_id, queue_id, job_id),
             to,
             by_root=by_root,
+            conflict=Conflict(conflict_resolution.lower()),
             step_id=step_id,
             task_id=task_id,
         )
@@ -117,6 +125,10 @@ def get_command(
         return
     for root in result.roots:
         say(f"root {root.root_path} -> {root.local_root}: {len(root.files)} files")
+    for copy in result.copies:
+        say(f"copy {copy}")
+    if result.left:
+        say(f"{result.left} files left out: something stands at their path")
     _print_total(result)
 
 

@@ -25,6 +25,11 @@ from agent_plugin.transfer.context import TransferContext
 DAMAGED_RETRIES: Final = 3
 
 _OUTPUT_KEY: Final = re.compile(r"step-.*/.*/.*output.*")
+# Of one run of a task, or of a chunk of tasks; below the queue.
+_OUTPUT_OF_JOB: Final = re.compile(
+    r"(?P<job>job-[0-9a-f]{32})/step-[0-9a-f]{32}/(?:task-[0-9a-f]{32}-[0-9]{1,10}/)?"
+    r"[^/]*_sessionaction-[^/]+/[^/]*output[^/]*"
+)
 
 log = events.get_logger()
 
@@ -130,7 +135,7 @@ def find_outputs(
     ids = (job.farm_id, job.queue_id, job.job_id) if isinstance(job, JobDocument) else job
     prefix = "/".join([*ids, *([step_id] if step_id else []), *([task_id] if task_id else [])])
     infos = _that_count(asking.ask(lambda store: list(store.list_documents(f"{prefix}/"))))
-    found = asking.ask_each(_fetch_output, infos)
+    found = asking.ask_each(fetch_output, infos)
     # Stable: manifests of one second stay in the order of their keys, chunks before tasks.
     return sorted(found, key=lambda output: output.last_modified)
 
@@ -165,7 +170,37 @@ def _that_count(infos: Iterable[DocumentInfo]) -> list[DocumentInfo]:
     return [*chunks, *(info for run in last_runs for info in run)]
 
 
-def _fetch_output(store: Store, info: DocumentInfo) -> OutputManifest:
+def list_output_manifests(
+    asking: Asking, farm_id: str, queue_id: str, job_ids: Iterable[str] = ()
+) -> dict[str, list[DocumentInfo]]:
+    """Return what a queue's tasks have left, every run of them, by job; ascending by key.
+
+    Args:
+        asking: Of the queue's store.
+        farm_id: The farm.
+        queue_id: The queue.
+        job_ids: Only of these jobs; of all jobs when there are none.
+
+    Raises:
+        StoreAccessError, StoreUnavailableError: They can not be had.
+    """
+    queue = f"{farm_id}/{queue_id}/"
+    prefixes = [f"{queue}{job_id}/" for job_id in dict.fromkeys(job_ids)] or [f"{queue}job-"]
+    found: dict[str, list[DocumentInfo]] = {}
+    for listed in asking.ask_each(lambda store, at: list(store.list_documents(at)), prefixes):
+        for info in listed:
+            if match := _OUTPUT_OF_JOB.fullmatch(info.key, len(queue)):
+                found.setdefault(match["job"], []).append(info)
+    return found
+
+
+def fetch_output(store: Store, info: DocumentInfo) -> OutputManifest:
+    """Return an output manifest that a listing has named.
+
+    Raises:
+        ManifestInvalidError: It breaks a rule, or does not tell its root.
+        DocumentNotFoundError, StoreAccessError, StoreUnavailableError: It can not be had.
+    """
     for _ in range(DAMAGED_RETRIES):
         try:
             return _read(store.get_document(info.key, max_bytes=MAX_MANIFEST_BYTES))

@@ -12,6 +12,7 @@ from agent_plugin.content.manifest import FileEntry, Manifest, merge
 from agent_plugin.session.manifests import find_outputs, merge_by_root
 from agent_plugin.session.roots import session_directory_name
 from agent_plugin.transfer.asking import Asking
+from agent_plugin.transfer.conflicts import Conflict, settle
 from agent_plugin.transfer.context import TransferContext
 from agent_plugin.transfer.download import download
 from agent_plugin.transfer.ledger import TransferSpec
@@ -35,13 +36,20 @@ class OutputRoot(msgspec.Struct, rename="camel", omit_defaults=True):
 
 
 class OutputsResult(msgspec.Struct, rename="camel"):
-    """What `outputs list` and `outputs get` print; sizes in bytes."""
+    """What `outputs list` and `outputs get` print; sizes in bytes.
+
+    Attributes:
+        left: Files that were not placed because something stands at their path.
+        copies: Whole paths of files that were placed under another name.
+    """
 
     roots: list[OutputRoot]
     files: int
     bytes: int
     bytes_fetched: int
     seconds: float
+    left: int = 0
+    copies: list[str] = []
 
 
 def list_outputs(
@@ -77,6 +85,7 @@ def get_outputs(
     to: Path | None,
     *,
     by_root: bool = False,
+    conflict: Conflict = Conflict.OVERWRITE,
     step_id: str | None = None,
     task_id: str | None = None,
 ) -> OutputsResult:
@@ -91,6 +100,7 @@ def get_outputs(
         to: A directory for the files of all roots. None: the roots' own paths, which must be
             absolute paths of this host.
         by_root: Each root gets a directory of its own in `to`, however many there are.
+        conflict: The rule for files of other content that stand in the way.
         step_id: Only of this step.
         task_id: Only of this task; needs the step.
 
@@ -113,6 +123,7 @@ def get_outputs(
         )
         for place, manifests in places.items()
     ]
+    settled = [settle(plan, conflict, context.index, context.cancellation) for plan in plans]
     survey(plans, context.cache, context.cancellation)
     fetched = 0
     with context.leased(job[2], {digest for plan in plans for digest in plan.wanted}):
@@ -126,7 +137,14 @@ def get_outputs(
                 task=task_id or "",
             )
             fetched += download(plan, context, spec).bytes_fetched
-    return _result(roots, fetched=fetched, begun=begun)
+    result = _result(roots, fetched=fetched, begun=begun)
+    result.left = sum(len(each.left) for each in settled)
+    result.copies = [
+        f"{plan.root}/{path}"
+        for plan, each in zip(plans, settled, strict=True)
+        for path in each.copies
+    ]
+    return result
 
 
 def _merged(

@@ -52,10 +52,16 @@ class DeadlineCommand:
             *("--conflict-resolution", "overwrite"),
         )
 
-    def sync_output(self, queue_id: str) -> str:
-        """Download what is new of all jobs of a queue to where they were submitted from."""
+    def sync_output(self, queue_id: str, *, storage_profile_id: str | None = None) -> str:
+        """Download what is new of all jobs of a queue.
+
+        To where they were submitted from, or to where the storage profile of this host says.
+        """
+        profile: tuple[str, ...] = ("--ignore-storage-profiles",)
+        if storage_profile_id is not None:
+            profile = ("--storage-profile-id", storage_profile_id)
         return self._run(
-            *("queue", "sync-output", *_of(queue_id), "--ignore-storage-profiles"),
+            *("queue", "sync-output", *_of(queue_id), *profile),
             *("--bootstrap-lookback-minutes", "600"),
             *("--checkpoint-dir", self._home / "checkpoints"),
         )

@@ -100,6 +100,7 @@ class DeadlineService:
         environments: Templates of queue environments, as the files that users write; all queues'.
         host_configuration: A shell script that the agent runs as root before its first session.
         session_per, concurrent: See DeadlineJobs.
+        storage_profiles: By their ids, `displayName`, `osFamily` and `fileSystemLocations`.
         exchanges: Every request since the start, with its answer.
         stopping: Tell the worker that it shall stop once it has nothing to do.
     """
@@ -111,6 +112,7 @@ class DeadlineService:
     host_configuration: str | None = None
     session_per: Literal["step", "job"] = "step"
     concurrent: int = 4
+    storage_profiles: Mapping[str, JSON] = field(default_factory=dict)
     exchanges: list[Exchange] = field(default_factory=list)
     statuses: list[str] = field(default_factory=list)
 
@@ -135,6 +137,7 @@ class DeadlineService:
             ("GET", _QUEUE, self._get_queue),
             ("GET", rf"{_QUEUE}/(?:user|read)-roles", self._assume_role),
             ("GET", rf"{_QUEUE}/environments", lambda _: {"environments": []}),
+            ("GET", rf"{_QUEUE}/storage-profiles/([^/]+)", self._get_storage_profile),
             ("POST", rf"{_QUEUE}/jobs", self._create_job),
             ("GET", _JOB, self._get_job),
             ("GET", rf"{_JOB}/sessions", self._list_sessions),
@@ -176,10 +179,18 @@ class DeadlineService:
         return self._jobs.jobs[job_id]
 
     def create(
-        self, queue_id: str, template: JSON, *, attachments: JSON, parameters: JSON | None = None
+        self,
+        queue_id: str,
+        template: JSON,
+        *,
+        attachments: JSON,
+        parameters: JSON | None = None,
+        storage_profile_id: str | None = None,
     ) -> Job:
         """Make a job whose inputs somebody has uploaded, without the client."""
-        request = {"attachments": attachments, "parameters": parameters or {}}
+        request: JSON = {"attachments": attachments, "parameters": parameters or {}}
+        if storage_profile_id is not None:
+            request["storageProfileId"] = storage_profile_id
         with self._changed:
             return self._jobs.create(queue_id, request, template)
 
@@ -314,6 +325,11 @@ class DeadlineService:
             **_created(0.0),
         }
 
+    def _get_storage_profile(self, call: _Call) -> JSON:
+        if (profile := self.storage_profiles.get(call.words[1])) is None:
+            raise _NotFoundError(call.words[1])
+        return {"storageProfileId": call.words[1], **profile}
+
     def _create_job(self, call: _Call) -> JSON:
         # The tests' bundles are JSON; the client passes a template on as it is.
         template = json.loads(call.body["template"])
@@ -326,6 +342,8 @@ class DeadlineService:
     def _get_job(self, call: _Call) -> JSON:
         job = self._job_of(call)
         more = {"attachments": job.attachments} if job.attachments else {}
+        if profile := job.request.get("storageProfileId"):
+            more["storageProfileId"] = profile
         return {**_summary(job), **more, "parameters": job.request.get("parameters") or {}}
 
     def _list_sessions(self, call: _Call) -> JSON:

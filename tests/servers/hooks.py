@@ -238,9 +238,23 @@ class Host:
         with self.services() as context:
             return list_outputs(context, (FARM, QUEUE, JOB), **only)
 
-    def get_outputs(self, to: Path | None, *, by_root: bool = False, **only: str) -> OutputsResult:
+    def get_outputs(
+        self,
+        to: Path | None,
+        *,
+        by_root: bool = False,
+        step_id: str | None = None,
+        task_id: str | None = None,
+    ) -> OutputsResult:
         with self.services() as context:
-            return get_outputs(context, (FARM, QUEUE, JOB), to, by_root=by_root, **only)
+            return get_outputs(
+                context,
+                (FARM, QUEUE, JOB),
+                to,
+                by_root=by_root,
+                step_id=step_id,
+                task_id=task_id,
+            )
 
     def transfers(self) -> list[TransferRow]:
         with Ledger.open(self.state_dir / "ledger.db") as ledger:
