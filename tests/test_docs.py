@@ -17,7 +17,7 @@ import msgspec
 import pytest
 from msgspec import inspect
 
-from agent_plugin.cli import cache, doctor, ls, manifest, queue, source, worker_serve
+from agent_plugin.cli import cache, doctor, ls, manifest, queue, results, source, worker_serve
 from agent_plugin.cli.demo_screen import DemoResult
 from agent_plugin.cli.main import COMMANDS, propmaster
 from agent_plugin.cli.worker_install import InstallResult
@@ -258,6 +258,7 @@ RESULTS: dict[str, Any] = {
     "get": GetResult,
     "outputs sync": SyncResult,
     "url-handler status": HandlerStatus,
+    "results": results.JobResults,
     "manifest show": manifest.ShowResult,
     "manifest verify": manifest.VerifyResult,
     "manifest diff": manifest.DiffResult,

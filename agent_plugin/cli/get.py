@@ -1,23 +1,82 @@
 """`propmaster get`: the result files of a job, on this host."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Final, ParamSpec, TypeVar
 
 import click
 
 from agent_plugin.cli.job_results import (
     by_root_option,
     check_ids,
-    executions_of,
     job_and_path,
     of_a_job,
+    result_servers,
 )
 from agent_plugin.cli.options import common_options, print_json, say
 from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.content.errors import JobInvalidError
+from agent_plugin.publish.get_published import PublishedWish, get_published
 from agent_plugin.publish.getting import GetResult, get
+from agent_plugin.publish.published import ResultServers, choose_results, find_published
+from agent_plugin.publish.result_documents import ResultsDocument
+from agent_plugin.publish.results import check_only, find_documents, find_executions, find_job
+from agent_plugin.publish.unpack import UnpackLimits
 from agent_plugin.services import open_services
 from agent_plugin.settings import load
+from agent_plugin.sizes import Size
+from agent_plugin.transfer.context import TransferContext
 from agent_plugin.transfer.progress import format_bytes
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# What Bacalhau's `get` allows a file; and ten of them.
+FILE_LIMIT: Final = "100 GiB"
+TOTAL_LIMIT: Final = "1 TiB"
+
+
+class _Bytes(click.ParamType[int, str]):
+    name = "size"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        try:
+            size = Size.parse(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        if size.percent or not size.bytes:
+            self.fail(f"{value!r} is no limit; it is like 500 GiB", param, ctx)
+        return size.bytes
+
+
+def _of_published(function: Callable[P, R]) -> Callable[P, R]:
+    """Give a command the options that are about what publishers made."""
+    for decorate in (
+        click.option(
+            "--max-total-size",
+            type=_Bytes(),
+            default=TOTAL_LIMIT,
+            metavar="SIZE",
+            help=f"The most that an archive may become; {TOTAL_LIMIT}.",
+        ),
+        click.option(
+            "--max-file-size",
+            type=_Bytes(),
+            default=FILE_LIMIT,
+            metavar="SIZE",
+            help=f"The most that a file of an archive may have; {FILE_LIMIT}.",
+        ),
+        click.option("--raw", is_flag=True, help="As --published, and archives as they are."),
+        click.option(
+            "--published",
+            is_flag=True,
+            help="Take what publishers published, not what is in the store.",
+        ),
+    ):
+        function = decorate(function)
+    return function
 
 
 @click.command(name="get")
@@ -34,6 +93,7 @@ from agent_plugin.transfer.progress import format_bytes
 )
 @click.option("--overwrite", is_flag=True, help="Replace other files that stand there.")
 @by_root_option
+@_of_published
 @common_options
 def command(
     job: str,
@@ -47,34 +107,54 @@ def command(
     merge: bool,
     overwrite: bool,
     by_root: bool,
+    published: bool,
+    raw: bool,
+    max_file_size: int,
+    max_total_size: int,
     as_json: bool,
     config: Path | None,
 ) -> None:
     """Download the result files of JOB, or those below PATH; JOB may be the beginning of an id.
 
-    Each execution's files go to a directory of its own where there are several.
+    Each execution's files go to a directory of its own where there are several. They come from the
+    store, or with --published from where publishers put them.
     """
     check_ids(farm_id, queue_id, step_id, task_id)
+    if (raw and by_root) or (published and by_root):
+        raise click.UsageError("--by-root is for results in the store; publishers have ByRoot")
     name, path = job_and_path(job)
+    settings = load(config)
     with (
         cancel_on_signals() as cancellation,
-        open_services(
-            load(config), store_url, cancellation=cancellation, queue_id=queue_id
-        ) as context,
+        open_services(settings, store_url, cancellation=cancellation, queue_id=queue_id) as context,
     ):
-        job_id, executions = executions_of(
-            context, name, (farm_id, queue_id), step_id=step_id, task_id=task_id, only=only
-        )
-        result = get(
-            executions,
-            context,
-            job_id,
-            to or Path.cwd() / job_id,
-            path=path,
-            merge=merge,
-            by_root=by_root,
-            overwrite=overwrite,
-        )
+        job_id = find_job(context, farm_id, queue_id, name)
+        where = (farm_id, queue_id, job_id)
+        place = to or Path.cwd() / job_id
+        executions = find_executions(context, where, step_id=step_id, task_id=task_id)
+        documents: Mapping[str, ResultsDocument] = {}
+        if published or raw or not executions:
+            documents = find_documents(context, where, step_id=step_id, task_id=task_id)
+        if documents or published or raw:
+            check_only(job_id, documents, only)
+            wish = PublishedWish(
+                path, merge, raw, overwrite, UnpackLimits(max_file_size, max_total_size)
+            )
+            servers = result_servers(settings, queue_id)
+            chosen = {n: d for n, d in documents.items() if not only or n in only}
+            result = _from_publishers(chosen, context, servers, job_id, place, wish)
+        else:
+            check_only(job_id, [execution.id for execution in executions], only)
+            result = get(
+                [execution for execution in executions if not only or execution.id in only],
+                context,
+                job_id,
+                place,
+                path=path,
+                merge=merge,
+                by_root=by_root,
+                overwrite=overwrite,
+            )
     if path and not result.files:
         raise JobInvalidError(
             f"there is no result {path} of {job_id}", hint="`propmaster ls JOB` lists what there is"
@@ -83,6 +163,22 @@ def command(
         print_json(result)
         return
     _print(result)
+
+
+def _from_publishers(
+    documents: Mapping[str, ResultsDocument],
+    context: TransferContext,
+    servers: ResultServers,
+    job_id: str,
+    to: Path,
+    wish: PublishedWish,
+) -> GetResult:
+    found = [
+        find_published(name, document, result, servers, context)
+        for name, document in documents.items()
+        for result in choose_results(document, every=wish.raw)
+    ]
+    return get_published(found, context, job_id, to, wish)
 
 
 def _print(result: GetResult) -> None:

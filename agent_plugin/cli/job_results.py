@@ -1,13 +1,17 @@
 """What `ls`, `cat`, `get` and `results` have in common: how a job and a path in it are named."""
 
+import os
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import click
 
 from agent_plugin.cli.options import farm_option, queue_option, store_option
+from agent_plugin.publish.published import ResultServers
 from agent_plugin.publish.results import JobExecution, find_executions, find_job
+from agent_plugin.services import store_limits
 from agent_plugin.session.job import check_id
+from agent_plugin.settings import Settings
 from agent_plugin.transfer.asking import Asking
 
 P = ParamSpec("P")
@@ -98,3 +102,9 @@ def executions_of(
         asking, (*queue, job_id), step_id=step_id, task_id=task_id, only=only
     )
     return job_id, executions
+
+
+def result_servers(settings: Settings, queue_id: str) -> ResultServers:
+    """Return the servers that results are on, asked with the rights of whoever runs the command."""
+    limits = store_limits(settings, queue_id)
+    return ResultServers(os.environ, limits.retry_policy(), limits.bandwidth())

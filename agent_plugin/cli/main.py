@@ -40,6 +40,10 @@ COMMANDS: Final = {
     "openjd": ("agent_plugin.cli.openjd", "What OpenJD environment and job templates call."),
     "outputs": ("agent_plugin.cli.outputs", "List or download what a job's tasks left behind."),
     "queue": ("agent_plugin.cli.queue", "Show or set what this host does for a queue's jobs."),
+    "results": (
+        "agent_plugin.cli.results",
+        "Tell what a job's executions left, and give links to it.",
+    ),
     "session": ("agent_plugin.cli.session", "What the worker agent calls around tasks."),
     "source": ("agent_plugin.cli.source", "Show what objects of a bucket would come as inputs."),
     "submit": ("agent_plugin.cli.submit", "Upload a directory as a job's inputs."),

@@ -6,7 +6,7 @@
     │   ├── PathMappingError            UnsafePathError          PathClashError
     │   ├── UnsupportedPlatformError    NotAllowedError
     │   ├── AgentUnsupportedError       ResultClashError
-    │   ├── PlaceholderUnknownError
+    │   ├── PlaceholderUnknownError     ArchiveUnsafeError
     │   └── SourceInvalidError          SourceEmptyError
     ├── StoreError             the content store
     │   ├── BlobNotFoundError           DocumentNotFoundError    StoreAccessError
@@ -114,6 +114,12 @@ class PlaceholderUnknownError(InputError):
     """A publisher's key names a placeholder that there is not, or has a brace on its own."""
 
     reference, code, exit_code = "placeholder-unknown", "E_PLACEHOLDER", 96
+
+
+class ArchiveUnsafeError(InputError):
+    """An archive of results is not what was published, or would do more than make files."""
+
+    reference, code, exit_code = "archive-unsafe", "E_ARCHIVE", 99
 
 
 class ResultClashError(InputError):

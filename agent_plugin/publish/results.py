@@ -15,6 +15,7 @@ from agent_plugin.content.errors import JobInvalidError, ResultClashError
 from agent_plugin.content.manifest import FileEntry
 from agent_plugin.content.safe_path import split
 from agent_plugin.content.store import DocumentInfo
+from agent_plugin.publish.result_documents import RESULTS, ResultsDocument, find_results
 from agent_plugin.session.manifests import OutputManifest, find_outputs, merge_by_root
 from agent_plugin.session.roots import session_directory_name
 from agent_plugin.transfer.asking import Asking
@@ -71,7 +72,12 @@ def find_job(asking: Asking, farm: str, queue: str, text: str) -> str:
         )
     prefix = f"{farm}/{queue}/"
     jobs = sorted(
-        {info.key.removeprefix(prefix).partition("/")[0] for info in _listed(asking, prefix + text)}
+        {
+            info.key.removeprefix(above).partition("/")[0]
+            # Manifests may have been removed by a rule for old ones, and results not.
+            for above in (prefix, f"{prefix}{RESULTS}/")
+            for info in _listed(asking, above + text)
+        }
     )
     jobs = [job for job in jobs if _JOB.fullmatch(job)]
     if not jobs:
@@ -136,6 +142,34 @@ def check_only(job_id: str, there: Collection[str], only: Collection[str]) -> No
             f"{job_id} has no execution {min(missing)} with results",
             hint="`propmaster results JOB` lists them; of a task only its last run counts",
         )
+
+
+def find_documents(
+    asking: Asking,
+    job: tuple[str, str, str],
+    *,
+    step_id: str | None = None,
+    task_id: str | None = None,
+) -> dict[str, ResultsDocument]:
+    """Return what was published of a job by execution, in the order of publishing.
+
+    Args:
+        asking: Of the job's store.
+        job: Its farm id, queue id and job id.
+        step_id: Only of this step.
+        task_id: Only of this task; needs the step.
+
+    Raises:
+        StoreAccessError, StoreUnavailableError: It can not be had.
+    """
+    found = find_results(asking, job, step_id=step_id, task_id=task_id)
+    # The documents say so themselves, and the name becomes a directory's.
+    return {
+        document.execution_id
+        if _SAFE_NAME.fullmatch(document.execution_id)
+        else _made_up(document.key): document
+        for document in found
+    }
 
 
 def _listed(asking: Asking, prefix: str) -> list[DocumentInfo]:

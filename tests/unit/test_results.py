@@ -1,4 +1,4 @@
-"""Clashes between results. Pure."""
+"""Clashes between results, durations, and how an execution is known by its keys. Pure."""
 
 import pytest
 from hypothesis import given
@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from agent_plugin.content.errors import ResultClashError
 from agent_plugin.publish.clashes import Clash, find_clashes, refuse
+from agent_plugin.publish.presigning import MAX_SECONDS, parse_duration
 
 paths = st.lists(st.sampled_from("ab"), min_size=1, max_size=4).map("/".join)
 results = st.dictionaries(
@@ -56,3 +57,22 @@ def test_o7_results_without_clashes_can_be_laid_out_and_others_can_not(
     possible &= not any(other.startswith(f"{path}/") for path in placed for other in placed)
 
     assert (find_clashes(had) == []) == possible
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("1s", 1), ("90s", 90), ("30m", 1800), ("1h", 3600), ("1h30m", 5400), ("7d", MAX_SECONDS),
+     ("1d2h3m4s", 93784), ("0h1s", 1)],
+)  # fmt: skip
+def test_o6_a_duration_is_a_number_of_seconds(text: str, seconds: int) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "0s", "8d", "7d1s", "1", "h", "1H", " 1h", "1h ", "-1h", "1.5h", "1m1h", "1h1h", "1w",
+     "\u0661h", "1e3s", "9999999s", "1h\n"],
+)  # fmt: skip
+def test_o6_what_is_no_duration_or_out_of_range_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is no duration|between 1s and 7d"):
+        parse_duration(text)

@@ -1,0 +1,218 @@
+"""`propmaster results`: what became of a job's executions, and links to their files."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+import click
+import msgspec
+
+from agent_plugin.cli.job_results import check_ids, of_a_job, result_servers
+from agent_plugin.cli.options import common_options, print_json, say
+from agent_plugin.cli.signals import cancel_on_signals
+from agent_plugin.publish.presigning import PresignedResult, parse_duration, presign, presign_files
+from agent_plugin.publish.published import find_published
+from agent_plugin.publish.result_documents import PublishFailure, Result, ResultsDocument
+from agent_plugin.publish.results import (
+    JobExecution,
+    check_only,
+    files_of,
+    find_documents,
+    find_executions,
+    find_job,
+)
+from agent_plugin.services import ask_store
+from agent_plugin.settings import Settings, load
+from agent_plugin.transfer.asking import Asking
+from agent_plugin.transfer.progress import format_bytes
+
+# What signing all links may take, in seconds: a shorter life than asked for has another reason.
+SIGNING_SECONDS: Final = 60
+
+
+class ExecutionResults(msgspec.Struct, rename="camel"):
+    """What there is of one execution; `files` and `bytes` are those in the store."""
+
+    execution: str
+    step: str
+    task: str
+    node: str
+    files: int
+    bytes: int
+    results: list[Result]
+    failures: list[PublishFailure]
+
+
+class JobResults(msgspec.Struct):
+    """What `results` prints; the keys in upper case are those of Bacalhau's answer.
+
+    Attributes:
+        results: Each a Result, or with links a PresignedResult.
+        expires: When the first of the links ends, seconds since the epoch.
+    """
+
+    job: str
+    executions: list[ExecutionResults]
+    results: list[object] = msgspec.field(name="Results")
+    next_token: str = msgspec.field(name="NextToken", default="")
+    expires: float | None = None
+
+
+class _Duration(click.ParamType[int, str]):
+    name = "duration"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_duration(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+@click.command(name="results")
+@of_a_job("JOB")
+@click.option(
+    "--presign",
+    "seconds",
+    type=_Duration(),
+    metavar="DURATION",
+    help="Give links that work for so long, such as 1h or 30m; 7d at most.",
+)
+@common_options
+def command(
+    job: str,
+    store_url: str,
+    farm_id: str,
+    queue_id: str,
+    step_id: str | None,
+    task_id: str | None,
+    only: tuple[str, ...],
+    seconds: int | None,
+    as_json: bool,
+    config: Path | None,
+) -> None:
+    """Tell what JOB's executions left and where it was published; JOB may be cut short."""
+    check_ids(farm_id, queue_id, step_id, task_id)
+    settings = load(config)
+    with cancel_on_signals() as cancellation:
+        asking = ask_store(settings, store_url, cancellation=cancellation, queue_id=queue_id)
+        job_id = find_job(asking, farm_id, queue_id, job)
+        where = (farm_id, queue_id, job_id)
+        executions = find_executions(asking, where, step_id=step_id, task_id=task_id)
+        documents = find_documents(asking, where, step_id=step_id, task_id=task_id)
+        check_only(job_id, [each.id for each in executions] + [*documents], only)
+        executions = [each for each in executions if not only or each.id in only]
+        documents = {id_: found for id_, found in documents.items() if not only or id_ in only}
+        result = JobResults(
+            job_id,
+            _executions(executions, documents),
+            [each for document in documents.values() for each in document.results],
+        )
+        if seconds is not None:
+            links = _links(executions, documents, seconds, asking, settings, queue_id)
+            result.results = [*links]
+            result.expires = min((link.expires for link in links), default=None)
+    if as_json:
+        print_json(result)
+    elif seconds is not None:
+        _print_links([r for r in result.results if isinstance(r, PresignedResult)], seconds)
+    else:
+        _print(result)
+
+
+def _executions(
+    executions: Sequence[JobExecution], documents: dict[str, ResultsDocument]
+) -> list[ExecutionResults]:
+    """Return every execution that left something, or of which something was published."""
+    told = []
+    for execution in executions:
+        sizes = [e.size for output in execution.manifests for e in output.manifest.entries]
+        document = documents.get(execution.id)
+        told.append(
+            ExecutionResults(
+                execution=execution.id,
+                step=execution.step,
+                task=execution.task,
+                node=document.node_id if document else "",
+                files=len(sizes),
+                bytes=sum(sizes),
+                results=document.results if document else [],
+                failures=document.failures if document else [],
+            )
+        )
+    known = {execution.id for execution in executions}
+    return told + [
+        ExecutionResults(
+            execution=execution,
+            step=document.step_id,
+            task=document.task_id or "",
+            node=document.node_id,
+            files=0,
+            bytes=0,
+            results=document.results,
+            failures=document.failures,
+        )
+        for execution, document in documents.items()
+        if execution not in known
+    ]
+
+
+def _links(
+    executions: Sequence[JobExecution],
+    documents: dict[str, ResultsDocument],
+    seconds: int,
+    asking: Asking,
+    settings: Settings,
+    queue_id: str,
+) -> list[PresignedResult]:
+    """Return links to what was published, and to the store's files of executions without that."""
+    servers = result_servers(settings, queue_id)
+    links = []
+    for name, document in documents.items():
+        for each in document.results:
+            found = find_published(name, document, each, servers, asking)
+            links += presign(found, seconds, asking)
+    published = {link.execution for link in links}
+    for execution in executions:
+        if execution.id not in published:
+            links += presign_files(execution.id, files_of(execution), seconds, asking)
+    return links
+
+
+def _print(result: JobResults) -> None:
+    if not result.executions:
+        say(f"no results of {result.job}")
+        return
+    for execution in result.executions:
+        say(f"execution {execution.execution}:")
+        say(f"  of {execution.task or execution.step}")
+        if execution.files:
+            say(f"  {execution.files} files, {format_bytes(execution.bytes)}, in the store")
+        for each in execution.results:
+            say(f"  published: {each.url}")
+        for failure in execution.failures:
+            say(f"  not published: s3://{failure.bucket}/{failure.key}")
+            say(f"    {failure.error}: {failure.message}")
+
+
+def _print_links(links: Sequence[PresignedResult], seconds: int) -> None:
+    if not links:
+        say("nothing to give links to")
+        return
+    execution = ""
+    for link in links:
+        if link.execution != execution:
+            execution = link.execution
+            say(f"execution {execution}:")
+        say(f"  {link.path}")
+        say(f"    {link.params.presigned_url}")
+    ends = min(link.expires for link in links)
+    moment = datetime.fromtimestamp(ends, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    lasting = ends - datetime.now(UTC).timestamp()
+    # A request or two lies between signing and now.
+    shorter = lasting < seconds - SIGNING_SECONDS
+    say(f"links work until {moment}" + (", when the keys end that signed them" if shorter else ""))

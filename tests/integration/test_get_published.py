@@ -1,0 +1,399 @@
+"""`get --published` and `results`: what publishers made of sessions' outputs, on a real server.
+
+Each test has a prefix of its own in the shared bucket. What is hostile is put there by hand.
+"""
+
+import gzip
+import io
+import json
+import os
+import signal
+import subprocess
+import tarfile
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent_plugin.content.leftovers import is_partial
+from tests.servers.hooks import FARM, JOB, QUEUE, Host, action
+from tests.servers.s3_server import S3Server
+from tests.servers.sessions import MTIME_NS, Sessions
+from tests.servers.trees import write_files as write_files_at
+
+MEBIBYTE = 1024 * 1024
+# Far above anything measured, so that only a hang meets it.
+CALL_SECONDS = 60.0
+
+
+def write_files(root: Path, files: dict[str | bytes, bytes | int]) -> None:
+    write_files_at(root, files, mtime_ns=MTIME_NS)
+
+
+class Published:
+    """A job whose tasks published, and a user on another machine."""
+
+    def __init__(self, s3: S3Server, tmp_path: Path) -> None:
+        self.s3 = s3
+        self.bucket = s3.bucket
+        self.prefix = f"published-{uuid.uuid4().hex}"
+        url = f"s3://{s3.bucket}/root-{uuid.uuid4().hex}"
+        self.sessions = Sessions(tmp_path, Host(tmp_path / "host", url, environment=s3.environment))
+        self.user = Host(tmp_path / "user", url, environment=s3.environment)
+        self.to = tmp_path / "user/results"
+
+    def ran(self, publisher: Mapping[str, Any], *runs: dict[str | bytes, bytes | int]) -> list[str]:
+        """Have tasks leave these files and publish them; return the executions."""
+        params = {"Bucket": self.bucket, "Key": self.prefix, **publisher}
+        if "Key" in publisher:
+            params["Key"] = f"{self.prefix}/{publisher['Key']}"
+        job = self.sessions.submitted({"in": b"in"}, publishers=[{"Type": "s3", "Params": params}])
+        root = self.sessions.started(job)
+        ids = []
+        for number, files in enumerate(runs):
+            write_files(root, files)
+            run = action(1, number, started_at=1_700_000_000.0 + number, number=number)
+            result = self.sessions.host.finish_task(self.sessions.session_dir, run)
+            assert result.publish_failures == []
+            ids.append(run.session_action_id)
+        return ids
+
+    def arguments(self, command: str, *arguments: str | Path) -> list[str | Path]:
+        where = ["--store", self.user.store_url, "--farm-id", FARM, "--queue-id", QUEUE]
+        return [command, *arguments, *where]
+
+    def run(
+        self, *arguments: str | Path, code: int = 0, keys: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        done = self.user.run(*self.arguments(*map(str, arguments)), **(keys or {}))
+        assert done.returncode == code, done.stderr
+        return done
+
+    def get(self, *options: str, code: int = 0, what: str = JOB) -> Any:
+        done = self.run("get", what, "--to", self.to, "--json", "--published", *options, code=code)
+        return json.loads(done.stdout) if code == 0 else done.stderr
+
+    def results(self, *options: str) -> Any:
+        return json.loads(self.run("results", JOB, "--json", *options).stdout)
+
+    def files(self) -> dict[str, bytes]:
+        return {
+            path.relative_to(self.to).as_posix(): path.read_bytes()
+            for path in sorted(self.to.rglob("*"))
+            if path.is_file()
+        }
+
+    def nothing_is_there(self) -> bool:
+        partials = [path.name for path in self.to.parent.iterdir() if is_partial(path.name)]
+        return not self.to.exists() and partials == []
+
+    def put(self, key: str, data: bytes) -> None:
+        self.s3.client().put_object(Bucket=self.bucket, Key=f"{self.prefix}/{key}", Body=data)
+
+
+@pytest.fixture
+def published(s3: S3Server, tmp_path: Path) -> Published:
+    return Published(s3, tmp_path)
+
+
+def read(url: str) -> bytes:
+    with urllib.request.urlopen(url, timeout=CALL_SECONDS) as answer:
+        data: bytes = answer.read()
+    return data
+
+
+# ------------------------------------------------------------ plain objects
+
+
+def test_o7_plain_results_come_by_execution_although_they_share_a_key(published: Published) -> None:
+    p = published
+    one, two = p.ran(
+        {"Key": "all"},
+        {"renders/1.exr": b"one", "renders/empty": b""},
+        {"renders/2.exr": 9 * MEBIBYTE},
+    )
+
+    first = p.get()
+    second = p.get()
+
+    assert p.files().keys() == {
+        f"{one}/renders/1.exr", f"{one}/renders/empty", f"{two}/renders/2.exr"
+    }  # fmt: skip
+    assert p.files()[f"{one}/renders/1.exr"] == b"one"
+    assert (first["files"], first["bytesFetched"]) == (3, 3 + 9 * MEBIBYTE)
+    assert second["files"] == 3
+    assert [path.name for path in p.to.iterdir() if is_partial(path.name)] == []
+
+
+def test_o7_a_plain_result_that_was_changed_is_refused(published: Published) -> None:
+    published.ran({"Key": "all"}, {"renders/1.exr": b"one"})
+    client = published.s3.client()
+    key = f"{published.prefix}/all/renders/1.exr"
+    head = client.head_object(Bucket=published.bucket, Key=key)
+    client.put_object(Bucket=published.bucket, Key=key, Body=b"two", Metadata=head["Metadata"])
+
+    errors = published.get(code=92)
+
+    assert "as it was published" in errors
+    assert not published.to.exists()
+
+
+def test_o7_published_results_come_by_themselves_when_the_manifests_have_gone(
+    published: Published,
+) -> None:
+    p = published
+    p.ran({"Key": "all"}, {"renders/1.exr": b"one"})
+    client = p.s3.client()
+    prefix = f"{p.user.store_url.partition(p.bucket + '/')[2]}/Manifests/{FARM}/{QUEUE}/{JOB}/"
+    for entry in client.list_objects_v2(Bucket=p.bucket, Prefix=prefix)["Contents"]:
+        client.delete_object(Bucket=p.bucket, Key=entry["Key"])
+
+    p.run("get", JOB[:12], "--to", p.to)
+
+    assert p.files() == {"renders/1.exr": b"one"}
+
+
+# ------------------------------------------------------------ archives
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "zstd"])
+def test_o7_archives_are_verified_and_unpacked(published: Published, encoding: str) -> None:
+    p = published
+    one, two = p.ran(
+        {"Key": "{executionID}", "Encoding": encoding},
+        {"renders/1.exr": 20_000, "renders/log": b"1"},
+        {"renders/2.exr": b"two", "renders/log": b"2"},
+    )
+
+    result = p.get()
+
+    assert p.files().keys() == {
+        *(f"{one}/renders/1.exr", f"{one}/renders/log"),
+        *(f"{two}/renders/2.exr", f"{two}/renders/log"),
+    }
+    assert p.files()[f"{two}/renders/2.exr"] == b"two"
+    assert result["files"] == 4
+    assert p.get("--execution", one, what=f"{JOB}/renders/log")["files"] == 1
+    assert p.files()["renders/log"] == b"1", "one execution has no directory of its own"
+
+
+def test_o7_archives_that_clash_are_not_merged_and_nothing_is_placed(published: Published) -> None:
+    p = published
+    one, two = p.ran(
+        {"Key": "{executionID}", "Encoding": "gzip"},
+        {"renders/1.exr": b"1", "renders/log": b"one", "renders/same": b"s"},
+        {"renders/2.exr": b"2", "renders/log": b"two", "renders/same": b"s"},
+    )
+
+    errors = p.get("--merge", code=101)
+
+    assert f"1 path: renders/log: {', '.join(sorted([one, two]))}" in errors
+    assert p.nothing_is_there()
+
+    assert p.get("--merge", what=f"{JOB}/renders/same")["files"] == 1
+    assert p.files() == {"renders/same": b"s"}
+
+
+def test_o7_an_archive_that_was_replaced_is_refused_before_it_is_unpacked(
+    published: Published,
+) -> None:
+    published.ran({"Key": "run.tar.gz", "Encoding": "gzip"}, {"renders/1.exr": b"one"})
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("renders/1.exr"))
+    published.put("run.tar.gz", data.getvalue())
+
+    errors = published.get(code=99)
+
+    assert "is not what was published: its SHA-256 is" in errors
+    assert published.nothing_is_there()
+
+
+def test_o7_a_hostile_archive_that_its_document_vouches_for_leads_nowhere(
+    published: Published,
+) -> None:
+    """Who may write to the bucket may write the result document, too."""
+    p = published
+    p.ran({"Key": "run.tar.gz", "Encoding": "gzip"}, {"renders/1.exr": b"one"})
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as tar:
+        info = tarfile.TarInfo("../../../victim")
+        info.size = 1
+        tar.addfile(info, io.BytesIO(b"x"))
+    hostile = gzip.compress(data.getvalue())
+    p.put("run.tar.gz", hostile)
+    client = p.s3.client()
+    prefix = f"{p.user.store_url.partition(p.bucket + '/')[2]}/Manifests/{FARM}/{QUEUE}/Results/"
+    [entry] = client.list_objects_v2(Bucket=p.bucket, Prefix=prefix)["Contents"]
+    document = json.loads(client.get_object(Bucket=p.bucket, Key=entry["Key"])["Body"].read())
+    document["results"][0]["Params"]["ChecksumSHA256"] = ""
+    client.put_object(Bucket=p.bucket, Key=entry["Key"], Body=json.dumps(document).encode())
+
+    errors = p.get(code=99)
+
+    assert "member '../../../victim': its path is absolute" in errors
+    assert p.nothing_is_there()
+
+
+def test_o7_an_archive_may_become_only_so_much(published: Published) -> None:
+    published.ran({"Encoding": "gzip"}, {"renders/zeros": bytes(MEBIBYTE)})
+
+    assert "are more than 1000" in published.get("--max-file-size", "1000", code=99)
+    assert "more than 2000 bytes" in published.get("--max-total-size", "2 kB", code=99)
+    assert published.nothing_is_there()
+
+
+def test_o7_raw_brings_archives_as_they_are(published: Published) -> None:
+    one, two = published.ran(
+        {"Key": "{executionID}", "Encoding": "gzip"}, {"renders/1": b"1"}, {"renders/2": b"2"}
+    )
+
+    published.get("--raw")
+
+    assert published.files().keys() == {f"{one}/{one}.tar.gz", f"{two}/{two}.tar.gz"}
+    with tarfile.open(published.to / one / f"{one}.tar.gz") as tar:
+        assert tar.getnames() == ["renders/1"]
+
+
+def test_o7_after_a_kill_an_archive_goes_on_where_it_was(published: Published) -> None:
+    p = published
+    data = os.urandom(24 * MEBIBYTE)
+    p.ran({"Encoding": "gzip"}, {"renders/big": data})
+    slow = Host(
+        p.user.home, p.user.store_url, environment=p.user.environment,
+        store={"download_limit": "8 MiB"},
+    )  # fmt: skip
+    process = slow.popen(*map(str, p.arguments("get", JOB, "--published", "--to", p.to)))
+    deadline = time.monotonic() + CALL_SECONDS
+    while not any(r.stat().st_size >= 32 for r in p.to.parent.glob(".propmaster-*/*ranges-*")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=CALL_SECONDS)
+    assert not p.to.exists()
+
+    result = p.get()
+
+    assert p.files() == {"renders/big": data}
+    assert 0 < result["bytesFetched"] <= 16 * MEBIBYTE
+    assert [path.name for path in p.to.parent.iterdir() if is_partial(path.name)] == []
+
+
+# ------------------------------------------------------------ results and links
+
+
+def test_o5_results_tells_what_was_published_and_what_is_in_the_store(published: Published) -> None:
+    one, two = published.ran(
+        {"Key": "{executionID}", "Encoding": "gzip"}, {"renders/1": b"1"}, {"renders/2": b"22"}
+    )
+
+    result = published.results()
+    text = published.run("results", JOB).stdout
+
+    assert [each["execution"] for each in result["executions"]] == [one, two]
+    assert [(each["files"], each["bytes"]) for each in result["executions"]] == [(1, 1), (1, 2)]
+    assert [each["Params"]["Key"] for each in result["Results"]] == [
+        f"{published.prefix}/{one}.tar.gz", f"{published.prefix}/{two}.tar.gz",
+    ]  # fmt: skip
+    assert {frozenset(each) for each in result["Results"]} == {frozenset({"Type", "Params"})}
+    assert f"  published: s3://{published.bucket}/{published.prefix}/{one}.tar.gz" in text
+
+
+def test_o6_each_plain_file_has_a_link_that_ends_when_it_is_told(published: Published) -> None:
+    published.ran({"Key": "all"}, {"renders/1": b"one", "renders/2": b"two"})
+    before = time.time()
+
+    result = published.results("--presign", "3s")
+
+    links = {each["Path"]: each["Params"]["PreSignedURL"] for each in result["Results"]}
+    assert links.keys() == {"renders/1", "renders/2"}
+    assert read(links["renders/2"]) == b"two"
+    [first, _] = result["Results"]
+    assert first["Type"] == "s3PreSigned"
+    assert first["Params"]["SourceSpec"]["Key"] == f"{published.prefix}/all/renders/1"
+    assert before + 2 <= result["expires"] <= time.time() + 3
+    time.sleep(max(0.0, result["expires"] - time.time()) + 1.5)
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        read(links["renders/1"])
+
+
+@pytest.mark.slow
+def test_o6_a_link_is_to_the_version_that_was_published(published: Published) -> None:
+    p = published
+    p.bucket = f"versions-{uuid.uuid4().hex[:12]}"
+    client = p.s3.client()
+    client.create_bucket(Bucket=p.bucket)
+    client.put_bucket_versioning(Bucket=p.bucket, VersioningConfiguration={"Status": "Enabled"})
+    p.ran({"Key": "run.tar.gz", "Encoding": "gzip"}, {"renders/1": b"one"})
+    p.put("run.tar.gz", b"replaced")
+
+    [link] = p.results("--presign", "1h")["Results"]
+
+    version = link["Params"]["SourceSpec"]["VersionID"]
+    assert version
+    assert f"versionId={version}" in link["Params"]["PreSignedURL"]
+    with tarfile.open(fileobj=io.BytesIO(read(link["Params"]["PreSignedURL"]))) as tar:
+        assert tar.getnames() == ["renders/1"]
+    assert p.get()["files"] == 1, "get takes that version as well"
+
+
+def test_o6_links_end_with_the_keys_that_sign_them_and_say_so(
+    published: Published, tmp_path: Path
+) -> None:
+    p = published
+    p.ran({"Key": "all"}, {"renders/1": b"one"})
+    ends = datetime.now(UTC) + timedelta(minutes=30)
+    keys = {
+        "Version": 1,
+        "AccessKeyId": p.s3.access_key,
+        "SecretAccessKey": p.s3.secret_key,
+        "Expiration": ends.isoformat(),
+    }
+    (tmp_path / "keys.json").write_text(json.dumps(keys))
+    (tmp_path / "aws-config").write_text(
+        f"[default]\nregion = us-east-1\ncredential_process = cat {tmp_path}/keys.json\n"
+    )
+    temporary = {
+        "AWS_ACCESS_KEY_ID": "",
+        "AWS_SECRET_ACCESS_KEY": "",
+        "AWS_CONFIG_FILE": str(tmp_path / "aws-config"),
+    }
+
+    as_json = p.run("results", JOB, "--presign", "12h", "--json", keys=temporary)
+    text = p.run("results", JOB, "--presign", "12h", keys=temporary).stdout
+
+    assert json.loads(as_json.stdout)["expires"] == pytest.approx(ends.timestamp(), abs=2)
+    assert text.splitlines()[-1].endswith(", when the keys end that signed them")
+
+
+def test_o6_files_of_the_store_have_links_when_nothing_was_published(published: Published) -> None:
+    p = published
+    root = p.sessions.started(p.sessions.submitted({"in": b"in"}))
+    write_files(root, {"renders/1": b"one"})
+    p.sessions.finish()
+
+    [link] = p.results("--presign", "1h")["Results"]
+
+    assert link["Path"] == "renders/1"
+    assert read(link["Params"]["PreSignedURL"]) == b"one"
+
+
+def test_o6_there_are_no_links_to_a_directory_and_no_odd_durations(sessions: Sessions) -> None:
+    write_files(sessions.started(sessions.submitted()), {"renders/1": b"one"})
+    sessions.finish()
+    where = ["--store", sessions.host.store_url, "--farm-id", FARM, "--queue-id", QUEUE]
+
+    refused = sessions.host.run("results", JOB, *where, "--presign", "1h")
+    odd = sessions.host.run("results", JOB, *where, "--presign", "8d")
+
+    assert (refused.returncode, refused.stdout) == (67, "")
+    assert "there are no links to its files" in refused.stderr
+    assert odd.returncode == 2
+    assert "not between 1s and 7d" in odd.stderr
