@@ -52,6 +52,7 @@ from agent_plugin.content.store import (
     DocumentInfo,
     Hashed,
     Progress,
+    UploadMemory,
     ignore_bytes,
     ignore_progress,
 )
@@ -164,7 +165,7 @@ class DirectoryStore:
             if digest.size:
                 parts.reserve(fd, digest.size)
             for offset in range(0, digest.size, READ_BYTES):
-                cancellation.check()
+                cancellation.pass_boundary()
                 self._bandwidth.download.take(min(READ_BYTES, digest.size - offset), cancellation)
                 data = _read(source, offset, min(READ_BYTES, digest.size - offset))
                 hashing.update(data)
@@ -205,6 +206,7 @@ class DirectoryStore:
         *,
         cancellation: Cancellation,
         progress: Progress = ignore_progress,
+        memory: UploadMemory | None = None,  # noqa: ARG002 - a file is written in one go
     ) -> bool:
         """See Store.put_file."""
 
@@ -213,7 +215,7 @@ class DirectoryStore:
             offset = 0
             # One byte more than there should be, to see whether the file has grown.
             while data := parts.read_all(fd, offset, min(READ_BYTES, digest.size + 1 - offset)):
-                cancellation.check()
+                cancellation.pass_boundary()
                 self._bandwidth.upload.take(len(data), cancellation)
                 hashing.update(data)
                 parts.write_all(target, data, offset)
@@ -226,6 +228,9 @@ class DirectoryStore:
 
         cancellation.check()
         return self._put_blob(digest, write)
+
+    def abort_upload(self, digest: Digest, upload_id: str) -> None:
+        """See Store.abort_upload; a directory has no uploads in parts."""
 
     def list_blobs(self) -> Iterator[Digest]:
         """See Store.list_blobs."""

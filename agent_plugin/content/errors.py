@@ -7,7 +7,8 @@
     │   ├── UnsupportedPlatformError    NotAllowedError
     │   ├── AgentUnsupportedError       ResultClashError
     │   ├── PlaceholderUnknownError     ArchiveUnsafeError
-    │   └── SourceInvalidError          SourceEmptyError
+    │   ├── SourceInvalidError          SourceEmptyError
+    │   └── ReadOnlyAttributeError
     ├── StoreError             the content store
     │   ├── BlobNotFoundError           DocumentNotFoundError    StoreAccessError
     │   ├── StoreUnavailableError       StoreThrottledError      BlobCorruptError
@@ -20,7 +21,7 @@
     │   └── ServiceUnavailableError
     └── StateError             a command came at the wrong time
         ├── SessionStateError           TransferStateError
-        └── CancelledError
+        └── CancelledError              TransferAbortedError
 
 Each class carries what a program needs: `reference` (the heading in docs/TROUBLESHOOTING.md),
 `code` (stored in the ledger), `exit_code` (docs/EXIT_CODES.md, never reused), `errno` (what a
@@ -120,6 +121,12 @@ class ArchiveUnsafeError(InputError):
     """An archive of results is not what was published, or would do more than make files."""
 
     reference, code, exit_code = "archive-unsafe", "E_ARCHIVE", 99
+
+
+class ReadOnlyAttributeError(InputError):
+    """An attribute of a transfer or task that can not be changed, or not now."""
+
+    reference, code, exit_code = "read-only-attribute", "E_READONLY", 95
 
 
 class ResultClashError(InputError):
@@ -276,6 +283,12 @@ class CancelledError(StateError):
     """Someone asked us to stop; what was finished is kept, nothing half-written stays."""
 
     reference, code, exit_code, errno = "cancelled", "E_ABORTED", 77, errno.EINTR
+
+
+class TransferAbortedError(StateError):
+    """A person aborted the transfer; what was finished is kept, nothing half-written stays."""
+
+    reference, code, exit_code, errno = "transfer-aborted", "E_ABORTED", 100, errno.EINTR
 
 
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})

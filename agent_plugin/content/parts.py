@@ -104,7 +104,8 @@ def receive(
         read_part: Given offset, length, a cancellation and where to write, writes exactly that
             part, in pieces that it need not keep; retries.
         lanes: Where the parts are read.
-        cancellation: Checked while parts, and the ends of late writes, are awaited.
+        cancellation: Checked while parts, and the ends of late writes, are awaited; in a pause no
+            further part is read.
         progress: Told when a part is written and hashed.
         hashed: Given what is hashed, PIECE_BYTES of page-aligned memory at a time.
 
@@ -118,7 +119,7 @@ def receive(
     # Mapped, and so aligned: whoever writes it on can do so by direct I/O.
     buffer = memoryview(mmap.mmap(-1, PIECE_BYTES))
     # The other parts are stopped before the end of what they write is awaited.
-    with SharedFile(fd, cancellation) as file, stopping() as stop:
+    with SharedFile(fd, cancellation) as file, stopping(cancellation) as stop:
 
         def move(offset: int) -> Part:
             return read_part(offset, min(PART_BYTES, digest.size - offset), stop, file.write)
@@ -156,7 +157,7 @@ def send(
         read: Given offset and length, returns at most that many bytes.
         send_part: Given the part's number (from 1), its bytes and a cancellation; retries.
         lanes: Where the parts are sent.
-        cancellation: Checked while parts are awaited.
+        cancellation: Checked while parts are awaited; in a pause no further part is sent.
         progress: Told when a part was sent.
         pending: Empty; holds the parts under way, also after an error.
 
@@ -170,7 +171,7 @@ def send(
     hashing = xxhash.xxh3_128()
     part_bytes = part_size(size)
     sent: list[T] = []
-    with stopping() as stop:
+    with stopping(cancellation) as stop:
 
         def tasks() -> Iterator[tuple[int, Callable[[], T]]]:
             for number, offset in enumerate(range(0, size, part_bytes), start=1):
@@ -273,14 +274,23 @@ def in_order(
     Args:
         tasks: Each with a position; taken when there is room in the window.
         lanes: Where they are carried out.
-        cancellation: Checked while results are awaited.
+        cancellation: Checked while results are awaited; in a pause no further task is taken.
         window: How many are under way at once.
         pending: Empty; holds those under way, also after an error.
 
     Raises:
         CancelledError: Cancellation was wished.
     """
-    for position, task in tasks:
+    while True:
+        if cancellation.paused:
+            # What is under way comes to its end, and counts.
+            while pending:
+                yield _first_of(pending, lanes, cancellation)
+        cancellation.pass_boundary()
+        following = next(tasks, None)
+        if following is None:
+            break
+        position, task = following
         pending.append((position, lanes.submit(task)))
         cancellation.check()
         if len(pending) >= window:
@@ -298,9 +308,9 @@ def _first_of(pending: "Pending[T]", lanes: Lanes, cancellation: Cancellation) -
 
 
 @contextmanager
-def stopping() -> Iterator[Cancellation]:
-    """Lend a cancellation that is wished when the context is left."""
-    stop = Cancellation()
+def stopping(cancellation: Cancellation) -> Iterator[Cancellation]:
+    """Lend a cancellation that is wished when the context is left, and pauses with another."""
+    stop = Cancellation(pauses_with=cancellation)
     try:
         yield stop
     finally:

@@ -88,7 +88,8 @@ class RetryPolicy:
         Args:
             fn: One attempt.
             what: The attempt in words for the log, such as "get s3://bucket/key".
-            cancellation: Checked before each attempt; ends a wait at once.
+            cancellation: Checked before each attempt; ends a wait at once. No attempt begins in a
+                pause, whose time does not count.
             only: Other errors are raised as they are, also if they are retryable.
             movement: What `fn` keeps of its attempts; its seconds put the deadline off.
 
@@ -100,9 +101,10 @@ class RetryPolicy:
         started = self.clock()
         failing_since: float | None = None
         damaged = counted = 0
+        paused = 0.0
         for attempt in itertools.count(1):
             if cancellation is not None:
-                cancellation.check()
+                paused += cancellation.pass_boundary()
             try:
                 return fn()
             except only as error:
@@ -110,7 +112,7 @@ class RetryPolicy:
                     raise
                 damaged += isinstance(error, DAMAGED)
                 counted += not isinstance(error, StoreThrottledError)
-                elapsed = self.clock() - started
+                elapsed = self.clock() - started - paused
                 # As on a clock that stands still while something moves.
                 still = elapsed - (movement.seconds if movement else 0.0)
                 failing_since = still if failing_since is None else failing_since

@@ -208,7 +208,7 @@ def _move_all(
     unfinished: Unfinished | None,
 ) -> None:
     offsets = range(0, target.size, part_bytes)
-    with parts.stopping() as stop:
+    with parts.stopping(cancellation) as stop:
 
         def tasks() -> "Iterator[tuple[int, Callable[[], CompletedPartTypeDef]]]":
             for number, offset in enumerate(offsets, start=1):

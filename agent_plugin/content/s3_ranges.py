@@ -75,7 +75,7 @@ def fetch(
     parts.reserve(fd, info.size)
     os.ftruncate(fd, info.size)
     # The other parts are stopped before the end of what they write is awaited.
-    with parts.SharedFile(fd, cancellation) as file, parts.stopping() as stop:
+    with parts.SharedFile(fd, cancellation) as file, parts.stopping(cancellation) as stop:
 
         def move(offset: int) -> None:
             length = min(parts.PART_BYTES, info.size - offset)

@@ -49,6 +49,7 @@ from agent_plugin.content.store import (
     DocumentInfo,
     Hashed,
     Progress,
+    UploadMemory,
     ignore_bytes,
     ignore_progress,
 )
@@ -216,6 +217,7 @@ class S3Store:
         *,
         cancellation: Cancellation,
         progress: Progress = ignore_progress,
+        memory: UploadMemory | None = None,
     ) -> bool:
         """See Store.put_file; a request that was sent before cancellation may still take effect."""
         if digest.size <= WHOLE_BLOB_BYTES:
@@ -236,6 +238,7 @@ class S3Store:
             {},
             cancellation=cancellation,
             progress=parts.HighWater(progress),
+            memory=memory,
         )
         return True
 
@@ -263,6 +266,11 @@ class S3Store:
         if info.size != digest.size:
             raise BlobCorruptError(f"{digest} is stored as {info.size} bytes")
         return info
+
+    def abort_upload(self, digest: Digest, upload_id: str) -> None:
+        """See Store.abort_upload."""
+        key = layout.blob_key(digest)
+        Upload(self._requests, key, {}, digest.size, upload_id=upload_id).end(Cancellation())
 
     def list_blobs(self) -> Iterator[Digest]:
         """See Store.list_blobs."""
@@ -443,10 +451,11 @@ class S3Store:
         *,
         cancellation: Cancellation,
         progress: parts.HighWater,
+        memory: UploadMemory | None = None,
     ) -> None:
-        upload = Upload(self._requests, key, metadata, digest.size)
+        upload = Upload(self._requests, key, metadata, digest.size, memory=memory)
         try:
-            self._lanes.run(partial(upload.create, cancellation), cancellation)
+            self._lanes.run(partial(upload.begin, cancellation), cancellation)
             actual, sent = parts.send(
                 digest.size,
                 read,

@@ -5,6 +5,11 @@ ends the upload, it is aborted unless it was completed, and aborted again when t
 under way at that moment have ended, because S3 may have kept those:
 https://docs.aws.amazon.com/AmazonS3/latest/API/API_AbortMultipartUpload.html
 The exception is an upload that somebody wants to go on with: its owner aborts it.
+
+A process that is killed can abort nothing. So what is under way can be remembered outside of it
+(UploadMemory): the next process goes on with the upload, and sends again only what the store lacks,
+or what is read as something else by then. A part is known by our own hash of what was sent, since
+what a store calls it need not be one.
 """
 
 import threading
@@ -15,7 +20,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from agent_plugin.content import events
-from agent_plugin.content.errors import KeyExistsError, PropmasterError, StoreUnavailableError
+from agent_plugin.content.digest import hash_of
+from agent_plugin.content.errors import (
+    KeyExistsError,
+    PropmasterError,
+    StoreAccessError,
+    StoreUnavailableError,
+)
 from agent_plugin.content.parts import Pending
 from agent_plugin.content.s3_access import CONTENT_TYPE
 from agent_plugin.content.s3_errors import (
@@ -25,7 +36,7 @@ from agent_plugin.content.s3_errors import (
     UploadGoneError,
 )
 from agent_plugin.content.s3_requests import Requests
-from agent_plugin.content.store import Cancellation
+from agent_plugin.content.store import Cancellation, SentPart, UploadMemory
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
@@ -60,6 +71,7 @@ class Upload:
         upload_id: Of an upload to go on with; empty to begin one.
         is_complete: Whether what is at the key now was made of these parts, for when the answer to
             the request that completes it got lost. By default, whether it has the right size.
+        memory: Where to remember what `begin` begins, if anywhere.
 
     Attributes:
         pending: The parts under way (parts.py).
@@ -78,6 +90,7 @@ class Upload:
         exclusive: bool = False,
         upload_id: str = "",
         is_complete: "IsComplete | None" = None,
+        memory: UploadMemory | None = None,
     ) -> None:
         self._requests = requests
         self._below = below
@@ -87,6 +100,8 @@ class Upload:
         self._size = size
         self._exclusive = exclusive
         self._is_complete = is_complete or self._has_size
+        self._memory = memory
+        self._sent: dict[int, SentPart] = {}
         self._lock = threading.Lock()
         self._completed = False
         self._left = False
@@ -94,6 +109,35 @@ class Upload:
         self.id = upload_id
         self.kept = False
         self.pending: Pending[CompletedPartTypeDef] = deque()
+
+    def begin(self, cancellation: Cancellation) -> None:
+        """Go on with what is remembered, or create; what is sent is remembered from now on."""
+        if self._memory is None or not self._recall(self._memory, cancellation):
+            self.create(cancellation)
+        if self._memory is not None and not self._left:
+            self._memory.remember(self.id, list(self._sent.values()))
+
+    def _recall(self, memory: UploadMemory, cancellation: Cancellation) -> bool:
+        """Take up the upload that is remembered, if the store still knows it."""
+        self.id, sent = memory.recall()
+        if not self.id:
+            return False
+        try:
+            there = self.stored(cancellation)
+        except UploadGoneError:
+            return False
+        except StoreAccessError:
+            # What the store has of it, it tells nobody (s3:ListMultipartUploadParts).
+            self._abort()
+            return False
+        self._sent = {
+            part.number: part
+            for part in sent
+            if part.number in there and there[part.number][0]["ETag"] == part.tag
+        }
+        extra = {"object": self._place, "parts": len(self._sent)}
+        log.info(events.UPLOAD_RESUMED, extra=extra)
+        return True
 
     def create(self, cancellation: Cancellation) -> None:
         """Begin; if nobody waits for it any more, end at once."""
@@ -111,22 +155,27 @@ class Upload:
             self._abort()
 
     def send(self, number: int, data: bytes, stop: Cancellation) -> "CompletedPartTypeDef":
-        """Send a part, numbered from 1."""
+        """Send a part, numbered from 1, unless it is remembered that the store has it."""
+        hashed = hash_of(data) if self._memory is not None else ""
+        known = self._sent.get(number)
+        if known is not None and known.hash == hashed:
+            return _completed(known)
         what = f"upload part {number} of {self._place}"
 
-        def ask(client: "S3Client", common: dict[str, Any]) -> "CompletedPartTypeDef":
+        def ask(client: "S3Client", common: dict[str, Any]) -> SentPart:
             answer = client.upload_part(
                 **common, Key=self._key, UploadId=self.id, PartNumber=number, Body=data
             )
-            part: CompletedPartTypeDef = {
-                "PartNumber": number,
-                "ETag": _told(answer, "ETag", what),
-            }
-            if "ChecksumCRC32" in answer:
-                part["ChecksumCRC32"] = answer["ChecksumCRC32"]
-            return part
+            tag = _told(answer, "ETag", what)
+            return SentPart(number, tag, answer.get("ChecksumCRC32", ""), hashed)
 
-        return self._requests.boto(ask, what, stop, sends=len(data))
+        part = self._requests.boto(ask, what, stop, sends=len(data))
+        if self._memory is not None:
+            with self._lock:
+                self._sent[number] = part
+                sent = list(self._sent.values())
+            self._memory.remember(self.id, sent)
+        return _completed(part)
 
     def copy(
         self, number: int, source: Mapping[str, Any], stop: Cancellation
@@ -278,6 +327,15 @@ class Upload:
             pass  # As wished.
         except PropmasterError as error:
             log.warning(events.UPLOAD_LEFT, extra={"object": self._place, "reason": error.message})
+        if self._memory is not None:
+            self._memory.remember("", ())
+
+
+def _completed(part: SentPart) -> "CompletedPartTypeDef":
+    completed: CompletedPartTypeDef = {"PartNumber": part.number, "ETag": part.tag}
+    if part.checksum:
+        completed["ChecksumCRC32"] = part.checksum
+    return completed
 
 
 def key_exists(place: str) -> KeyExistsError:

@@ -6,7 +6,8 @@ returns, or it raises: nothing is skipped silently. Only an answer of 404 means 
 """
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol, TypeAlias
 
@@ -15,6 +16,9 @@ from agent_plugin.content.errors import CancelledError
 
 # Blobs up to this size are moved whole and in memory; larger ones in parts, through a file.
 WHOLE_BLOB_BYTES: Final = 8 * 1024 * 1024
+
+# How late the end of a pause may be noticed, in seconds.
+PAUSE_POLL_SECONDS: Final = 0.1
 
 # Told the number of further bytes that have moved; called from any thread, must not block.
 Progress = Callable[[int], None]
@@ -34,10 +38,16 @@ def ignore_bytes(_piece: memoryview, _offset: int) -> None:
 
 
 class Cancellation:
-    """Somebody's wish that work stops; checked at every part boundary."""
+    """Somebody's wish that work stops, or that it pauses; heeded at every part boundary.
 
-    def __init__(self) -> None:
+    Args:
+        pauses_with: Another one: while a pause of that is wished, one of this is.
+    """
+
+    def __init__(self, *, pauses_with: "Cancellation | None" = None) -> None:
         self._event = threading.Event()
+        self._pauses_with = pauses_with
+        self._paused = False
 
     def cancel(self) -> None:
         """Wish it; may be called from a signal handler, and more than once."""
@@ -48,14 +58,43 @@ class Cancellation:
         """Whether work should stop."""
         return self._event.is_set()
 
+    def pause(self) -> None:
+        """Wish that nothing further begins until `resume`; what is under way comes to its end."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """Let work go on."""
+        self._paused = False
+
+    @property
+    def paused(self) -> bool:
+        """Whether nothing further should begin."""
+        return self._paused or (self._pauses_with is not None and self._pauses_with.paused)
+
     def check(self) -> None:
-        """Go on, or stop.
+        """Go on, or stop; does not wait for the end of a pause.
 
         Raises:
             CancelledError: Somebody wished it.
         """
         if self._event.is_set():
             raise CancelledError("stopped on request")
+
+    def pass_boundary(self) -> float:
+        """Wait for the end of a pause, then go on; return how many seconds that took.
+
+        To be called where the next part of something begins, and where nothing is held that others
+        wait for.
+
+        Raises:
+            CancelledError: Somebody wished to stop.
+        """
+        self.check()
+        begun: float | None = None
+        while self.paused:
+            begun = begun or time.monotonic()
+            self.sleep(PAUSE_POLL_SECONDS)
+        return 0.0 if begun is None else time.monotonic() - begun
 
     def sleep(self, seconds: float) -> None:
         """Wait, at most until somebody wishes to stop.
@@ -65,6 +104,36 @@ class Cancellation:
         """
         if self._event.wait(seconds):
             raise CancelledError("stopped on request")
+
+
+@dataclass(frozen=True, slots=True)
+class SentPart:
+    """A part of an upload that the store has.
+
+    Attributes:
+        number: From 1.
+        tag: What the store called it.
+        checksum: What the store has taken of it besides; empty if nothing.
+        hash: xxh128 of the bytes that were sent.
+    """
+
+    number: int
+    tag: str
+    checksum: str
+    hash: str
+
+
+class UploadMemory(Protocol):
+    """Remembers an upload in parts, so that a later process can go on with it.
+
+    Every method may be called from any thread, and must not block for long.
+    """
+
+    def recall(self) -> tuple[str, Sequence[SentPart]]:
+        """Return the id of an upload that did not come to its end, and its parts; no id: none."""
+
+    def remember(self, upload_id: str, parts: Sequence[SentPart]) -> None:
+        """Remember what the store has of an upload; no id: there is none any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,16 +232,21 @@ class Store(Protocol):
         *,
         cancellation: Cancellation,
         progress: Progress = ignore_progress,
+        memory: UploadMemory | None = None,
     ) -> bool:
         """Store a file's whole content unless it is there; True when it was stored.
 
         The bytes are hashed as they are sent; an upload whose bytes turn out different is aborted
-        and leaves nothing behind. `fd` is read from offset 0 by position.
+        and leaves nothing behind. `fd` is read from offset 0 by position. What `memory` has of an
+        upload that a killed process had begun is not sent again, if it is what is read now.
 
         Raises:
             FileChangedError: The bytes read are not `digest`; nothing was stored.
             CancelledError: Cancellation was wished; nothing was stored.
         """
+
+    def abort_upload(self, digest: Digest, upload_id: str) -> None:
+        """Remove what a killed process has sent of an upload in parts; none of that id is fine."""
 
     def list_blobs(self) -> Iterator[Digest]:
         """Yield every blob under its current key, in no order; other names are passed over."""

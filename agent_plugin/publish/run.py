@@ -1,24 +1,25 @@
 """One publisher's transfer while it runs: its ledger rows, its progress and its threads.
 
 Crew threads publish; the calling thread keeps the ledger, looks for a wish to stop and shows how
-far it is, like an upload (transfer/upload.py).
+far it is, like an upload (transfer/upload.py). It can be paused and aborted, and gives way, as any
+transfer (transfer/steering.py). Which outputs it publishes follows from the publisher alone: what
+people change of its tasks changes nothing.
 """
 
 import threading
-import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final, TypeVar
 
-from agent_plugin.content.errors import CancelledError, PropmasterError
+from agent_plugin.content.errors import CancelledError, PropmasterError, TransferStateError
 from agent_plugin.content.store import Cancellation
 from agent_plugin.publish.outputs import Output
 from agent_plugin.transfer.context import TransferContext
 from agent_plugin.transfer.engine import TICK_SECONDS, Crew, Products
 from agent_plugin.transfer.ledger import TaskSpec, TransferRow, TransferSpec
-from agent_plugin.transfer.progress import Meter, SilentView, View
+from agent_plugin.transfer.progress import Meter
 from agent_plugin.transfer.states import TaskStatus
-from agent_plugin.transfer.upload import BEAT_SECONDS
+from agent_plugin.transfer.steering import EndedByHandError, Steering
 
 T = TypeVar("T")
 Order = TypeVar("Order", bound=Hashable)
@@ -33,6 +34,7 @@ class Run:
 
     Attributes:
         halt: Wished when its threads are to stop.
+        steering: What people want of it.
         moved: Bytes that went from this host to the destination.
     """
 
@@ -43,14 +45,11 @@ class Run:
         self.row = row
         self.halt = Cancellation()
         self.moved = 0
-        ids = context.ledger.task_ids(row.id)
+        meter = Meter(len(planned), sum(output.entry.size for output, _ in planned))
+        self.steering = Steering(context, row, self.halt, meter, lambda _tasks: None)
+        ids = self.steering.tasks
         self._tasks = {output.path: ids[output.path, key] for output, key in planned}
-        self._left = context.ledger.left(row.id)
-        self._meter = Meter(len(planned), sum(output.entry.size for output, _ in planned))
         self._counting = threading.Lock()
-        self._placed = 0
-        self._next_beat = 0.0
-        self.view: View = SilentView()
 
     def each(
         self, work: Callable[[Output], None], outputs: Iterable[Output], *, settle: bool = True
@@ -119,14 +118,9 @@ class Run:
 
         Raises:
             CancelledError: There is one.
+            TransferAbortedError: A person aborted the transfer.
         """
-        self.context.cancellation.check()
-        if time.monotonic() >= self._next_beat:
-            self._next_beat = time.monotonic() + BEAT_SECONDS
-            with self._counting:
-                placed, self._placed = self._placed, 0
-            self.context.ledger.beat(self.row.id, placed)
-            self.view.show(self._meter.snapshot())
+        self.steering.tick()
 
     @contextmanager
     def attempt(self, output: Output) -> Iterator[None]:
@@ -143,15 +137,13 @@ class Run:
 
     def placed(self, output: Output, size: int) -> None:
         """Count bytes of an output that are where they are to be; for any thread."""
-        self._meter.advance(size)
-        if self._tasks[output.path] in self._left:
-            with self._counting:
-                self._placed += size
+        self.steering.count(self._tasks[output.path], size)
 
     def settle(self, output: Output) -> None:
         """Note that an output is published."""
-        self._meter.advance(0, files=1)
-        self.context.ledger.note(self._tasks[output.path], TaskStatus.DONE)
+        task = self._tasks[output.path]
+        self.steering.count(task, 0, files=1)
+        self.steering.settle(task)
 
     def _blamed(self, output: Output, failure: BaseException) -> BaseException:
         """Note and return the failure of one output, with its path."""
@@ -177,7 +169,8 @@ def running(
         planned: Each output with the key it goes to.
 
     Raises:
-        TransferStateError: A living process is at it right now.
+        TransferStateError: A living process is at it right now, or a person has called it done.
+        TransferAbortedError: A person aborted it.
         NoSpaceError, LocalWriteError: The ledger can not be written.
     """
     tasks = [TaskSpec(output.path, key, output.entry.size) for output, key in planned]
@@ -185,8 +178,13 @@ def running(
     error: PropmasterError | None = None
     run = Run(context, row, planned)
     try:
-        with context.view(spec.kind) as run.view:
+        with context.view(spec.kind) as run.steering.view:
             yield run
+    except EndedByHandError as ended:
+        raise TransferStateError(
+            f"transfer {row.id} was called done by hand before everything was published",
+            hint="publish again what is missing",
+        ) from ended
     except PropmasterError as failure:
         error = failure
         raise

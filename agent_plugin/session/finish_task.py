@@ -420,6 +420,9 @@ def _upload(
     result.bytes_reused += done.bytes_reused
     for path in done.changed:
         log.info(events.FILE_REREAD, extra={"path": path})
+    for path in done.excluded:
+        # No manifest may name what the store may lack.
+        changes.changed.pop(path, None)
     return done.changed
 
 

@@ -497,13 +497,17 @@ def _account_id(context: TransferContext) -> str | None:
 def _root_result(
     root: RootState, manifest: Manifest | None, done: TransferResult, reason: str = ""
 ) -> RootResult:
-    """Return what is in place: all of the manifest, whether it was placed, or kept for a task."""
+    """Return what is in place: the manifest, placed or kept, but for what people took out."""
     return RootResult(
         root_path=root.root_path,
         local_root=root.local_root,
         file_system=root.file_system,
-        files=len(manifest) if manifest is not None else 0,
-        bytes=manifest.total_bytes if manifest is not None else 0,
+        files=len(manifest) - len(done.excluded) if manifest is not None else 0,
+        bytes=(
+            manifest.total_bytes - sum(entry.size for entry in done.excluded)
+            if manifest is not None
+            else 0
+        ),
         bytes_fetched=done.bytes_fetched,
         bytes_reused=done.bytes_reused,
         reason=reason,

@@ -150,6 +150,8 @@ def _store_files(root: Path, context: TransferContext) -> tuple[list[FileEntry],
                 return [], summary
             done = upload(opened, files, context, spec)
             restless = done.changed
+            excluded = {*done.excluded}
+            entries = [entry for entry in entries if entry.path not in excluded]
             summary.bytes_uploaded += done.bytes_uploaded
             if not restless:
                 summary.files = len(entries)

@@ -7,16 +7,18 @@ copied from there into the cache. While a blob is fetched its claim is held, so 
 waits for it instead of fetching it too; the claim is released after publication. Without a cache,
 or when the cache fails, blobs only go to their places.
 
+What people want of it meanwhile is done at each beat (steering.py): a file that is excluded or held
+is not placed, and its blob not asked for unless another file needs it.
+
 A failure of one file stops the transfer: a session whose inputs are not complete must not start.
 What is complete stays, in place and in the cache, for the next try.
 """
 
 import os
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Final, Self
 
@@ -39,10 +41,12 @@ from agent_plugin.content.store import WHOLE_BLOB_BYTES, Cancellation, Progress,
 from agent_plugin.transfer.context import TransferContext
 from agent_plugin.transfer.engine import TICK_SECONDS, ByteBudget, Crew, Products
 from agent_plugin.transfer.ledger import TaskSpec, TransferRow, TransferSpec
+from agent_plugin.transfer.ledger_news import TaskNews
 from agent_plugin.transfer.placement import CacheCopy, Placer, StagedFile
 from agent_plugin.transfer.plan import EMPTY, DownloadPlan
 from agent_plugin.transfer.progress import Meter
 from agent_plugin.transfer.states import TaskStatus
+from agent_plugin.transfer.steering import EndedByHandError, Steering
 
 log = events.get_logger()
 
@@ -51,7 +55,6 @@ log = events.get_logger()
 SINGLE_FLIGHT_SECONDS: Final = 60.0
 # Large blobs are fetched in parallel parts each, so a few at once fill any link.
 LARGE_AT_ONCE: Final = 3
-BEAT_SECONDS: Final = 0.5
 _MEND: Final = "Delete that object, then submit the job again, with --force-store-check."
 # Users are promised an end within a second; a fetch in parts looks every 0.1 s whether to stop.
 LARGE_STOP_SECONDS: Final = 0.4
@@ -67,6 +70,7 @@ class TransferResult:
         files, bytes: In place at the end.
         bytes_fetched: Of the distinct bytes, those that came from the store.
         bytes_reused: Those that were on this host already.
+        excluded: What people took out: it is not in place, and not in the counts.
     """
 
     files: int
@@ -74,6 +78,7 @@ class TransferResult:
     bytes_fetched: int
     bytes_reused: int
     seconds: float
+    excluded: tuple[FileEntry, ...] = ()
 
 
 @dataclass(slots=True)
@@ -92,11 +97,20 @@ class _Obtained:
             self.claim.release()
 
 
+class _Boundary(Cancellation):
+    """Takes each check for a part boundary, at which people's wishes are heeded."""
+
+    def __init__(self, tick: Callable[[], None]) -> None:
+        super().__init__()
+        self._tick = tick
+
+    def check(self) -> None:
+        self._tick()
+
+
 @dataclass(slots=True)
 class _Counts:
     fetched: int = 0
-    moved: int = 0
-    next_beat: float = 0.0
     seen: list[Digest] = field(default_factory=list)
     repairs: dict[Digest, int] = field(default_factory=dict)
 
@@ -109,7 +123,9 @@ def download(plan: DownloadPlan, context: TransferContext, spec: TransferSpec) -
             named in the message.
         NoSpaceError, PathClashError, UnsafePathError, LocalWriteError: On this host.
         CancelledError: On request.
-        TransferStateError: Another process carries the same transfer out right now.
+        TransferAbortedError: A person aborted it.
+        TransferStateError: Another process carries the same transfer out right now, or a person has
+            set one of its files to failed.
     """
     started = time.monotonic()
     row = context.ledger.begin(
@@ -133,15 +149,7 @@ def download(plan: DownloadPlan, context: TransferContext, spec: TransferSpec) -
         raise
     finally:
         context.ledger.finish(row.id, error)
-    distinct = sum(digest.size for digest in plan.wanted)
-    kept = sum(entry.size for entry in plan.kept)
-    result = TransferResult(
-        files=plan.files_to_place + len(plan.kept),
-        bytes=plan.bytes_to_place + kept,
-        bytes_fetched=running.counts.fetched,
-        bytes_reused=distinct + kept - running.counts.fetched,
-        seconds=time.monotonic() - started,
-    )
+    result = running.result(time.monotonic() - started)
     log.info(
         events.TRANSFER_COMPLETED,
         extra={
@@ -150,6 +158,7 @@ def download(plan: DownloadPlan, context: TransferContext, spec: TransferSpec) -
             "files": result.files,
             "bytes": result.bytes,
             "bytes_fetched": result.bytes_fetched,
+            "excluded": len(result.excluded),
             "seconds": round(result.seconds, 3),
         },
     )
@@ -163,23 +172,23 @@ class _Download:
         self._plan = plan
         self._context = context
         self._row = row
-        self._tasks = context.ledger.task_ids(row.id)
-        # Tasks that were done when a killed run had begun are in the ledger's count already.
-        self._left = context.ledger.left(row.id)
         # Blobs are read from the one and added to the other: a full cache can still be read. Crew
         # threads may set both to None, so each method takes its own copy first.
         self._cache: BlobCache | None = context.cache
         self._filling: BlobCache | None = context.cache
         self._halt = Cancellation()
+        meter = Meter(plan.files_to_place, plan.bytes_to_place)
+        self._steering = Steering(context, row, self._halt, meter, self._take_news)
+        self._tasks = self._steering.tasks
         self._budget = ByteBudget()
         self._obtained: Products[Digest, _Obtained] = Products(drop=_Obtained.close)
         self._small = Crew(self._obtain, self._obtained, context.concurrency, self._halt)
         self._large = Crew(self._obtain, self._obtained, LARGE_AT_ONCE, self._halt)
-        self._meter = Meter(plan.files_to_place, plan.bytes_to_place)
-        self._view = context.view(row.kind)
+        # Blobs that the crew has been asked for, and those that are to be had without it.
+        self._ordered: set[Digest] = set()
+        self._ready: OrderedDict[Digest, None] = OrderedDict()
         # Bytes of large blobs that came and are not in place yet; a blob has one thread at a time.
         self._arrived: dict[Digest, int] = {}
-        self._counting = threading.Lock()
         # The time as well, since another host's ledger may have the same id for the same root.
         label = f"{row.id}-{int(row.created * 1_000_000):x}"
         self._placer = Placer(
@@ -189,7 +198,7 @@ class _Download:
             exclusive=plan.exclusive,
             follow=plan.follow_root,
             owner=plan.owner,
-            cancellation=context.cancellation,
+            cancellation=_Boundary(self._steering.tick),
         )
         self.counts = _Counts()
 
@@ -207,44 +216,108 @@ class _Download:
         self._obtained.close()
 
     def run(self) -> None:
+        """Place all that people want placed; what they call done is left as it is."""
+        with suppress(EndedByHandError):
+            self._place_wanted()
+
+    def _place_wanted(self) -> None:
         self._keep()
-        ready: deque[Digest] = deque()
-        outstanding = 0
-        for digest in self._plan.wanted:
-            if digest == EMPTY or digest in self._plan.cached:
-                ready.append(digest)
-            else:
-                self._order(digest)
-                outstanding += 1
-        with self._view:
-            while outstanding or ready:
+        wanted = self._plan.wanted
+        if self._steering.sets_aside:
+            for entry in (entry for entries in wanted.values() for entry in entries):
+                self._steering.plan(self._task_of(entry), entry.size)
+        for digest in wanted:
+            self._want(digest)
+        with self._context.view(self._row.kind) as self._steering.view:
+            while self._ordered or self._ready or self._steering.holds:
                 self._tick()
-                taken = self._obtained.take(0 if ready else TICK_SECONDS)
+                if not (self._ordered or self._ready):
+                    self._steering.wait_for_held()
+                    continue
+                taken = self._obtained.take(0 if self._ready else TICK_SECONDS)
                 if taken is not None:
-                    outstanding -= 1
-                    outstanding += self._place_obtained(*taken)
-                elif ready:
-                    outstanding += self._place_cached(ready.popleft())
-            self._beat()
+                    self._ordered.discard(taken[0])
+                    self._place_obtained(*taken)
+                elif self._ready:
+                    self._place_cached(self._ready.popitem(last=False)[0])
+            self._tell_seen()
+            self._steering.finish()
+        self._steering.refuse_given_up()
+
+    def result(self, seconds: float) -> TransferResult:
+        """Return what it did."""
+        plan = self._plan
+        distinct = sum(digest.size for digest in plan.wanted)
+        excluded: list[FileEntry] = []
+        if self._steering.sets_aside or self._ordered or self._ready:
+            distinct = 0
+            for digest, entries in plan.wanted.items():
+                missing = [e for e in entries if not self._steering.is_settled(self._task_of(e))]
+                excluded += missing
+                distinct += digest.size if len(missing) < len(entries) else 0
+        kept = sum(entry.size for entry in plan.kept)
+        return TransferResult(
+            files=plan.files_to_place + len(plan.kept) - len(excluded),
+            bytes=plan.bytes_to_place + kept - sum(entry.size for entry in excluded),
+            bytes_fetched=self.counts.fetched,
+            bytes_reused=max(0, distinct + kept - self.counts.fetched),
+            seconds=seconds,
+            excluded=tuple(excluded),
+        )
+
+    def _task_of(self, entry: FileEntry) -> int:
+        return self._tasks[entry.hash, entry.path]
+
+    def _open(self, digest: Digest) -> list[FileEntry]:
+        """Return the files that are still to be placed of a blob, of those that people want."""
+        entries = self._plan.wanted[digest]
+        return [entry for entry in entries if self._steering.is_open(self._task_of(entry))]
+
+    def _want(self, digest: Digest) -> None:
+        """See that a blob comes if a file needs it, as urgently as that is by now."""
+        entries = self._open(digest)
+        priority = self._steering.priority(self._task_of(entry) for entry in entries)
+        if digest in self._ordered:
+            if not self._crew(digest).withdraw(digest):
+                return
+            self._ordered.discard(digest)
+        self._ready.pop(digest, None)
+        if not entries:
+            return
+        if digest == EMPTY or (digest in self._plan.cached and digest not in self.counts.repairs):
+            self._ready[digest] = None
+        else:
+            self._order(digest, priority)
+
+    def _take_news(self, tasks: Collection[TaskNews]) -> None:
+        """Do what people want of some tasks: place them, or not, and sooner or later."""
+        kept = {self._tasks.get((entry.hash, entry.path)) for entry in self._plan.kept}
+        digests: dict[Digest, None] = {}
+        for task in tasks:
+            digest = Digest(task.source, task.size)
+            if task.id in kept and task.status is TaskStatus.QUEUED:
+                self._context.ledger.note(task.id, TaskStatus.DONE)
+            elif digest in self._plan.wanted:
+                digests[digest] = None
+        for digest in digests:
+            self._want(digest)
 
     def _tick(self) -> None:
-        """Stop if that is wished, and say now and then how far it is."""
-        self._context.cancellation.check()
-        if time.monotonic() >= self.counts.next_beat:
-            self._beat()
+        """Stop or wait if that is wished, and say now and then how far it is."""
+        self._tell_seen()
+        self._steering.tick()
 
-    def _order(self, digest: Digest) -> None:
-        crew = self._small if digest.size <= WHOLE_BLOB_BYTES else self._large
-        crew.order(digest)
+    def _tell_seen(self) -> None:
+        if self.counts.seen and self._steering.beats_now:
+            seen, self.counts.seen = self.counts.seen, []
+            self._context.remember_present(seen)
 
-    def _beat(self) -> None:
-        self.counts.next_beat = time.monotonic() + BEAT_SECONDS
-        with self._counting:
-            moved, self.counts.moved = self.counts.moved, 0
-        seen, self.counts.seen = self.counts.seen, []
-        self._context.remember_present(seen)
-        self._context.ledger.beat(self._row.id, moved)
-        self._view.show(self._meter.snapshot())
+    def _crew(self, digest: Digest) -> Crew[Digest, _Obtained]:
+        return self._small if digest.size <= WHOLE_BLOB_BYTES else self._large
+
+    def _order(self, digest: Digest, priority: int) -> None:
+        self._ordered.add(digest)
+        self._crew(digest).order(digest, priority)
 
     def _keep(self) -> None:
         for entry in self._plan.retimed:
@@ -268,8 +341,8 @@ class _Download:
     # ------------------------------------------------------------------ on the crew's threads
 
     def _obtain(self, digest: Digest) -> _Obtained:
-        first = self._plan.wanted[digest][0]
-        task = self._tasks[first.hash, first.path]
+        first = next(iter(self._open(digest)), self._plan.wanted[digest][0])
+        task = self._task_of(first)
         with self._context.attempt(task):
             return self._obtain_for(digest, task)
 
@@ -353,16 +426,21 @@ class _Download:
             # A blob that has to be fetched again comes twice.
             size = min(size, digest.size - self._arrived.get(digest, 0))
             self._arrived[digest] = self._arrived.get(digest, 0) + size
-            self._count(task, size)
+            self._steering.count(task, size)
+            self._context.ledger.note_moved(task, size)
 
         return count
 
     # ------------------------------------------------------------------ on the calling thread
 
-    def _place_obtained(self, digest: Digest, obtained: _Obtained | BaseException) -> int:
-        """Place what the crew obtained; return how many fetches were ordered anew."""
+    def _place_obtained(self, digest: Digest, obtained: _Obtained | BaseException) -> None:
+        """Place what the crew obtained."""
         if isinstance(obtained, BaseException):
-            raise self._failure(digest, obtained) from obtained
+            if self._open(digest) or isinstance(obtained, CancelledError):
+                raise self._failure(digest, obtained) from obtained
+            # People took all of its files out while it was asked for.
+            self._uncount(digest)
+            return
         try:
             if obtained.fetched:
                 self.counts.fetched += digest.size
@@ -370,76 +448,80 @@ class _Download:
             if obtained.data is not None:
                 self._publish(digest, obtained.data)
                 data = obtained.data
-                wanted = self._plan.wanted[digest]
-                self._place_all(wanted, lambda entry: self._placer.place_data(entry, data))
-                return 0
-            if obtained.staged is not None:
+                self._place_all(
+                    self._open(digest), lambda entry: self._placer.place_data(entry, data)
+                )
+            elif obtained.staged is not None:
                 self._place_staged(digest, obtained.staged)
-                return 0
+            else:
+                self._place_cached(digest)
         finally:
             if obtained.data is not None:
                 self._budget.release(digest.size)
             obtained.close()
-        return self._place_cached(digest)
+        self._uncount(digest)
+
+    def _uncount(self, digest: Digest) -> None:
+        """Take back what was counted of a large blob that no file needs any more."""
+        if arrived := self._arrived.pop(digest, 0):
+            task = self._task_of(self._plan.wanted[digest][0])
+            self._steering.count(task, -arrived, moved=False)
 
     def _place_staged(self, digest: Digest, staged: StagedFile) -> None:
+        entries = self._open(digest)
         # The copies first: once the file has its name, a job may write to it.
-        first, *others = self._plan.wanted[digest]
-        self._place_all(others, lambda entry: self._placer.place_copy(entry, staged.fd))
-        self._place_all([first], lambda entry: self._placer.place_staged(entry, staged))
+        self._place_all(entries[1:], lambda entry: self._placer.place_copy(entry, staged.fd))
+        self._place_all(entries[:1], lambda entry: self._placer.place_staged(entry, staged))
 
-    def _place_cached(self, digest: Digest) -> int:
-        """Place a blob out of the cache; return 1 if it has to be fetched again, else 0."""
-        wanted = self._plan.wanted[digest]
+    def _place_cached(self, digest: Digest) -> None:
+        """Place a blob out of the cache, or have it fetched again."""
         if digest == EMPTY:
-            self._place_all(wanted, lambda entry: self._placer.place_data(entry, b""))
-            return 0
+            self._place_all(self._open(digest), lambda entry: self._placer.place_data(entry, b""))
+            return
         cache = self._cache
         if cache is None:
-            return self._again(digest)
+            self._again(digest)
+            return
         try:
             fd = cache.open_blob(digest)
         except LocalError as error:
             self._abandon(error)
-            return self._again(digest)
+            fd = None
         if fd is None:
-            return self._again(digest)
+            self._again(digest)
+            return
         try:
-            self._place_all(wanted, lambda entry: self._placer.place_copy(entry, fd))
+            self._place_all(self._open(digest), lambda entry: self._placer.place_copy(entry, fd))
         except BlobCorruptError as error:
             self._quarantine(cache, digest, error)
-            return self._again(digest)
+            self._again(digest)
         finally:
             os.close(fd)
-        return 0
 
-    def _again(self, digest: Digest) -> int:
+    def _again(self, digest: Digest) -> None:
         repairs = self.counts.repairs.get(digest, 0) + 1
         self.counts.repairs[digest] = repairs
         if repairs > CACHE_REPAIRS:
             # Evicted or damaged again and again: the cache is of no use for this transfer.
             self._abandon(BlobCorruptError(f"{digest} does not stay whole in the cache"))
-        self._order(digest)
-        return 1
+        if entries := self._open(digest):
+            tasks = [self._task_of(entry) for entry in entries]
+            self._order(digest, self._steering.priority(tasks))
 
     def _place_all(self, entries: Sequence[FileEntry], place: Callable[[FileEntry], None]) -> None:
         for entry in entries:
             self._tick()
-            task = self._tasks[entry.hash, entry.path]
+            task = self._task_of(entry)
+            if not self._steering.is_open(task):
+                continue
             try:
                 place(entry)
             except (LocalError, InputError) as error:
                 self._context.ledger.note(task, TaskStatus.FAILED, error)
                 raise
-            self._context.ledger.note(task, TaskStatus.DONE)
+            self._steering.settle(task)
             # What was counted as it came is that of one file.
-            self._count(task, entry.size - self._arrived.pop(entry.digest, 0), files=1)
-
-    def _count(self, task: int, size: int, *, files: int = 0) -> None:
-        self._meter.advance(size, files=files)
-        if task in self._left:
-            with self._counting:
-                self.counts.moved += size
+            self._steering.count(task, entry.size - self._arrived.pop(entry.digest, 0), files=1)
 
     def _publish(self, digest: Digest, data: bytes) -> None:
         cache = self._filling
@@ -488,7 +570,6 @@ class _Download:
         place = "" if key in error.message else f"{self._context.store_url}/{key}: "
         hint = error.hint or (_MEND if isinstance(error, BlobCorruptError) else "")
         failure = type(error)(f"{entries[0].path}{others}: {place}{error.message}", hint=hint)
-        for entry in entries:
-            task = self._tasks[entry.hash, entry.path]
-            self._context.ledger.note(task, TaskStatus.FAILED, failure)
+        for entry in self._open(digest):
+            self._context.ledger.note(self._task_of(entry), TaskStatus.FAILED, failure)
         return failure

@@ -1,21 +1,22 @@
-"""The threads that move bytes: a crew that works through a queue and can be told to stop.
+"""The threads that move bytes: a crew that works through a queue and can be told to stop or pause.
 
 The crew's threads talk to the store and to nothing else that is shared; what they obtain goes to
 the thread that called, through one bounded queue. They are daemon threads: a request that hangs
 must neither delay a cancellation nor the process's end. A crew whose owner has stopped drops what
-it still obtains.
+it still obtains. Orders are taken by priority, those of one priority in the order they came.
 """
 
 import queue
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from typing import Final, Generic, TypeVar
 
 from agent_plugin.content.store import Cancellation
+from agent_plugin.transfer.states import DEFAULT_PRIORITY
 
-Order = TypeVar("Order")
+Order = TypeVar("Order", bound=Hashable)
 Product = TypeVar("Product")
 
 # What may be in memory between the crew and its owner: 16 threads with a blob of 8 MiB each.
@@ -71,7 +72,8 @@ class Crew(Generic[Order, Product]):
         work: Called on a crew thread for each order; an exception becomes the order's failure.
         products: Where the results go; crews may share it.
         size: The number of threads; each starts when an order finds the others busy.
-        halt: Wished when the crew is to stop; `work` should heed it as well.
+        halt: Wished when the crew is to stop; `work` should heed it as well. In a pause no order is
+            begun.
     """
 
     def __init__(
@@ -85,21 +87,34 @@ class Crew(Generic[Order, Product]):
         self._products = products
         self._size = size
         self._halt = halt
-        self._orders: deque[Order] = deque()
+        # By priority; what is ordered is a key, since it may be withdrawn.
+        self._orders: dict[int, OrderedDict[Order, None]] = {}
         self._changed = threading.Condition()
         self._closed = False
         self._threads: list[threading.Thread] = []
 
-    def order(self, order: Order) -> None:
-        """Queue an order; a thread is started for it while there are fewer than allowed."""
+    def order(self, order: Order, priority: int = DEFAULT_PRIORITY) -> None:
+        """Queue an order, which is not queued yet; higher priorities are taken first.
+
+        A thread is started for it while there are fewer than allowed.
+        """
         with self._changed:
-            self._orders.append(order)
+            self._orders.setdefault(priority, OrderedDict())[order] = None
             if len(self._threads) < self._size:
                 thread = threading.Thread(target=self._run, daemon=True, name="propmaster-crew")
                 thread.start()
                 self._threads.append(thread)
             else:
                 self._changed.notify()
+
+    def withdraw(self, order: Order) -> bool:
+        """Take an order back; False if it is not queued, because it was begun for one."""
+        with self._changed:
+            for queued in self._orders.values():
+                if order in queued:
+                    del queued[order]
+                    return True
+            return False
 
     def close(self) -> None:
         """Let the threads end; orders not begun are dropped."""
@@ -124,13 +139,19 @@ class Crew(Generic[Order, Product]):
 
     def _next(self) -> tuple[Order] | None:
         with self._changed:
-            while not self._orders:
-                if self._closed or self._halt.wished:
-                    return None
+            while not (self._closed or self._halt.wished):
+                if not self._halt.paused and (first := self._take()) is not None:
+                    return first
                 self._changed.wait(TICK_SECONDS)
-            if self._closed or self._halt.wished:
-                return None
-            return (self._orders.popleft(),)
+            return None
+
+    def _take(self) -> tuple[Order] | None:
+        while self._orders:
+            highest = max(self._orders)
+            if queued := self._orders[highest]:
+                return (queued.popitem(last=False)[0],)
+            del self._orders[highest]
+        return None
 
 
 class ByteBudget:

@@ -1,10 +1,12 @@
 """The transfer ledger: what is moving, what moved, what failed and why, in one SQLite file.
 
-Who writes: the process that holds a transfer's lease writes its rows; any process may read. A
-lease names its owner by process id and start time, so that the lease of a killed engine is taken
-over at once. Task states are buffered (`note`) and written in batches (`flush`): a kill loses at
-most the last batch, and the engine never trusts a row over the file it speaks of. Losing the whole
-ledger therefore loses history, not data; a corrupt file is set aside and a new one begun.
+Who writes: the process that holds a transfer's lease writes what becomes of it; any process may
+read, and may change what people may change (ledger_control.py, ledger_create.py), which the engine
+reads at its next beat. A lease names its owner by process id and start time, so that the lease of a
+killed engine is taken over at once. Task states are buffered (`note`) and written in batches
+(`flush`): a kill loses at most the last batch, and the engine never trusts a row over the file it
+speaks of. Losing the whole ledger therefore loses history, not data; a corrupt file is set aside
+and a new one begun.
 
 One connection, used under one lock (ledger_file.py): SQLite serialises writers anyway, and rows are
 few. What is noted (ledger_notes.py) is under another, so that no crew thread waits for the disk.
@@ -12,50 +14,51 @@ few. What is noted (ledger_notes.py) is under another, so that no crew thread wa
 
 import sqlite3
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
-from agent_plugin.content.errors import PropmasterError, TransferStateError
-from agent_plugin.content.store import Cancellation
+from agent_plugin.content.errors import PropmasterError
+from agent_plugin.content.store import Cancellation, SentPart
+from agent_plugin.transfer.ledger_archive import ACTIVE_SECONDS
 from agent_plugin.transfer.ledger_begin import (
     LEASE_SECONDS,
     Beginning,
+    lease_holder,
     lease_owner,
     renew_lease,
-    sizes,
 )
-from agent_plugin.transfer.ledger_file import (
-    BUSY_TIMEOUT_SECONDS,
-    LedgerBusyError,
-    LedgerFile,
-    from_sql,
-    to_sql,
-)
+from agent_plugin.transfer.ledger_file import BUSY_TIMEOUT_SECONDS, LedgerBusyError, to_sql
+from agent_plugin.transfer.ledger_finish import end, go_on, let_go
+from agent_plugin.transfer.ledger_news import News, read_news
 from agent_plugin.transfer.ledger_notes import Notes
+from agent_plugin.transfer.ledger_people import PeoplesLedger, Scope
 from agent_plugin.transfer.ledger_rows import (
     TASK_COLUMNS,
     TRANSFER_COLUMNS,
+    EventRow,
+    ResultSpec,
     TaskRow,
     TaskSpec,
     TransferRow,
     TransferSpec,
+    from_json,
     task_row,
     transfer_row,
 )
-from agent_plugin.transfer.states import (
-    TaskStatus,
-    TransferStatus,
-    aggregate,
-    check_transfer_change,
-)
+from agent_plugin.transfer.states import LIVE, TaskStatus, TransferStatus
 
 __all__ = [
+    "ACTIVE_SECONDS",
     "LEASE_SECONDS",
     "NOTES_AT_ONCE",
     "SAMPLE_WINDOW_SECONDS",
+    "EventRow",
     "Ledger",
+    "News",
+    "ResultSpec",
+    "Scope",
     "TaskRow",
     "TaskSpec",
     "TransferRow",
@@ -70,10 +73,6 @@ BEAT_PATIENCE_SECONDS: Final = 0.1
 BEATS_MISSED_SECONDS: Final = 50.0
 # In one transaction, so that others do not wait: 99,000 a second were measured.
 NOTES_AT_ONCE: Final = 10_000
-# A task's row takes about 300 bytes, and a job may have a million of them.
-TASKS_KEPT_SECONDS: Final = 86_400.0
-TRANSFERS_KEPT_SECONDS: Final = 14 * 86_400.0
-ROWS_REMOVED_AT_ONCE: Final = 10_000
 
 
 @dataclass(slots=True)
@@ -90,12 +89,11 @@ class _Pulse:
     found: int = 0
 
 
-class Ledger:
+class Ledger(PeoplesLedger):
     """The ledger file, open. May be used from any thread; close() when done."""
 
-    def __init__(self, file: LedgerFile, clock: Callable[[], float]) -> None:
-        self._file = file
-        self._clock = clock
+    def __init__(self, path: Path, clock: Callable[[], float]) -> None:
+        super().__init__(path, clock)
         self._notes = Notes()
         self._pulses: dict[int, _Pulse] = {}
 
@@ -110,7 +108,7 @@ class Ledger:
         Raises:
             NoSpaceError, LocalWriteError: It can not be opened or made.
         """
-        return cls(LedgerFile(path, clock), clock)
+        return cls(path, clock)
 
     def close(self) -> None:
         """Write what is buffered and close the file.
@@ -137,12 +135,14 @@ class Ledger:
     ) -> TransferRow:
         """Create a transfer with its tasks, or take one of the same spec up again that is not done.
 
-        The caller holds the lease afterwards and the transfer is running. Tasks that are there
-        already keep their state, but what a dead engine had begun, or what failed, is queued; what
-        is not done and no longer asked for is excluded.
+        The caller holds the lease afterwards and the transfer is running, or paused if it was.
+        Tasks that are there already keep their state, but what a dead engine had begun, or what
+        failed, is queued; what is not done and no longer asked for is excluded. What a person has
+        excluded or held stays so, within a session also in a new transfer of the same spec.
 
         Raises:
             TransferStateError: A living process is running it right now.
+            TransferAbortedError: A person aborted it meanwhile.
             CancelledError: Cancellation was wished; the next begin goes on with what is there.
             NoSpaceError, LocalWriteError: The ledger can not be written.
         """
@@ -150,21 +150,6 @@ class Ledger:
         transfer_id = Beginning(self._file, spec, self._clock, cancellation).run(tasks)
         self._pulses[transfer_id] = _Pulse(self._clock())
         return self.transfer(transfer_id)
-
-    def transfer(self, transfer_id: int) -> TransferRow:
-        """Return one transfer.
-
-        Raises:
-            TransferStateError: There is none of that id.
-        """
-        with self._file.read() as connection:
-            row = connection.execute(
-                f"SELECT {TRANSFER_COLUMNS} FROM transfer WHERE id = ?",  # noqa: S608 - constant
-                (transfer_id,),
-            ).fetchone()
-        if row is None:
-            raise TransferStateError(f"there is no transfer {transfer_id}")
-        return transfer_row(row)
 
     def transfers(self, *, session: str | None = None) -> list[TransferRow]:
         """Return all transfers, or those of one session, oldest first."""
@@ -186,22 +171,29 @@ class Ledger:
             ).fetchall()
         return [task_row(row) for row in rows]
 
-    def task_ids(self, transfer_id: int) -> dict[tuple[str, str], int]:
-        """Return the ids of a transfer's tasks by (source, destination)."""
-        with self._file.read() as connection:
-            rows = connection.execute(
-                "SELECT source, destination, id FROM task WHERE transfer = ?", (transfer_id,)
-            ).fetchall()
-        return {(from_sql(source), from_sql(dest)): task_id for source, dest, task_id in rows}
+    def news(self, transfer_id: int, since: int | None = None) -> News:
+        """Return the tasks of a transfer, or those that people have changed since.
 
-    def left(self, transfer_id: int) -> set[int]:
-        """Return the ids of a transfer's tasks whose bytes are in its size and not in `done`."""
+        Args:
+            transfer_id: The transfer.
+            since: `News.last` of the news before; None: all tasks.
+        """
         with self._file.read() as connection:
-            rows = connection.execute(
-                "SELECT id FROM task WHERE transfer = ? AND status NOT IN ('done', 'excluded')",
+            return read_news(connection, transfer_id, since)
+
+    def outranked(self, transfer_id: int) -> int | None:
+        """Return a transfer of higher priority that runs on this host now, if there is one."""
+        now = self._clock()
+        with self._file.read() as connection:
+            higher = connection.execute(
+                "SELECT id, lease_owner, lease_until FROM transfer WHERE status = 'running'"
+                " AND priority > (SELECT priority FROM transfer WHERE id = ?)"
+                " ORDER BY priority DESC, id",
                 (transfer_id,),
-            )
-            return {task_id for (task_id,) in rows}
+            ).fetchall()
+        return next(
+            (other for other, owner, until in higher if lease_holder(owner, until, now)), None
+        )
 
     def note(self, task_id: int, status: TaskStatus, error: PropmasterError | None = None) -> None:
         """Remember a task's new state; written at the next flush or beat, the last note wins.
@@ -217,6 +209,40 @@ class Ledger:
         """
         self._notes.retry(task_id, error, self._clock() + wait_seconds)
 
+    def note_moved(self, task_id: int, size: int) -> None:
+        """Remember further bytes of a task that is under way. Never waits for the disk."""
+        self._notes.moved(task_id, size)
+
+    def note_upload(self, task_id: int, upload_id: str, parts: Sequence[SentPart]) -> None:
+        """Remember how far an upload in parts is; no id: there is none.
+
+        Never waits for the disk.
+        """
+        self._notes.upload(task_id, upload_id, parts)
+
+    def upload_of(self, task_id: int) -> tuple[str, list[SentPart]]:
+        """Return the id and the parts of a task's upload that is not complete; no id: none."""
+        with self._file.read() as connection:
+            upload_id, parts = connection.execute(
+                "SELECT upload_id, parts FROM task WHERE id = ?", (task_id,)
+            ).fetchone()
+        return upload_id, [SentPart(*part) for part in from_json(parts)]
+
+    def left_uploads(self, destination: str) -> list[tuple[int, str, int, str]]:
+        """Return what nobody will go on with: uploads to a store that a killed engine had begun.
+
+        Returns:
+            Of each the task's id, the blob's hash and size, and the upload's id.
+        """
+        with self._file.read() as connection:
+            return connection.execute(
+                "SELECT task.id, task.destination, task.size, task.upload_id FROM task"
+                " JOIN transfer ON transfer.id = task.transfer WHERE task.upload_id != ''"
+                " AND transfer.destination = ? AND (transfer.status IN ('done', 'aborted')"
+                " OR task.status = 'excluded')",
+                (to_sql(destination),),
+            ).fetchall()
+
     def flush(self) -> None:
         """Write what was noted.
 
@@ -227,7 +253,9 @@ class Ledger:
             with self._file.write() as connection:
                 self._notes.write(connection, self._clock(), NOTES_AT_ONCE)
 
-    def beat(self, transfer_id: int, moved: int, found: int = 0) -> TransferStatus:
+    def beat(
+        self, transfer_id: int, moved: int, found: int = 0, *, yielding: bool = False
+    ) -> TransferStatus:
         """Renew the lease, record what is done since the last beat, and write what was noted.
 
         What a busy ledger does not take is written by a later beat.
@@ -237,9 +265,11 @@ class Ledger:
             moved: Further bytes that were moved.
             found: Further bytes that turned out to be there; they count as done, and say nothing
                 about speed. Negative if some of what was told is not done after all.
+            yielding: Whether it gives way to a transfer of higher priority; it is waiting then.
 
         Returns:
-            The transfer's state, which another process may have changed.
+            The transfer's state, which another process may have changed. One that is waiting while
+            this process holds its lease was resumed: it is running again.
 
         Raises:
             TransferStateError: The lease ran out, and another process has taken the transfer over.
@@ -258,12 +288,21 @@ class Ledger:
                 renew_lease(connection, transfer_id, now)
                 self._notes.write(connection, now, NOTES_AT_ONCE)
                 self._add(connection, transfer_id, pulse, now)
+                go_on(connection, transfer_id, yielding=yielding)
         except LedgerBusyError:
             if overdue:
                 raise
-            return TransferStatus.RUNNING
-        self._pulses[transfer_id] = _Pulse(now)
-        return self.transfer(transfer_id).status
+        else:
+            self._pulses[transfer_id] = _Pulse(now)
+        # Reading waits for nobody who writes.
+        return self._status(transfer_id)
+
+    def _status(self, transfer_id: int) -> TransferStatus:
+        with self._file.read() as connection:
+            (status,) = connection.execute(
+                "SELECT status FROM transfer WHERE id = ?", (transfer_id,)
+            ).fetchone()
+        return TransferStatus(status)
 
     @staticmethod
     def _add(connection: sqlite3.Connection, transfer_id: int, pulse: _Pulse, now: float) -> None:
@@ -281,41 +320,49 @@ class Ledger:
             (transfer_id, now - SAMPLE_WINDOW_SECONDS),
         )
 
+    def hold(self, transfer_id: int) -> None:
+        """Pause a transfer that this process has begun, since all that is left of it is held.
+
+        Unless a person has said something else meanwhile.
+
+        Raises:
+            NoSpaceError, LocalWriteError: The ledger can not be written.
+        """
+        with self._file.write() as connection:
+            connection.execute(
+                "UPDATE transfer SET status = 'paused' WHERE id = ? AND status = 'running'"
+                " AND lease_owner = ?",
+                (transfer_id, lease_owner()),
+            )
+
+    def unhold(self, transfer_id: int) -> None:
+        """Let a transfer go on that `hold` has paused, at the next beat."""
+        with self._file.write() as connection:
+            connection.execute(
+                "UPDATE transfer SET status = 'waiting' WHERE id = ? AND status = 'paused'"
+                " AND lease_owner = ?",
+                (transfer_id, lease_owner()),
+            )
+
     def finish(self, transfer_id: int, error: PropmasterError | None = None) -> TransferRow:
         """Let go of a transfer in the state that follows from its tasks and the error, if any.
 
-        A cancelled transfer goes back to waiting, so that the next begin() resumes it. One that
-        another process has taken over, or that was ended meanwhile, stays as it is.
+        A cancelled transfer goes back to waiting, so that the next begin() resumes it; if it was
+        paused, it is aborted. One that another process has taken over, or that was ended meanwhile,
+        stays as it is.
         """
         self.flush()
-        with self._file.read() as connection:
-            size = sizes(connection, transfer_id)
-            begun = connection.execute(
-                "SELECT id FROM task WHERE transfer = ? AND status IN ('booting', 'executing')",
-                (transfer_id,),
-            ).fetchall()
-        status = _final_status(size.keys(), error)
-        check_transfer_change(TransferStatus.RUNNING, status)
-        size.pop(TaskStatus.EXCLUDED, 0)
+        now = self._clock()
         with self._file.write() as connection:
-            ours = connection.execute(
-                "UPDATE transfer SET status = ?1, error_code = ?2, error = ?3, lease_owner = '',"
-                " lease_until = 0, modified = ?4,"
-                " finished = CASE WHEN ?1 IN ('done', 'failed', 'aborted') THEN ?4 END,"
-                " size = ?5, done = ?6 WHERE id = ?7 AND lease_owner = ?8",
-                (
-                    status,
-                    error.code if error else "",
-                    to_sql(error.message) if error else "",
-                    self._clock(),
-                    sum(size.values()),
-                    size.get(TaskStatus.DONE, 0),
-                    transfer_id,
-                    lease_owner(),
-                ),
-            )
-            if ours.rowcount:
-                connection.executemany("UPDATE task SET status = 'queued' WHERE id = ?", begun)
+            row = connection.execute(
+                "SELECT status FROM transfer WHERE id = ? AND lease_owner = ?",
+                (transfer_id, lease_owner()),
+            ).fetchone()
+            if row is not None:
+                current = TransferStatus(row[0])
+                let_go(connection, transfer_id, current, now)
+                if current not in (TransferStatus.ABORTED, TransferStatus.DONE):
+                    end(connection, transfer_id, current, error, now)
         self._pulses.pop(transfer_id, None)
         return self.transfer(transfer_id)
 
@@ -330,41 +377,15 @@ class Ledger:
             )
 
     def forget_session(self, session: str) -> None:
-        """End the transfers of a session that is over, and remove what is old.
+        """End the transfers of a session that is over, and put away what is old.
 
-        What is still live becomes aborted. The tasks of transfers that were done a day ago go, and
-        transfers that finished two weeks ago, so that the file does not grow for ever.
+        What is still live becomes aborted.
         """
         now = self._clock()
         with self._file.write() as connection:
-            connection.execute(
+            connection.executemany(
                 "UPDATE transfer SET status = 'aborted', lease_owner = '', finished = ?,"
-                " modified = ? WHERE session = ?"
-                " AND status NOT IN ('done', 'aborted', 'failed')",
-                (now, now, session),
+                " modified = ? WHERE session = ? AND status = ?",
+                [(now, now, session, status) for status in LIVE],
             )
-        removed = ROWS_REMOVED_AT_ONCE
-        while removed == ROWS_REMOVED_AT_ONCE:
-            with self._file.write() as connection:
-                removed = connection.execute(
-                    "DELETE FROM task WHERE id IN (SELECT task.id FROM task JOIN transfer"
-                    " ON transfer.id = task.transfer WHERE transfer.finished < ?"
-                    " OR (transfer.status = 'done' AND transfer.finished < ?) LIMIT ?)",
-                    (
-                        now - TRANSFERS_KEPT_SECONDS,
-                        now - TASKS_KEPT_SECONDS,
-                        ROWS_REMOVED_AT_ONCE,
-                    ),
-                ).rowcount
-        with self._file.write() as connection:
-            connection.execute(
-                "DELETE FROM transfer WHERE finished < ?", (now - TRANSFERS_KEPT_SECONDS,)
-            )
-
-
-def _final_status(tasks: Collection[TaskStatus], error: PropmasterError | None) -> TransferStatus:
-    if error is None:
-        # What was begun and not finished is queued again.
-        begun = {TaskStatus.BOOTING, TaskStatus.EXECUTING}
-        return aggregate([TaskStatus.QUEUED if task in begun else task for task in tasks])
-    return TransferStatus.WAITING if error.code == "E_ABORTED" else TransferStatus.FAILED
+        self.housekeep()

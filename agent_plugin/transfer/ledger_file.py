@@ -1,8 +1,9 @@
-"""The file that the ledger is in: made private, opened, lent, set aside when it is damaged.
+"""The files that ledger and archive are in: made private, opened, lent, set aside when damaged.
 
 A file is made, and set aside, by one process at a time, under a lock of its directory. Its tables
 and its version come in one transaction: whenever the maker is killed, the file counts as empty, and
-the next one makes it. A file that is not damaged is never set aside, whatever a statement says.
+the next one makes it. A file of an older version is brought to ours in one transaction as well. A
+file that is not damaged is never set aside, whatever a statement says.
 """
 
 import errno
@@ -12,8 +13,9 @@ import sqlite3
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -24,10 +26,9 @@ from agent_plugin.content.errors import (
     PropmasterError,
     local_write_error,
 )
+from agent_plugin.transfer.ledger_migrate import from_version_1
 
-SCHEMA_VERSION: Final = 1
 BUSY_TIMEOUT_SECONDS: Final = 10.0
-_TABLES: Final = frozenset({"transfer", "task", "sample"})
 # Result codes: https://sqlite.org/rescode.html. SQLITE_ERROR is not among them: it may be anything.
 _DAMAGED: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _WRONG_KINDS: Final = {stat.S_IFLNK: errno.ELOOP, stat.S_IFDIR: errno.EISDIR}
@@ -35,6 +36,38 @@ _POLL_SECONDS: Final = 0.02
 _SHM_BYTES: Final = 32 * 1024
 
 log = events.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Schema:
+    """What a file has to hold.
+
+    Attributes:
+        script: The file of statements that makes its tables, beside this module.
+        version: What its `user_version` is then.
+        tables: What it has at least.
+        older: How a file of an older version becomes one of this, with the tables it has at least.
+    """
+
+    script: str
+    version: int
+    tables: frozenset[str]
+    older: Mapping[int, tuple[frozenset[str], Callable[[sqlite3.Connection], None]]] = field(
+        default_factory=dict
+    )
+
+    def read(self) -> str:
+        """Return the statements."""
+        return Path(__file__).with_name(self.script).read_text(encoding="utf-8")
+
+
+LEDGER: Final = Schema(
+    "ledger.sql",
+    2,
+    frozenset({"transfer", "task", "sample", "result", "event"}),
+    {1: (frozenset({"transfer", "task", "sample"}), from_version_1)},
+)
+ARCHIVE: Final = Schema("archive.sql", 1, frozenset({"transfer", "packed", "result"}))
 
 
 class LedgerBusyError(LocalWriteError):
@@ -51,14 +84,16 @@ class LedgerFile:
     Args:
         path: The file; its directory exists and is private to this user.
         clock: Seconds since the epoch, for the name of a file that is set aside.
+        schema: What it has to hold.
 
     Raises:
         NoSpaceError, LocalWriteError: It can not be opened or made; a link is not followed.
     """
 
-    def __init__(self, path: Path, clock: Callable[[], float]) -> None:
+    def __init__(self, path: Path, clock: Callable[[], float], schema: Schema = LEDGER) -> None:
         self._path = path
         self._clock = clock
+        self._schema = schema
         self._lock = threading.RLock()
         try:
             self._connection = self._open()
@@ -120,14 +155,14 @@ class LedgerFile:
 
     def _open(self) -> sqlite3.Connection:
         with suppress(_UnusableError):
-            return _connect(self._path, create=False)
+            return _connect(self._path, self._schema, create=False)
         # One process at a time, or the second would set aside what the first has just made.
         with _locked_directory(self._path.parent):
             try:
-                return _connect(self._path, create=True)
+                return _connect(self._path, self._schema, create=True)
             except _UnusableError as error:
                 self._set_aside(error)
-                return _connect(self._path, create=True)
+                return _connect(self._path, self._schema, create=True)
 
     def _give_up(self, error: sqlite3.Error) -> None:
         """Set the damaged file aside, unless another stands in its place already."""
@@ -149,7 +184,7 @@ class LedgerFile:
         log.warning(events.LEDGER_QUARANTINED, extra=extra)
 
 
-def _connect(path: Path, *, create: bool) -> sqlite3.Connection:
+def _connect(path: Path, schema: Schema, *, create: bool) -> sqlite3.Connection:
     """Return a connection to a file of our version; with `create`, make it (0600) if need be.
 
     Raises:
@@ -161,7 +196,7 @@ def _connect(path: Path, *, create: bool) -> sqlite3.Connection:
         path, timeout=BUSY_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=False
     )
     try:
-        _insist_version(connection, create=create)
+        _insist_version(connection, schema, create=create)
         # With WAL this loses the last transactions in a power cut and nothing else:
         # https://sqlite.org/pragma.html#pragma_synchronous
         connection.execute("PRAGMA synchronous = NORMAL")
@@ -191,22 +226,49 @@ def _insist_file(path: Path, *, create: bool) -> None:
         raise OSError(code, os.strerror(code), os.fspath(path))
 
 
-def _insist_version(connection: sqlite3.Connection, *, create: bool) -> None:
-    """Accept a file of our version; with `create`, make an empty one so."""
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
-    if version == SCHEMA_VERSION and tables >= _TABLES:
+def _insist_version(connection: sqlite3.Connection, schema: Schema, *, create: bool) -> None:
+    """Accept a file of our version; with `create`, make an empty or an older one so."""
+    version, tables = _found(connection)
+    if version == schema.version and tables >= schema.tables:
+        return
+    older, migrate = schema.older.get(version, (None, None))
+    if older is not None and migrate is not None and tables >= older:
+        if not create:
+            raise _UnusableError(f"it is of version {version}")
+        _migrate(connection, version, migrate)
         return
     if version or tables:
         raise _UnusableError(
             f"version {version} with {', '.join(sorted(tables)) or 'no tables'}, not version"
-            f" {SCHEMA_VERSION} with {', '.join(sorted(_TABLES))}"
+            f" {schema.version} with {', '.join(sorted(schema.tables))}"
         )
     if not create:
         raise _UnusableError("it is empty")
     _switch_to_wal(connection)
-    schema = Path(__file__).with_name("ledger.sql").read_text(encoding="utf-8")
-    connection.executescript(f"BEGIN IMMEDIATE;\n{schema}\nCOMMIT;")
+    connection.executescript(f"BEGIN IMMEDIATE;\n{schema.read()}\nCOMMIT;")
+
+
+def _found(connection: sqlite3.Connection) -> tuple[int, frozenset[str]]:
+    """Return the version and the names of the tables and indexes that a file has."""
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    names = connection.execute("SELECT name FROM sqlite_master")
+    return version, frozenset(name for (name,) in names)
+
+
+def _migrate(
+    connection: sqlite3.Connection, version: int, migrate: Callable[[sqlite3.Connection], None]
+) -> None:
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        # Who held the directory's lock too long for us to wait may have done it meanwhile.
+        if _found(connection)[0] == version:
+            migrate(connection)
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+    log.info(events.LEDGER_MIGRATED, extra={"from_version": version})
 
 
 def _switch_to_wal(connection: sqlite3.Connection) -> None:

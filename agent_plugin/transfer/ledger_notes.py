@@ -2,28 +2,44 @@
 
 import sqlite3
 import threading
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 
 from agent_plugin.content.errors import PropmasterError
+from agent_plugin.content.store import SentPart
 from agent_plugin.transfer.ledger_file import to_sql
+from agent_plugin.transfer.ledger_rows import to_json
 from agent_plugin.transfer.states import TaskStatus
 
+# A task that a person has taken out, or held, meanwhile does not begin by a note that is older:
+# what its engine had of it is dropped. What is done is done.
 _SQL = (
-    "UPDATE task SET status = coalesce(?1, status), error_code = ?2, error = ?3,"
-    " tries = tries + ?4, not_before = ?5, started = coalesce(started, ?6),"
-    " finished = CASE WHEN ?1 IN ('done', 'failed') THEN ?6 END WHERE id = ?7"
+    "UPDATE task SET status = CASE WHEN modifier != '' AND status IN ('excluded', 'onhold')"
+    " AND ?1 IN ('booting', 'executing') THEN status ELSE coalesce(?1, status) END,"
+    " modifier = CASE WHEN ?1 IN ('excluded', 'done', 'failed') THEN '' ELSE modifier END,"
+    " error_code = coalesce(?2, error_code), error = coalesce(?3, error), tries = tries + ?4,"
+    " not_before = coalesce(?5, not_before),"
+    " started = coalesce(started, ?6),"
+    " finished = CASE WHEN ?1 IN ('done', 'failed') THEN ?6 END,"
+    " done = CASE WHEN ?1 = 'done' THEN size WHEN ?1 IN ('queued', 'excluded') THEN 0"
+    " ELSE max(0, min(size, done + ?7)) END,"
+    " upload_id = CASE WHEN ?1 = 'done' THEN '' ELSE coalesce(?8, upload_id) END,"
+    " parts = CASE WHEN ?1 = 'done' THEN '[]' ELSE coalesce(?9, parts) END WHERE id = ?10"
 )
 
 
 @dataclass(slots=True)
 class _Note:
-    """What has become of a task since its row was written; no status if that has not changed."""
+    """What has become of a task since its row was written; None for what has not changed."""
 
     status: TaskStatus | None = None
-    error_code: str = ""
-    error: str = ""
+    error_code: str | None = None
+    error: str | None = None
     attempts: int = 0
-    not_before: float = 0.0
+    not_before: float | None = None
+    moved: int = 0
+    upload_id: str | None = None
+    parts: Sequence[SentPart] | None = None
 
 
 class Notes:
@@ -56,6 +72,17 @@ class Notes:
             note.attempts += 1
             note.not_before = not_before
 
+    def moved(self, task_id: int, size: int) -> None:
+        """Note further bytes of a task that is under way."""
+        with self._lock:
+            self._notes.setdefault(task_id, _Note()).moved += size
+
+    def upload(self, task_id: int, upload_id: str, parts: Sequence[SentPart]) -> None:
+        """Note how far an upload in parts is; no id: there is none any more."""
+        with self._lock:
+            note = self._notes.setdefault(task_id, _Note())
+            note.upload_id, note.parts = upload_id, parts
+
     def write(self, connection: sqlite3.Connection, now: float, most: int) -> None:
         """Write up to so many notes, in the caller's transaction, and drop them."""
         with self._lock:
@@ -66,10 +93,13 @@ class Notes:
                 (
                     note.status,
                     note.error_code,
-                    to_sql(note.error),
+                    None if note.error is None else to_sql(note.error),
                     note.attempts,
                     note.not_before,
                     now,
+                    note.moved,
+                    note.upload_id,
+                    None if note.parts is None else to_json([astuple(p) for p in note.parts]),
                     task_id,
                 )
                 for task_id, note in notes

@@ -1,11 +1,12 @@
-"""What the ledger is asked for and what it tells: transfers and tasks as values."""
+"""What the ledger is asked for and what it tells: transfers, tasks, results, as values."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from agent_plugin.transfer.ledger_file import from_sql
-from agent_plugin.transfer.states import TaskStatus, TransferStatus
+from agent_plugin.transfer.states import DEFAULT_PRIORITY, TaskStatus, TransferStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,9 +14,9 @@ class TransferSpec:
     """What a transfer is to do, and for whom.
 
     Attributes:
-        kind: `sync-in`, `sync-step`, `sync-out`, `submit` or `outputs`.
+        kind: `sync-in`, `sync-step`, `sync-out`, `submit`, `outputs`, or another's.
         source: A store URL or a directory.
-        destination: A directory or a store URL.
+        destination: A directory or a store URL; empty while it is not known.
         session: Key of the session's state file; empty outside sessions.
     """
 
@@ -35,16 +36,63 @@ class TransferSpec:
 
 @dataclass(frozen=True, slots=True)
 class TaskSpec:
-    """One file of a transfer: where from, where to, how many bytes."""
+    """One file of a transfer: where from, where to, how many bytes, and how urgent."""
 
     source: str
     destination: str
     size: int
+    priority: int = DEFAULT_PRIORITY
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ResultSpec:
+    """Where something was published.
+
+    Attributes:
+        transfer: The transfer that did it.
+        job, step, task: Of the farm; empty where it does not apply.
+        spec: The result document (docs/PROTOCOL.md).
+        created: Seconds since the epoch.
+    """
+
+    transfer: int
+    job: str
+    step: str
+    task: str
+    spec: Mapping[str, Any]
+    created: float
+
+
+@dataclass(frozen=True, slots=True)
+class EventRow:
+    """Who changed what: an attribute of a transfer, or of a task, by hand.
+
+    Attributes:
+        task: The task's id; None for the transfer itself.
+        what: `attribute=value`.
+        who: `uid:name`.
+    """
+
+    time: float
+    transfer: int
+    task: int | None
+    what: str
+    who: str
 
 
 @dataclass(frozen=True, slots=True)
 class TransferRow:
-    """A transfer as the ledger has it; sizes in bytes, times in seconds since the epoch."""
+    """A transfer as the ledger has it; sizes in bytes, times in seconds since the epoch.
+
+    Attributes:
+        size: Of the tasks that are not excluded; -1 in init.
+        modifier: `uid:name` of who changed it last by hand; empty if nobody has.
+        settings: What its engine is to heed.
+        metadata: Whatever its owner wants to keep with it.
+        lease_owner: `pid:start-time` of the process that carries it out; empty for none.
+        lease_until: Until when that is believed.
+    """
 
     id: int
     name: str
@@ -59,6 +107,17 @@ class TransferRow:
     error: str
     created: float
     finished: float | None
+    priority: int
+    required: bool
+    job: str
+    step: str
+    task: str
+    modifier: str
+    settings: Mapping[str, Any]
+    metadata: Mapping[str, Any]
+    modified: float
+    lease_owner: str
+    lease_until: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +127,9 @@ class TaskRow:
     Attributes:
         tries: How many attempts were begun.
         not_before: When the request that failed last is sent again, seconds since the epoch.
+        uri: Its number within the transfer, as text.
+        done: Bytes that have moved.
+        modifier: `uid:name` of who set its status by hand; empty if its engine has.
     """
 
     id: int
@@ -79,13 +141,26 @@ class TaskRow:
     not_before: float
     error_code: str
     error: str
+    transfer: int
+    uri: str
+    priority: int
+    done: int
+    modifier: str
+    metadata: Mapping[str, Any]
+    created: float
+    started: float | None
+    finished: float | None
 
 
 TRANSFER_COLUMNS: Final = (
     "id, name, kind, status, source, destination, session, size, done,"
-    " error_code, error, created, finished"
+    " error_code, error, created, finished, priority, required, job, step, task, modifier,"
+    " settings, metadata, modified, lease_owner, lease_until"
 )
-TASK_COLUMNS: Final = "id, status, source, destination, size, tries, not_before, error_code, error"
+TASK_COLUMNS: Final = (
+    "id, status, source, destination, size, tries, not_before, error_code, error, transfer, uri,"
+    " priority, done, modifier, metadata, created, started, finished"
+)
 
 
 def transfer_row(row: Sequence[Any]) -> TransferRow:
@@ -93,6 +168,8 @@ def transfer_row(row: Sequence[Any]) -> TransferRow:
     return TransferRow(
         row[0], from_sql(row[1]), row[2], TransferStatus(row[3]), from_sql(row[4]),
         from_sql(row[5]), row[6], row[7], row[8], row[9], from_sql(row[10]), row[11], row[12],
+        row[13], bool(row[14]), row[15], row[16], row[17], row[18], from_json(row[19]),
+        from_json(row[20]), *row[21:],
     )  # fmt: skip
 
 
@@ -100,5 +177,16 @@ def task_row(row: Sequence[Any]) -> TaskRow:
     """Return what TASK_COLUMNS selected."""
     return TaskRow(
         row[0], TaskStatus(row[1]), from_sql(row[2]), from_sql(row[3]), row[4], row[5], row[6],
-        row[7], from_sql(row[8]),
+        row[7], from_sql(row[8]), row[9], row[10], row[11], row[12], row[13], from_json(row[14]),
+        *row[15:],
     )  # fmt: skip
+
+
+def to_json(value: object) -> str:
+    """Return a value as the ledger keeps it; what is not UTF-8 is escaped."""
+    return json.dumps(value, ensure_ascii=True, separators=(",", ":"))
+
+
+def from_json(text: str) -> Any:  # noqa: ANN401 - whatever it is
+    """Return what `to_json` was given."""
+    return json.loads(text) if text != "{}" else {}

@@ -9,10 +9,13 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Protocol, Self, TextIO
+
+from agent_plugin.transfer.ledger_rows import TransferRow
+from agent_plugin.transfer.states import TransferStatus
 
 WINDOW_SECONDS: Final = 60.0
 # A line of text now and then; nobody reads more, and farms pay for log lines.
@@ -32,6 +35,7 @@ class Snapshot:
         percent: 0 to 100, rounded down; 100 only when everything is in place.
         speed: 10^6 bytes a second over the last minute.
         remaining: `H:MM:SS`, or empty when it can not be told.
+        waits_for: Why nothing moves: it is paused, or gives way; empty when that is not so.
     """
 
     files: int
@@ -41,6 +45,7 @@ class Snapshot:
     percent: int
     speed: float
     remaining: str
+    waits_for: str = ""
 
 
 class Meter:
@@ -70,8 +75,18 @@ class Meter:
             self._bytes += size
             self._files += files
 
-    def snapshot(self) -> Snapshot:
-        """Return how far it is now."""
+    def expect(self, size: int, *, files: int) -> None:
+        """Count further bytes and files among those there will be; negative: they leave."""
+        with self._lock:
+            self._total_bytes += size
+            self._total_files += files
+
+    def snapshot(self, waits_for: str = "") -> Snapshot:
+        """Return how far it is now.
+
+        Args:
+            waits_for: Why nothing moves, if that is so.
+        """
         with self._lock:
             now = self._clock()
             while len(self._window) > 1 and self._window[1][0] <= now - WINDOW_SECONDS:
@@ -88,7 +103,8 @@ class Meter:
                 total_bytes=self._total_bytes,
                 percent=self._percent(),
                 speed=rate / 1e6,
-                remaining=self._remaining(rate),
+                remaining="" if waits_for else self._remaining(rate),
+                waits_for=waits_for,
             )
 
     def _percent(self) -> int:
@@ -98,13 +114,52 @@ class Meter:
             return 100
         if self._total_bytes == 0:
             return min(99, 100 * self._files // self._total_files)
-        return min(99, 100 * self._bytes // self._total_bytes)
+        return max(0, min(99, 100 * self._bytes // self._total_bytes))
 
     def _remaining(self, rate: float) -> str:
         left = self._total_bytes - self._bytes
         if self._total_bytes < 0 or (left > 0 and rate <= 0):
             return ""
         return format_duration(int(max(0, left) / rate) if left > 0 else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a transfer is, by what the ledger says of it.
+
+    Attributes:
+        percent: 0 to 100, rounded down; 100 only when it is done.
+        speed: 10^6 bytes a second over the last minute.
+        etr: The estimated time that remains, `H:MM:SS`; empty when it can not be told.
+    """
+
+    percent: int
+    speed: float
+    etr: str
+
+
+def describe_transfer(
+    row: TransferRow, samples: Sequence[tuple[float, int]], now: float
+) -> Progress:
+    """Return how far a transfer is, for whoever does not carry it out.
+
+    Args:
+        row: The transfer.
+        samples: Of Ledger.samples: when, and how many bytes moved since the one before.
+        now: Seconds since the epoch.
+    """
+    if row.status is TransferStatus.DONE:
+        return Progress(100, 0.0, "")
+    percent = max(0, min(99, 100 * row.done // row.size)) if row.size > 0 else 0
+    recent = [(moment, size) for moment, size in samples if moment > now - WINDOW_SECONDS]
+    if row.status is not TransferStatus.RUNNING or len(recent) < 2:  # noqa: PLR2004 - a span of time
+        return Progress(percent, 0.0, "")
+    # What moved before the first of them moved in a time that nothing tells.
+    moved = sum(size for _, size in recent[1:])
+    rate = moved / max(now - recent[0][0], 1e-3)
+    left = row.size - row.done
+    etr = format_duration(int(left / rate)) if rate > 0 else ""
+    return Progress(percent, rate / 1e6, etr)
 
 
 def format_duration(seconds: int) -> str:
@@ -166,12 +221,14 @@ class PlainView(SilentView):
         self._stream = stream
         self._clock = clock
         self._next = clock() + PLAIN_INTERVAL_SECONDS
+        self._waited_for = ""
 
     def show(self, snapshot: Snapshot) -> None:
-        """Write a line when it is time for one."""
+        """Write a line when it is time for one, and when it begins or ends to wait."""
         now = self._clock()
-        if now < self._next:
+        if now < self._next and snapshot.waits_for == self._waited_for:
             return
+        self._waited_for = snapshot.waits_for
         self._next = now + PLAIN_INTERVAL_SECONDS
         self._stream.write(f"{self._title}: {describe(snapshot)}\n")
         self._stream.flush()
@@ -179,6 +236,11 @@ class PlainView(SilentView):
 
 def describe(snapshot: Snapshot) -> str:
     """Return how far it is as half a line of text."""
+    if snapshot.waits_for:
+        return (
+            f"{snapshot.waits_for}; {snapshot.percent} %, {snapshot.files} of"
+            f" {snapshot.total_files} files"
+        )
     remaining = f", {snapshot.remaining} left" if snapshot.remaining else ""
     return (
         f"{snapshot.percent} %, {snapshot.files} of {snapshot.total_files} files,"
@@ -215,11 +277,12 @@ class TerminalView(SilentView):
     def show(self, snapshot: Snapshot) -> None:
         """Move the bar."""
         remaining = f" {snapshot.remaining} left" if snapshot.remaining else ""
+        text = snapshot.waits_for or f"{snapshot.speed:.1f} MB/s{remaining}"
         self._bars.update(
             self._task,
             completed=snapshot.percent,
             text=f"{snapshot.files}/{snapshot.total_files} files"
-            f" {format_bytes(snapshot.bytes)} {snapshot.speed:.1f} MB/s{remaining}",
+            f" {format_bytes(snapshot.bytes)} {text}",
         )
 
 

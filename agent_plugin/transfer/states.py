@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from enum import StrEnum
 from typing import Final
 
-from agent_plugin.content.errors import TransferStateError
+from agent_plugin.content.errors import JobInvalidError, TransferStateError
 
 
 class TransferStatus(StrEnum):
@@ -43,6 +43,11 @@ _K = TaskStatus
 LIVE: Final = frozenset({_T.INIT, _T.PENDING, _T.WAITING, _T.RUNNING, _T.PAUSED})
 FINISHED: Final = frozenset({_T.FAILED, _T.ABORTED, _T.DONE})
 
+# Higher first. Queues of farms have these three names for it.
+DEFAULT_PRIORITY: Final = 500
+MAX_PRIORITY: Final = 1000
+PRIORITIES: Final[Mapping[str, int]] = {"high": 999, "medium": DEFAULT_PRIORITY, "low": 1}
+
 TRANSFER_CHANGES: Final[Mapping[TransferStatus, frozenset[TransferStatus]]] = {
     _T.INIT: frozenset({_T.WAITING, _T.PENDING, _T.FAILED, _T.ABORTED}),
     _T.PENDING: frozenset({_T.WAITING, _T.ABORTED, _T.DONE}),
@@ -69,6 +74,38 @@ SETTABLE_TRANSFER: Final = frozenset({_T.PENDING, _T.WAITING, _T.PAUSED, _T.ABOR
 SETTABLE_TASK: Final = frozenset({_K.QUEUED, _K.ONHOLD, _K.EXCLUDED, _K.FAILED, _K.DONE})
 # Tasks in these states need nothing more from the engine.
 SETTLED_TASK: Final = frozenset({_K.FAILED, _K.EXCLUDED, _K.DONE})
+
+
+def check_settable(
+    wanted: TransferStatus | TaskStatus, settable: Collection[TransferStatus | TaskStatus]
+) -> None:
+    """Refuse a state that only the engine sets.
+
+    Raises:
+        TransferStateError: Naming those that may be set.
+    """
+    if wanted not in settable:
+        raise TransferStateError(
+            f"{wanted} is not for people to set",
+            hint=f"what can be set: {', '.join(sorted(settable))}",
+        )
+
+
+def priority_of(value: object) -> int:
+    """Return a priority, given as a number or by its name.
+
+    Raises:
+        JobInvalidError: It is neither.
+    """
+    number = PRIORITIES.get(value.lower(), value) if isinstance(value, str) else value
+    if isinstance(number, str) and number.isascii() and number.isdigit():
+        number = int(number[:5])
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= MAX_PRIORITY:
+        raise JobInvalidError(
+            f"{value!r} is no priority",
+            hint=f"give a number from 0 to {MAX_PRIORITY}, or high, medium or low",
+        )
+    return number
 
 
 def check_transfer_change(current: TransferStatus, wanted: TransferStatus) -> None:

@@ -3,13 +3,16 @@
 The crew's threads read, hash what they send, and store; the calling thread keeps the ledger. A
 file whose bytes turn out to be something else is not stored: its path is reported back, and the
 caller hashes it again (`FileChangedError` after a few rounds is the caller's to raise).
+
+What people want of it meanwhile is done at each beat (steering.py): a file that is excluded is not
+sent, and the caller is told that it was not, since no manifest may name it.
 """
 
 import os
 import random
-import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -28,13 +31,17 @@ from agent_plugin.content.store import WHOLE_BLOB_BYTES, Cancellation, Progress,
 from agent_plugin.transfer.context import TransferContext
 from agent_plugin.transfer.engine import TICK_SECONDS, ByteBudget, Crew, Products
 from agent_plugin.transfer.ledger import NOTES_AT_ONCE, TaskSpec, TransferRow, TransferSpec
-from agent_plugin.transfer.progress import Meter, SilentView, View
+from agent_plugin.transfer.ledger_news import TaskNews
+from agent_plugin.transfer.progress import Meter
 from agent_plugin.transfer.states import TaskStatus
+from agent_plugin.transfer.steering import EndedByHandError, Steering
+from agent_plugin.transfer.upload_memory import TaskUpload
 
 log = events.get_logger()
 
 LARGE_AT_ONCE = 2
-BEAT_SECONDS = 0.5
+# Users are promised an end within a second, and an upload in parts is to be aborted before that.
+LARGE_STOP_SECONDS = 0.6
 # What the store is remembered to have is asked for before a manifest names it: 4,000 a second were
 # measured. A large submission takes for granted what was seen within an hour, if a sample of it is
 # there: who submits again has the files still (docs/decisions/0005-upload-without-asking.md).
@@ -52,6 +59,7 @@ class UploadResult:
         bytes_reused: There already.
         changed: Paths whose bytes were not what they had been hashed to; nothing was stored for
             them.
+        excluded: Paths that people took out. The store may lack what they had.
     """
 
     bytes_uploaded: int = 0
@@ -59,6 +67,7 @@ class UploadResult:
     blobs_uploaded: int = 0
     blobs_reused: int = 0
     changed: list[str] = field(default_factory=list)
+    excluded: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
 
@@ -80,6 +89,9 @@ def upload(
         StoreAccessError, StoreUnavailableError, StoreProtocolError: Naming a file.
         LocalReadError, UnsafePathError: A file can not be read.
         CancelledError: On request.
+        TransferAbortedError: A person aborted it.
+        TransferStateError: Another process carries the same transfer out right now, or a person has
+            set one of its files to failed.
     """
     started = time.monotonic()
     row = context.ledger.begin(
@@ -114,6 +126,7 @@ def upload(
             "files": sum(len(paths) for paths in files.values()),
             "bytes_uploaded": result.bytes_uploaded,
             "bytes_reused": result.bytes_reused,
+            "excluded": len(result.excluded),
             "seconds": round(result.seconds, 3),
         },
     )
@@ -132,25 +145,24 @@ class _Upload:
         self._files = files
         self._context = context
         self._row = row
-        self._tasks = context.ledger.task_ids(row.id)
         self._halt = Cancellation()
+        meter = Meter(
+            sum(len(paths) for paths in files.values()),
+            sum(digest.size * len(paths) for digest, paths in files.items()),
+        )
+        self._steering = Steering(context, row, self._halt, meter, self._take_news)
+        self._tasks = self._steering.tasks
         self._budget = ByteBudget()
         self._stored: Products[Digest, bool] = Products()
         self._small = Crew(self._store, self._stored, context.concurrency, self._halt)
         self._large = Crew(self._store, self._stored, LARGE_AT_ONCE, self._halt)
-        self._meter = Meter(
-            sum(len(paths) for paths in files.values()),
-            sum(digest.size * len(paths) for digest, paths in files.items()),
-        )
-        # Tasks that were done when a killed run had begun are in the ledger's count already.
-        self._left = context.ledger.left(row.id)
-        self._counting = threading.Lock()
-        self._moved = 0
-        self._found = 0
+        # Blobs that the crew has been asked for, and those that the store has by now.
+        self._ordered: set[Digest] = set()
+        self._there: set[Digest] = set()
+        # Those that are in the result.
+        self._summed: set[Digest] = set()
         # Bytes of large blobs that were sent while the blob is not there yet.
         self._sent: dict[Digest, int] = {}
-        self._next_beat = 0.0
-        self._view: View = SilentView()
         self._present: list[Digest] = []
         self.result = UploadResult()
 
@@ -158,41 +170,99 @@ class _Upload:
         self._halt.cancel()
         self._small.close()
         self._large.close()
+        # They abort what they had begun to send.
+        self._large.join(LARGE_STOP_SECONDS)
         self._remember()
 
     def run(self) -> None:
+        """Store all that people want stored; what they call done is left as it is."""
+        with suppress(EndedByHandError):
+            self._store_wanted()
+        if self._steering.sets_aside or self._ordered:
+            changed = {*self.result.changed}
+            self.result.excluded = [
+                path
+                for digest, paths in self._files.items()
+                for path in paths
+                if path not in changed and not self._is_stored(path, digest)
+            ]
+
+    def _store_wanted(self) -> None:
         # Here, so that no file is blamed for a store that can not be opened.
         self._context.ask(lambda _store: None)
-        with self._context.view(self._row.kind) as self._view:
-            known = self._known()
-            outstanding = 0
+        self._abort_left()
+        if self._steering.sets_aside:
+            for digest, paths in self._files.items():
+                for path in paths:
+                    self._steering.plan(self._tasks[path, digest.hex], digest.size)
+        with self._context.view(self._row.kind) as self._steering.view:
+            self._there = self._known()
             for digest in self._files:
-                if digest not in known:
-                    crew = self._small if digest.size <= WHOLE_BLOB_BYTES else self._large
-                    crew.order(digest)
-                    outstanding += 1
-            self._settle_known(known)
-            while outstanding:
-                self._context.cancellation.check()
+                if digest not in self._there:
+                    self._want(digest)
+            self._settle_known(set(self._there))
+            while self._ordered or self._steering.holds:
+                self._tick()
+                if not self._ordered:
+                    self._steering.wait_for_held()
+                    continue
                 taken = self._stored.take(TICK_SECONDS)
                 if taken is not None:
-                    outstanding -= 1
+                    self._ordered.discard(taken[0])
                     self._take(*taken)
-                self._tick()
+            self._remember()
+            self._steering.finish()
+        self._steering.refuse_given_up()
+
+    def _abort_left(self) -> None:
+        """Have the store drop the uploads of killed transfers that nobody goes on with."""
+        ledger = self._context.ledger
+        for task, name, size, upload_id in ledger.left_uploads(self._row.destination):
+            digest = Digest(name, size)
+            self._context.ask(partial(_abort, digest, upload_id))
+            ledger.note_upload(task, "", ())
+
+    def _is_stored(self, path: str, digest: Digest) -> bool:
+        """Whether a manifest may name a file: it was stored, or set to done and is there."""
+        task = self._tasks[path, digest.hex]
+        if self._steering.is_settled(task):
+            return True
+        return digest in self._there and not self._steering.is_excluded(task)
+
+    def _open(self, digest: Digest) -> list[str]:
+        """Return the paths of a blob that are still to be stored, of those that people want."""
+        return [
+            path
+            for path in self._files[digest]
+            if self._steering.is_open(self._tasks[path, digest.hex])
+        ]
+
+    def _want(self, digest: Digest) -> None:
+        """See that a blob is stored if a path needs it, as urgently as that is by now."""
+        paths = self._open(digest)
+        crew = self._small if digest.size <= WHOLE_BLOB_BYTES else self._large
+        if digest in self._ordered:
+            if not crew.withdraw(digest):
+                return
+            self._ordered.discard(digest)
+        if digest in self._there:
+            self._settle(digest, stored=False)
+        elif paths:
+            self._ordered.add(digest)
+            tasks = (self._tasks[path, digest.hex] for path in paths)
+            crew.order(digest, self._steering.priority(tasks))
+
+    def _take_news(self, tasks: Collection[TaskNews]) -> None:
+        """Do what people want of some tasks: store them, or not, and sooner or later."""
+        for digest in dict.fromkeys(Digest(task.destination, task.size) for task in tasks):
+            if digest in self._files:
+                self._want(digest)
 
     def _tick(self) -> None:
-        """Beat, when it is time for it."""
-        if time.monotonic() >= self._next_beat:
-            self._beat()
-
-    def _beat(self) -> None:
-        self._next_beat = time.monotonic() + BEAT_SECONDS
-        with self._counting:
-            moved, self._moved = self._moved, 0
-            found, self._found = self._found, 0
-        self._context.ledger.beat(self._row.id, moved, found)
-        self._remember()
-        self._view.show(self._meter.snapshot())
+        """Stop or wait if that is wished, and say now and then how far it is."""
+        if self._steering.beats_now:
+            self._remember()
+        self._steering.tick()
 
     def _settle_known(self, known: set[Digest]) -> None:
         """Note what is there already, in pieces, between which a wish to stop is noticed."""
@@ -202,7 +272,8 @@ class _Upload:
             for digest in piece:
                 self._settle(digest, stored=False)
             if len(piece) == NOTES_AT_ONCE:
-                self._beat()
+                self._remember()
+                self._steering.beat()
 
     def _known(self) -> set[Digest]:
         """Return what the store has of what this host remembers to have seen there.
@@ -249,13 +320,13 @@ class _Upload:
         for digest in asked:
             if digest.hex in error.message:
                 failure = type(error)(f"{self._files[digest][0]}: {error.message}", hint=error.hint)
-                self._note(digest, TaskStatus.FAILED, failure)
+                self._note_open(digest, TaskStatus.FAILED, failure)
                 return failure
         return error
 
     def _store(self, digest: Digest) -> bool:
         """Store one blob, on a crew thread; True when it was sent."""
-        path = self._files[digest][0]
+        path = next(iter(self._open(digest)), self._files[digest][0])
         task = self._tasks[path, digest.hex]
         with self._context.attempt(task):
             return self._send(digest, path, task)
@@ -269,7 +340,10 @@ class _Upload:
         try:
             if digest.size > WHOLE_BLOB_BYTES:
                 told = self._told(digest, task)
-                return store.put_file(digest, fd, cancellation=self._halt, progress=told)
+                memory = TaskUpload(self._context.ledger, task)
+                return store.put_file(
+                    digest, fd, cancellation=self._halt, progress=told, memory=memory
+                )
             self._budget.acquire(digest.size, self._halt)
             try:
                 self._context.ledger.note(task, TaskStatus.EXECUTING)
@@ -290,57 +364,59 @@ class _Upload:
             # The last one counts when the blob is there.
             size = min(size, digest.size - 1 - self._sent.get(digest, 0))
             self._sent[digest] = self._sent.get(digest, 0) + size
-            self._count(task, size, sent=True)
+            self._steering.count(task, size)
+            self._context.ledger.note_moved(task, size)
 
         return count
 
     def _take(self, digest: Digest, stored: bool | BaseException) -> None:
         if isinstance(stored, bool):
             self._present.append(digest)
+            self._there.add(digest)
             self._settle(digest, stored=stored)
             return
-        path = self._files[digest][0]
+        paths = self._open(digest)
+        first = self._tasks[self._files[digest][0], digest.hex]
+        self._steering.count(first, -self._sent.pop(digest, 0), moved=False)
+        if isinstance(stored, CancelledError) or not isinstance(stored, PropmasterError):
+            raise stored
+        if not paths:
+            # People took all of them out while it was sent.
+            return
         if isinstance(stored, FileChangedError):
             # Another path may still have the content; hashing all of them again tells.
             self.result.changed.extend(self._files[digest])
-            first = self._tasks[path, digest.hex]
-            self._count(first, -self._sent.pop(digest, 0), sent=False)
-            self._note(digest, TaskStatus.EXCLUDED, stored)
+            self._note_open(digest, TaskStatus.EXCLUDED, stored)
             return
-        if isinstance(stored, CancelledError) or not isinstance(stored, PropmasterError):
-            raise stored
-        failure = type(stored)(f"{path}: {stored.message}", hint=stored.hint)
-        self._note(digest, TaskStatus.FAILED, failure)
+        failure = type(stored)(f"{paths[0]}: {stored.message}", hint=stored.hint)
+        self._note_open(digest, TaskStatus.FAILED, failure)
         raise failure from stored
 
     def _settle(self, digest: Digest, *, stored: bool) -> None:
-        if stored:
+        """Note that a blob is there, for all paths that people want stored."""
+        if digest in self._summed:
+            # A path of it was held until now.
+            pass
+        elif stored:
             self.result.bytes_uploaded += digest.size
             self.result.blobs_uploaded += 1
         else:
             self.result.bytes_reused += digest.size
             self.result.blobs_reused += 1
+        self._summed.add(digest)
         # One file's bytes were sent, maybe counted as they went; the others' are there by that.
         counted = self._sent.pop(digest, 0)
-        for path in self._files[digest]:
-            self._count(self._tasks[path, digest.hex], digest.size - counted, sent=stored, files=1)
+        for path in self._open(digest):
+            task = self._tasks[path, digest.hex]
+            self._steering.settle(task)
+            self._steering.count(task, digest.size - counted, moved=stored, files=1)
             stored, counted = False, 0
-        self._note(digest, TaskStatus.DONE)
+        if counted:
+            first = self._tasks[self._files[digest][0], digest.hex]
+            self._steering.count(first, -counted, moved=False)
 
-    def _count(self, task: int, size: int, *, sent: bool, files: int = 0) -> None:
-        """Count bytes of a file that are in the store now; crew threads call this as well."""
-        self._meter.advance(size, files=files)
-        if task in self._left:
-            with self._counting:
-                if sent:
-                    self._moved += size
-                else:
-                    self._found += size
-
-    def _note(
-        self, digest: Digest, status: TaskStatus, error: PropmasterError | None = None
-    ) -> None:
-        for path in self._files[digest]:
+    def _note_open(self, digest: Digest, status: TaskStatus, error: PropmasterError) -> None:
+        for path in self._open(digest):
             self._context.ledger.note(self._tasks[path, digest.hex], status, error)
 
     def _remember(self) -> None:
@@ -350,6 +426,10 @@ class _Upload:
 
 def _find_missing(digests: Sequence[Digest], store: Store) -> set[Digest]:
     return store.find_missing(digests)
+
+
+def _abort(digest: Digest, upload_id: str, store: Store) -> None:
+    store.abort_upload(digest, upload_id)
 
 
 def _read(fd: int, limit: int) -> bytes:

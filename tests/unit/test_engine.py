@@ -233,3 +233,86 @@ def test_what_is_held_never_exceeds_the_bound(sizes: list[int], workers: int) ->
 
     assert all(isinstance(seen, int) and seen <= 100 for seen in taken.values()), taken
     assert budget._free == 100
+
+
+class Gate:
+    """A crew of one thread, that works on its first order until it may go on."""
+
+    def __init__(self) -> None:
+        self.halt = Cancellation()
+        self.begun, self.go_on = threading.Event(), threading.Event()
+        self.done: list[int] = []
+        self.products: Products[int, int] = Products()
+        self.crew = Crew(self._work, self.products, 1, self.halt)
+
+    def _work(self, order: int) -> int:
+        self.begun.set()
+        assert self.go_on.wait(BOUND_SECONDS)
+        self.done.append(order)
+        return order
+
+    def order_all(self, priorities: dict[int, int]) -> None:
+        self.crew.order(-1)
+        assert self.begun.wait(BOUND_SECONDS)
+        for order, priority in priorities.items():
+            self.crew.order(order, priority)
+
+    def finish(self, count: int) -> list[int]:
+        self.go_on.set()
+        take_all(self.products, count + 1)
+        self.crew.close()
+        await_end(self.crew)
+        return self.done[1:]
+
+
+def test_t11_orders_are_taken_by_priority_and_then_by_age() -> None:
+    gate = Gate()
+    gate.order_all({1: 500, 2: 1, 3: 999, 4: 500, 5: 999, 6: 1})
+
+    assert gate.finish(6) == [3, 5, 1, 4, 2, 6]
+
+
+@settings(max_examples=30)
+@given(st.lists(st.tuples(st.integers(0, 4), st.sampled_from(["keep", "withdraw", "again"]))))
+def test_t11_what_is_withdrawn_is_not_begun_and_the_rest_keeps_its_order(
+    plan: list[tuple[int, str]],
+) -> None:
+    """Seen to fail with these mutations: popitem(last=True); min instead of max of priorities."""
+    gate = Gate()
+    gate.order_all({at: priority for at, (priority, _) in enumerate(plan)})
+    expected = {at: (-priority, at) for at, (priority, _) in enumerate(plan)}
+    for at, (_, what) in enumerate(plan):
+        if what != "keep":
+            assert gate.crew.withdraw(at)
+            assert not gate.crew.withdraw(at)
+            del expected[at]
+        if what == "again":
+            gate.crew.order(at, 2)
+            expected[at] = (-2, len(plan) + at)
+    assert not gate.crew.withdraw(-1), "it was begun"
+
+    assert gate.finish(len(expected)) == sorted(expected, key=expected.__getitem__)
+
+
+def test_t9_a_crew_that_is_paused_begins_nothing_and_goes_on_when_it_is_resumed() -> None:
+    gate = Gate()
+    gate.order_all({1: 500, 2: 500})
+    gate.halt.pause()
+    gate.go_on.set()
+    assert take_all(gate.products, 1) == {-1: -1}, "what is under way comes to its end"
+
+    assert gate.products.take(1.0) is None
+    gate.halt.resume()
+
+    assert gate.finish(1) == [1, 2]
+
+
+def test_t9_a_crew_that_is_paused_can_be_stopped() -> None:
+    gate = Gate()
+    gate.order_all({1: 500})
+    gate.halt.pause()
+    gate.go_on.set()
+    gate.halt.cancel()
+
+    await_end(gate.crew)
+    assert gate.done == [-1]

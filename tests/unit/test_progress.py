@@ -9,16 +9,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent_plugin.transfer.ledger import TransferRow
 from agent_plugin.transfer.progress import (
     Meter,
     PlainView,
+    Progress,
     Snapshot,
     TerminalView,
     describe,
+    describe_transfer,
     format_bytes,
     format_duration,
     view_for,
 )
+from agent_plugin.transfer.states import TransferStatus
 
 
 class Clock:
@@ -213,3 +217,81 @@ def test_a_bar_can_be_shown_and_ends(capfd: pytest.CaptureFixture[str]) -> None:
         view.show(SHOWN)
         time.sleep(0)
     assert "Traceback" not in capfd.readouterr().err
+
+
+def transfer(status: str, done: int, size: int) -> TransferRow:
+    return TransferRow(
+        1, "", "copy", TransferStatus(status), "", "", "", size, done, "", "", 0.0, None, 500,
+        True, "", "", "", "", {}, {}, 0.0, "", 0.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("status", "done", "size", "percent"),
+    [
+        ("init", 0, -1, 0), ("running", 0, 0, 0), ("done", 0, 0, 100), ("running", 999, 1000, 99),
+        ("running", 1000, 1000, 99), ("done", 1000, 1000, 100), ("running", 1, 3, 33),
+        ("running", -5, 10, 0), ("paused", 50, 100, 50), ("failed", 1999, 2000, 99),
+    ],
+)  # fmt: skip
+def test_t12_the_percentage_is_rounded_down_and_100_only_when_it_is_done(
+    status: str, done: int, size: int, percent: int
+) -> None:
+    assert describe_transfer(transfer(status, done, size), [], 0.0).percent == percent
+
+
+def test_t12_speed_and_remaining_time_come_from_the_last_minute() -> None:
+    row = transfer("running", 40_000_000, 100_000_000)
+    # 2 MB/s by now; a minute ago much more moved.
+    samples = [(900.0, 9**9), (935.0, 9**9), *((940.0 + at, 1_000_000) for at in range(1, 60, 1))]
+    samples = [(moment, 2 * size if moment > 940 else size) for moment, size in samples]
+
+    found = describe_transfer(row, samples, 1000.0)
+
+    assert (found.percent, found.etr) == (40, "0:00:30")
+    assert found.speed == pytest.approx(58 * 2 / 59)
+
+
+@pytest.mark.parametrize(
+    ("left", "etr"), [(0, "0:00:00"), (59, "0:00:59"), (3661, "1:01:01"), (360_000, "100:00:00")]
+)
+def test_t12_the_remaining_time_is_hours_minutes_seconds(left: int, etr: str) -> None:
+    row = transfer("running", 0, left * 1_000_000)
+
+    found = describe_transfer(row, [(99.0, 5), (100.0, 1_000_000)], 100.0)
+
+    assert (found.speed, found.etr) == (1.0, etr)
+
+
+@pytest.mark.parametrize("samples", [[], [(100.0, 5_000_000)], [(99.0, 5), (100.0, 0)], [(1.0, 9)]])
+def test_t12_what_can_not_be_told_is_empty(samples: list[tuple[float, int]]) -> None:
+    assert describe_transfer(transfer("running", 5, 10), samples, 100.0) == Progress(50, 0.0, "")
+
+
+@pytest.mark.parametrize("status", ["paused", "waiting", "failed", "aborted"])
+def test_t12_what_does_not_move_has_no_speed(status: str) -> None:
+    samples = [(99.0, 5), (100.0, 1_000_000)]
+
+    assert describe_transfer(transfer(status, 5, 10), samples, 100.0) == Progress(50, 0.0, "")
+
+
+def test_t10_what_is_excluded_leaves_the_percentage(clock: Clock) -> None:
+    meter = Meter(2, 1000, clock=clock)
+    meter.advance(500, files=1)
+    meter.expect(-500, files=-1)
+
+    assert meter.snapshot().percent == 100
+
+
+def test_t9_who_waits_says_so_at_once_and_why() -> None:
+    stream = io.StringIO()
+    clock = Clock()
+    view = PlainView("sync-in", stream, clock=clock)
+    shown = Snapshot(1, 4, 10, 40, 25, 0.0, "", waits_for="transfer 7 is paused by 0:root")
+
+    view.show(shown)
+    clock.now += 1
+    view.show(shown)
+    assert stream.getvalue() == ("sync-in: transfer 7 is paused by 0:root; 25 %, 1 of 4 files\n")
+    view.show(Snapshot(1, 4, 10, 40, 25, 0.0, ""))
+    assert stream.getvalue().count("\n") == 2

@@ -56,7 +56,7 @@ def test_the_tables_are_whole() -> None:
 
 
 @pytest.mark.parametrize(("current", "wanted", "allowed"), TRANSFER_CELLS)
-def test_a_transfer_changes_only_as_the_table_says(
+def test_t2_a_transfer_changes_only_as_the_table_says(
     current: TransferStatus, wanted: TransferStatus, allowed: bool
 ) -> None:
     if allowed:
@@ -72,7 +72,7 @@ def test_a_transfer_changes_only_as_the_table_says(
 
 
 @pytest.mark.parametrize(("current", "wanted", "allowed"), TASK_CELLS)
-def test_a_task_changes_only_as_the_table_says(
+def test_t2_a_task_changes_only_as_the_table_says(
     current: TaskStatus, wanted: TaskStatus, allowed: bool
 ) -> None:
     if allowed:
@@ -98,6 +98,24 @@ def test_a_person_may_set_these_states_and_no_others() -> None:
     assert {str(state) for state in states.SETTABLE_TASK} == {
         "queued", "onhold", "excluded", "failed", "done",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("status", TransferStatus)
+def test_t2_a_state_that_only_the_engine_sets_is_refused(status: TransferStatus) -> None:
+    if status in states.SETTABLE_TRANSFER:
+        states.check_settable(status, states.SETTABLE_TRANSFER)
+        return
+    with pytest.raises(TransferStateError, match=f"{status} is not for people to set") as caught:
+        states.check_settable(status, states.SETTABLE_TRANSFER)
+    assert caught.value.hint == "what can be set: aborted, done, paused, pending, waiting"
+
+
+@pytest.mark.parametrize(
+    ("given", "number"),
+    [("high", 999), ("Medium", 500), ("LOW", 1), (0, 0), (1000, 1000), ("17", 17)],
+)
+def test_t11_a_priority_may_be_given_by_name(given: object, number: int) -> None:
+    assert states.priority_of(given) == number
 
 
 def test_what_can_be_set_by_hand_can_be_reached_from_somewhere() -> None:
@@ -137,12 +155,12 @@ def test_every_live_transfer_can_be_aborted_and_every_finished_one_taken_up_agai
         (["pending", "onhold"], "waiting"),
     ],
 )
-def test_a_transfer_is_what_its_tasks_make_it(tasks: list[str], expected: str) -> None:
+def test_t2_a_transfer_is_what_its_tasks_make_it(tasks: list[str], expected: str) -> None:
     assert str(states.aggregate([TaskStatus(task) for task in tasks])) == expected
 
 
 @given(st.lists(st.sampled_from(TaskStatus), max_size=12))
-def test_a_transfer_is_finished_exactly_when_all_its_tasks_are_settled(
+def test_t2_a_transfer_is_finished_exactly_when_all_its_tasks_are_settled(
     tasks: list[TaskStatus],
 ) -> None:
     """Neither done with work left, nor waiting for ever with none; and order does not matter.

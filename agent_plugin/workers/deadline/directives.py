@@ -64,7 +64,8 @@ class Progress:
         self._next = now + PROGRESS_SECONDS
         files, size = self._files + snapshot.files, self._bytes + snapshot.bytes
         self._say(f"openjd_progress: {self._percent(files, size):.1f}")
-        self._say(f"openjd_status: {self._status(files, size, snapshot.speed)}")
+        status = snapshot.waits_for or self._status(files, size, snapshot.speed)
+        self._say(f"openjd_status: {status}")
 
     def _percent(self, files: int, size: int) -> float:
         """Return 0 to 99.9, cut off: 100 is for when all is in place."""
@@ -103,10 +104,11 @@ class LogProgress:
         if now < self._next:
             return
         self._next = now + LOG_SECONDS
+        rate = snapshot.waits_for or f"{snapshot.speed:.1f} MB/s"
         self._say(
             f"uploading: {snapshot.files} of {snapshot.total_files} files,"
             f" {format_bytes(snapshot.bytes)} of {format_bytes(max(0, snapshot.total_bytes))},"
-            f" {snapshot.speed:.1f} MB/s"
+            f" {rate}"
         )
 
 

@@ -1,0 +1,236 @@
+"""What becomes of transfers that have ended: packed, then archived, and kept beside the ledger.
+
+A day after its end the tasks of a transfer that was done are packed, since a job may have a million
+of them; two weeks after its end a transfer leaves for the archive as a whole. What is written comes
+first and what is removed second, each in a transaction of its file: whoever is killed in between
+leaves something that is in both, and the next one does it again.
+"""
+
+import json
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from agent_plugin.content.errors import TransferStateError
+from agent_plugin.transfer.ledger_begin import lease_holder
+from agent_plugin.transfer.ledger_control import settle_lease
+from agent_plugin.transfer.ledger_file import ARCHIVE, LedgerFile, from_sql, to_sql
+from agent_plugin.transfer.ledger_rows import (
+    TASK_COLUMNS,
+    TRANSFER_COLUMNS,
+    TaskRow,
+    TransferRow,
+    task_row,
+    transfer_row,
+)
+from agent_plugin.transfer.states import FINISHED, TransferStatus
+
+# After that a transfer that has ended is no longer among the active ones.
+ACTIVE_SECONDS: Final = 3600.0
+# A task's row takes about 300 bytes, packed 60.
+TASKS_KEPT_SECONDS: Final = 86_400.0
+TRANSFERS_KEPT_SECONDS: Final = 14 * 86_400.0
+ROWS_REMOVED_AT_ONCE: Final = 10_000
+# Of one look at what is old, so that a session's end does not take long for it.
+PACKED_AT_ONCE: Final = 200
+
+_PAIR: Final = "transfer = ? AND created = ?"
+
+
+def archive_path(ledger: Path) -> Path:
+    """Return where the archive of a ledger is."""
+    return ledger.with_name("archive.db")
+
+
+class Archive:
+    """The archive beside a ledger; made when something is first put there.
+
+    Args:
+        file: The ledger.
+        path: Of the ledger.
+        clock: Seconds since the epoch.
+    """
+
+    def __init__(self, file: LedgerFile, path: Path, clock: Callable[[], float]) -> None:
+        self._ledger = file
+        self._path = archive_path(path)
+        self._clock = clock
+
+    @contextmanager
+    def opened(self) -> Iterator[LedgerFile]:
+        """Lend the file, open.
+
+        Raises:
+            NoSpaceError, LocalWriteError: It can not be opened or made.
+        """
+        file = LedgerFile(self._path, self._clock, ARCHIVE)
+        try:
+            yield file
+        finally:
+            file.close()
+
+    # ------------------------------------------------------------------- putting things there
+
+    def housekeep(self) -> None:
+        """Take back what dead engines had, pack and archive what is old."""
+        now = self._clock()
+        self._release_dead(now)
+        packed = self._ids(
+            "SELECT id FROM transfer WHERE status = 'done' AND finished < ?"
+            " AND EXISTS (SELECT 1 FROM task WHERE task.transfer = transfer.id) LIMIT ?",
+            now - TASKS_KEPT_SECONDS,
+        )
+        archived = self._ids(
+            "SELECT id FROM transfer WHERE finished < ? LIMIT ?", now - TRANSFERS_KEPT_SECONDS
+        )
+        if not packed and not archived:
+            return
+        with self.opened() as archive:
+            for transfer_id in packed:
+                self._pack(archive, transfer_id)
+            for transfer_id in archived:
+                self._move(archive, transfer_id)
+
+    def archive(self, transfer_id: int) -> None:
+        """See Ledger.archive."""
+        now = self._clock()
+        with self._ledger.write() as connection:
+            held = settle_lease(connection, transfer_id, now)
+            (status,) = connection.execute(
+                "SELECT status FROM transfer WHERE id = ?", (transfer_id,)
+            ).fetchone()
+        if held or TransferStatus(status) not in FINISHED:
+            raise TransferStateError(
+                f"transfer {transfer_id} is {status}, and only one that has ended can be archived",
+                hint="abort it first",
+            )
+        with self.opened() as archive:
+            self._move(archive, transfer_id)
+
+    def _ids(self, sql: str, before: float) -> list[int]:
+        with self._ledger.read() as connection:
+            return [row[0] for row in connection.execute(sql, (before, PACKED_AT_ONCE))]
+
+    def _release_dead(self, now: float) -> None:
+        with self._ledger.read() as connection:
+            leased = connection.execute(
+                "SELECT id, lease_owner, lease_until FROM transfer WHERE lease_owner != ''"
+            ).fetchall()
+        for transfer_id, owner, until in leased:
+            if lease_holder(owner, until, now) is not None:
+                continue
+            with self._ledger.write() as connection:
+                settle_lease(connection, transfer_id, now)
+
+    def _pack(self, archive: LedgerFile, transfer_id: int) -> None:
+        """Put a transfer's tasks and events there, and remove them from the ledger."""
+        with self._ledger.read() as connection:
+            found = connection.execute(
+                "SELECT created FROM transfer WHERE id = ?", (transfer_id,)
+            ).fetchone()
+            tasks = connection.execute(
+                f"SELECT {TASK_COLUMNS} FROM task WHERE transfer = ? ORDER BY id",  # noqa: S608
+                (transfer_id,),
+            ).fetchall()
+            told = connection.execute(
+                "SELECT time, transfer, task, what, who FROM event WHERE transfer = ? ORDER BY id",
+                (transfer_id,),
+            ).fetchall()
+        if found is None:
+            return
+        if tasks:
+            with archive.write() as connection:
+                connection.execute(
+                    "INSERT OR REPLACE INTO packed VALUES (?, ?, ?, ?)",
+                    (transfer_id, found[0], _pack(tasks), _pack(told)),
+                )
+        removed = ROWS_REMOVED_AT_ONCE
+        while removed == ROWS_REMOVED_AT_ONCE:
+            with self._ledger.write() as connection:
+                removed = connection.execute(
+                    "DELETE FROM task WHERE id IN (SELECT id FROM task WHERE transfer = ? LIMIT ?)",
+                    (transfer_id, ROWS_REMOVED_AT_ONCE),
+                ).rowcount
+
+    def _move(self, archive: LedgerFile, transfer_id: int) -> None:
+        """Put a transfer there with all that belongs to it, and remove it from the ledger."""
+        self._pack(archive, transfer_id)
+        with self._ledger.read() as connection:
+            row = connection.execute(
+                f"SELECT {TRANSFER_COLUMNS} FROM transfer WHERE id = ?",  # noqa: S608 - constant
+                (transfer_id,),
+            ).fetchone()
+            results = connection.execute(
+                "SELECT id, transfer, job, step, task, spec, created FROM result"
+                " WHERE transfer = ?",
+                (transfer_id,),
+            ).fetchall()
+        if row is None:
+            return
+        with archive.write() as connection:
+            marks = ", ".join("?" * (len(row) + 1))
+            connection.execute(
+                f"INSERT OR REPLACE INTO transfer ({TRANSFER_COLUMNS}, archived)"  # noqa: S608
+                f" VALUES ({marks})",
+                (*row, self._clock()),
+            )
+            connection.executemany(
+                "INSERT OR REPLACE INTO result VALUES (?, ?, ?, ?, ?, ?, ?)", results
+            )
+        with self._ledger.write() as connection:
+            connection.execute("DELETE FROM result WHERE transfer = ?", (transfer_id,))
+            connection.execute("DELETE FROM event WHERE transfer = ?", (transfer_id,))
+            connection.execute("DELETE FROM transfer WHERE id = ?", (transfer_id,))
+
+    # ------------------------------------------------------------------------- finding them
+
+    def transfers(self, where: str, arguments: Sequence[object]) -> list[TransferRow]:
+        """Return what was archived, oldest first.
+
+        Args:
+            where: A condition on the columns of `transfer`; whatever varies is a `?` in it.
+            arguments: For the marks.
+        """
+        if not self._path.exists():
+            return []
+        with self.opened() as archive, archive.read() as connection:
+            rows = connection.execute(
+                f"SELECT {TRANSFER_COLUMNS} FROM transfer WHERE {where} ORDER BY created, id",  # noqa: S608
+                arguments,
+            ).fetchall()
+        return [transfer_row(row) for row in rows]
+
+    def tasks(self, row: TransferRow) -> list[TaskRow]:
+        """Return the tasks of a transfer that were packed; none if there are none."""
+        if not self._path.exists():
+            return []
+        with self.opened() as archive, archive.read() as connection:
+            found = connection.execute(
+                f"SELECT tasks FROM packed WHERE {_PAIR}",  # noqa: S608 - a constant
+                (row.id, row.created),
+            ).fetchone()
+        return [task_row(task) for task in _unpack(found[0])] if found is not None else []
+
+    def results(self, job: str) -> list[tuple[Any, ...]]:
+        """Return what was archived of a job's results, oldest first."""
+        if not self._path.exists():
+            return []
+        with self.opened() as archive, archive.read() as connection:
+            return connection.execute(
+                "SELECT transfer, job, step, task, spec, created FROM result WHERE job = ?"
+                " ORDER BY created, id",
+                (job,),
+            ).fetchall()
+
+
+def _pack(rows: Sequence[Sequence[Any]]) -> bytes:
+    # What is not UTF-8 is bytes in a row, and lone surrogates here, which are escaped.
+    plain = [[from_sql(v) if isinstance(v, bytes) else v for v in row] for row in rows]
+    return zlib.compress(json.dumps(plain, separators=(",", ":")).encode("ascii"))
+
+
+def _unpack(data: bytes) -> list[list[Any]]:
+    rows: list[list[Any]] = json.loads(zlib.decompress(data))
+    return [[to_sql(v) if isinstance(v, str) else v for v in row] for row in rows]

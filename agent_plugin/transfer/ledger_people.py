@@ -1,0 +1,298 @@
+"""What people ask of the ledger, and what they want of it: find, make, steer, put away.
+
+May be used from any process, whoever carries a transfer out.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from agent_plugin.content.errors import TransferStateError
+from agent_plugin.content.store import Cancellation
+from agent_plugin.transfer.ledger_archive import ACTIVE_SECONDS, Archive
+from agent_plugin.transfer.ledger_control import ByHand
+from agent_plugin.transfer.ledger_create import Duplicates, New
+from agent_plugin.transfer.ledger_file import LedgerFile, from_sql
+from agent_plugin.transfer.ledger_rows import (
+    TASK_COLUMNS,
+    TRANSFER_COLUMNS,
+    EventRow,
+    ResultSpec,
+    TaskRow,
+    TaskSpec,
+    TransferRow,
+    TransferSpec,
+    from_json,
+    task_row,
+    to_json,
+    transfer_row,
+)
+from agent_plugin.transfer.states import DEFAULT_PRIORITY, TransferStatus
+
+# `active`: live, or ended within the hour; `finished`: ended before that; `archived`: gone from the
+# ledger.
+Scope = Literal["active", "finished", "archived"]
+
+
+class PeoplesLedger:
+    """The part of the ledger that is for people; Ledger adds what an engine needs.
+
+    Args:
+        path: The file; its directory exists and is private to this user.
+        clock: Seconds since the epoch.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float]) -> None:
+        self._file = LedgerFile(path, clock)
+        self._clock = clock
+        self._by_hand = ByHand(self._file, clock)
+        self._new = New(self._file, clock)
+        self._archive = Archive(self._file, path, clock)
+
+    def transfer(self, transfer_id: int) -> TransferRow:
+        """Return one transfer.
+
+        Raises:
+            TransferStateError: There is none of that id.
+        """
+        with self._file.read() as connection:
+            row = connection.execute(
+                f"SELECT {TRANSFER_COLUMNS} FROM transfer WHERE id = ?",  # noqa: S608 - constant
+                (transfer_id,),
+            ).fetchone()
+        if row is None:
+            raise TransferStateError(f"there is no transfer {transfer_id}")
+        return transfer_row(row)
+
+    def create(
+        self,
+        spec: TransferSpec,
+        tasks: Iterable[TaskSpec],
+        *,
+        status: TransferStatus = TransferStatus.WAITING,
+        priority: int | str = DEFAULT_PRIORITY,
+        required: bool = False,
+        settings: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        modifier: str = "",
+        cancellation: Cancellation | None = None,
+    ) -> TransferRow:
+        """Make a transfer that nobody carries out yet.
+
+        Args:
+            spec: What it is to do; without a destination it is pending.
+            tasks: Its tasks; a pair of source and destination counts once.
+            status: What it is when it is complete: waiting, pending or paused.
+            priority: 0 to 1000, or high, medium, low.
+            required: Whether a session action waits for it.
+            settings: As in TransferRow; what JSON can hold.
+            metadata: Likewise.
+            modifier: `uid:name` of who makes it.
+            cancellation: Checked while the tasks are written; what is there then stays `init`.
+
+        Raises:
+            TransferStateError: It can not be made in that state.
+            JobInvalidError: The priority is none.
+            CancelledError: Cancellation was wished.
+            NoSpaceError, LocalWriteError: The ledger can not be written.
+        """
+        transfer_id = self._new.create(
+            spec,
+            tasks,
+            status=status,
+            priority=priority,
+            required=required,
+            settings=settings or {},
+            metadata=metadata or {},
+            modifier=modifier,
+            cancellation=cancellation or Cancellation(),
+        )
+        return self.transfer(transfer_id)
+
+    def add_tasks(
+        self,
+        transfer_id: int,
+        tasks: Iterable[TaskSpec],
+        *,
+        duplicates: Duplicates = "retry",
+        modifier: str = "",
+    ) -> list[int]:
+        """Add tasks to a transfer, all or none; one that had ended is waiting afterwards.
+
+        Args:
+            transfer_id: Not of a session action, whose tasks follow from its job: of these only
+                tasks that are there can be given, to try them again.
+            tasks: To add.
+            duplicates: What becomes of a task whose source and destination are there already:
+                `retry` queues it again, `replace` gives it the new size and metadata as well,
+                `reject` refuses all. One that is under way is never touched.
+            modifier: `uid:name` of who adds them.
+
+        Returns:
+            The ids of the tasks, in order.
+
+        Raises:
+            TransferStateError: There is no such transfer, it is still being made, or there is a
+                duplicate that is to be rejected.
+            JobInvalidError: It is a session action's, and a task is new.
+            NoSpaceError, LocalWriteError: The ledger can not be written.
+        """
+        return self._new.add_tasks(transfer_id, tasks, duplicates=duplicates, modifier=modifier)
+
+    def set_transfer(
+        self,
+        transfer_id: int,
+        *,
+        status: TransferStatus | None = None,
+        priority: int | str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        destination: str | None = None,
+        modifier: str = "",
+    ) -> TransferRow:
+        """Change a transfer by hand, all or nothing; its engine obeys within a second.
+
+        Args:
+            transfer_id: The transfer.
+            status: One of SETTABLE_TRANSFER. `waiting` resumes or, after the end, tries again what
+                failed; `paused` holds it; `aborted` stops it; `done` excludes what is left.
+            priority: 0 to 1000, or high, medium, low.
+            metadata: In place of what it had.
+            destination: While it is pending.
+            modifier: `uid:name` of who does it.
+
+        Raises:
+            TransferStateError: There is none of that id, or its state does not allow it; naming the
+                current state, the wanted one and those allowed.
+            ReadOnlyAttributeError: The destination, of one that is not pending.
+            JobInvalidError: The priority is none.
+            NoSpaceError, LocalWriteError: The ledger can not be written.
+        """
+        self._by_hand.set_transfer(
+            transfer_id,
+            status=status,
+            priority=priority,
+            metadata=metadata,
+            destination=destination,
+            modifier=modifier,
+        )
+        return self.transfer(transfer_id)
+
+    def set_tasks(
+        self, transfer_id: int, changes: Mapping[int, Mapping[str, Any]], modifier: str = ""
+    ) -> TransferRow:
+        """Change tasks of a transfer by hand, all or nothing; its engine obeys within a second.
+
+        Args:
+            transfer_id: The transfer.
+            changes: For each task's id the attributes to change: `status` (one of SETTABLE_TASK),
+                `priority`, `metadata`.
+            modifier: `uid:name` of who does it.
+
+        Raises:
+            TransferStateError: There is no such transfer or task, or a state does not allow it.
+            ReadOnlyAttributeError: Another attribute.
+            JobInvalidError: A priority is none.
+            NoSpaceError, LocalWriteError: The ledger can not be written.
+        """
+        self._by_hand.set_tasks(transfer_id, changes, modifier)
+        return self.transfer(transfer_id)
+
+    def select_transfers(
+        self, where: str, arguments: Sequence[object] = (), *, scope: Scope = "active"
+    ) -> list[TransferRow]:
+        """Return the transfers of a scope that meet a condition, oldest first.
+
+        Args:
+            where: A condition on the columns of `transfer`; whatever varies is a `?` in it.
+            arguments: For the marks.
+            scope: Which transfers are looked at.
+        """
+        if scope == "archived":
+            return self._archive.transfers(where, arguments)
+        in_scope = "(finished IS NULL OR finished > ?)" if scope == "active" else "finished <= ?"
+        with self._file.read() as connection:
+            rows = connection.execute(
+                f"SELECT {TRANSFER_COLUMNS} FROM transfer WHERE {in_scope} AND ({where})"  # noqa: S608
+                " ORDER BY id",
+                (self._clock() - ACTIVE_SECONDS, *arguments),
+            ).fetchall()
+        return [transfer_row(row) for row in rows]
+
+    def select_tasks(self, where: str, arguments: Sequence[object] = ()) -> list[TaskRow]:
+        """Return the tasks that meet a condition, in the order in which they were planned.
+
+        Of transfers whose tasks are still in the ledger: those of a done one leave it after a day.
+        """
+        with self._file.read() as connection:
+            rows = connection.execute(
+                f"SELECT {TASK_COLUMNS} FROM task WHERE {where} ORDER BY id",  # noqa: S608
+                arguments,
+            ).fetchall()
+        return [task_row(row) for row in rows]
+
+    def packed_tasks(self, row: TransferRow) -> list[TaskRow]:
+        """Return the tasks of a transfer that have left the ledger."""
+        return self._archive.tasks(row)
+
+    def events(self, transfer_id: int) -> list[EventRow]:
+        """Return who changed what of a transfer, oldest first."""
+        with self._file.read() as connection:
+            rows = connection.execute(
+                "SELECT time, transfer, task, what, who FROM event WHERE transfer = ? ORDER BY id",
+                (transfer_id,),
+            ).fetchall()
+        return [EventRow(row[0], row[1], row[2], from_sql(row[3]), row[4]) for row in rows]
+
+    def archive(self, transfer_id: int) -> None:
+        """Put a transfer that has ended into the archive, with its tasks; they are never deleted.
+
+        Raises:
+            TransferStateError: There is none of that id, or it has not ended.
+            NoSpaceError, LocalWriteError: Ledger or archive can not be written.
+        """
+        self._archive.archive(transfer_id)
+
+    def housekeep(self) -> None:
+        """Put away what is old, and take back what dead engines had.
+
+        The tasks of transfers that were done a day ago are packed, and transfers that ended two
+        weeks ago leave for the archive, so that the file does not grow for ever.
+
+        Raises:
+            NoSpaceError, LocalWriteError: Ledger or archive can not be written.
+        """
+        self._archive.housekeep()
+
+    def add_result(
+        self,
+        transfer_id: int,
+        spec: Mapping[str, Any],
+        *,
+        job: str = "",
+        step: str = "",
+        task: str = "",
+    ) -> None:
+        """Remember where a transfer has published something.
+
+        Raises:
+            NoSpaceError, LocalWriteError: The ledger can not be written.
+        """
+        with self._file.write() as connection:
+            connection.execute(
+                "INSERT INTO result (transfer, job, step, task, spec, created)"
+                " VALUES (?, ?, ?, ?, ?, ?)",
+                (transfer_id, job, step, task, to_json(spec), self._clock()),
+            )
+
+    def results(self, job: str) -> list[ResultSpec]:
+        """Return what was published of a job, oldest first, archived transfers included."""
+        with self._file.read() as connection:
+            rows = connection.execute(
+                "SELECT transfer, job, step, task, spec, created FROM result WHERE job = ?"
+                " ORDER BY created, id",
+                (job,),
+            ).fetchall()
+        return [
+            ResultSpec(row[0], row[1], row[2], row[3], from_json(row[4]), row[5])
+            for row in (*self._archive.results(job), *rows)
+        ]

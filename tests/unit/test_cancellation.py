@@ -1,0 +1,105 @@
+"""A wish to stop, or to pause, and who heeds it where."""
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from agent_plugin.content.digest import Digest
+from agent_plugin.content.errors import CancelledError, StoreUnavailableError
+from agent_plugin.content.flight import Lanes
+from agent_plugin.content.parts import PART_BYTES, HighWater, Part, Write, receive
+from agent_plugin.content.retry import RetryPolicy
+from agent_plugin.content.store import Cancellation
+from tests.servers.promptness import STOP_SECONDS
+
+
+def test_t9_a_boundary_is_passed_when_the_pause_is_over() -> None:
+    cancellation = Cancellation()
+    assert cancellation.pass_boundary() == 0.0
+    cancellation.pause()
+    ending = threading.Timer(0.5, cancellation.resume)
+    ending.start()
+
+    assert 0.4 < cancellation.pass_boundary() < 30
+    ending.join()
+
+
+def test_t9_a_pause_ends_by_a_wish_to_stop() -> None:
+    cancellation = Cancellation()
+    cancellation.pause()
+    threading.Timer(0.2, cancellation.cancel).start()
+    started = time.monotonic()
+
+    with pytest.raises(CancelledError):
+        cancellation.pass_boundary()
+    assert time.monotonic() - started < STOP_SECONDS
+
+
+def test_t9_a_pause_holds_for_what_pauses_with_it_and_a_stop_does_not() -> None:
+    outer = Cancellation()
+    inner = Cancellation(pauses_with=outer)
+    outer.pause()
+    while_paused = inner.paused
+    outer.resume()
+    outer.cancel()
+    inner.check()
+
+    assert (while_paused, inner.paused) == (True, False)
+
+
+def test_t9_the_time_of_a_pause_does_not_count_for_a_request_that_is_tried_again() -> None:
+    cancellation = Cancellation()
+    attempts = []
+
+    def ask() -> int:
+        attempts.append(time.monotonic())
+        if len(attempts) == 1:
+            cancellation.pause()
+            threading.Timer(1.5, cancellation.resume).start()
+        if len(attempts) < 3:
+            raise StoreUnavailableError("no")
+        return 7
+
+    policy = RetryPolicy(deadline_seconds=1.0, initial_seconds=0.01)
+
+    assert policy.call(ask, what="ask", cancellation=cancellation) == 7
+    assert attempts[1] - attempts[0] > 1.4, "no attempt begins in a pause"
+
+
+def test_t9_in_a_pause_no_further_part_is_read_and_what_came_counts(tmp_path: Path) -> None:
+    data = os.urandom(PART_BYTES) * 12
+    cancellation = Cancellation()
+    asked: list[int] = []
+    told: list[int] = []
+
+    def read_part(offset: int, length: int, _stop: Cancellation, write: Write) -> Part:
+        asked.append(offset)
+        if len(asked) == 3:
+            cancellation.pause()
+        write(data[offset : offset + length], offset)
+        return Part("v", len(data))
+
+    def receive_all() -> None:
+        with (tmp_path / "file").open("wb+") as file:
+            receive(
+                Digest.of(data), file.fileno(), read_part,
+                lanes=Lanes(2), cancellation=cancellation, progress=HighWater(told.append),
+            )  # fmt: skip
+
+    receiving = threading.Thread(target=receive_all)
+    receiving.start()
+    deadline = time.monotonic() + 30
+    while len(asked) < 3 or sum(told) < len(asked) * PART_BYTES:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    under_way = len(asked)
+    time.sleep(0.5)
+
+    assert (len(asked), sum(told)) == (under_way, under_way * PART_BYTES)
+    assert under_way < 12
+    cancellation.resume()
+    receiving.join(30)
+    assert (sorted(asked), sum(told)) == (list(range(0, len(data), PART_BYTES)), len(data))

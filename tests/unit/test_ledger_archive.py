@@ -1,0 +1,174 @@
+"""What has ended is packed after a day and archived after two weeks, and found there."""
+
+import os
+import sqlite3
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agent_plugin.content.errors import StoreUnavailableError, TransferStateError
+from agent_plugin.transfer.ledger import Ledger, TaskSpec, TransferRow, TransferSpec
+from agent_plugin.transfer.states import TaskStatus, TransferStatus
+
+DAY = 86_400
+NAME = os.fsdecode(b"latin-\xe9.txt")
+
+
+@pytest.fixture
+def now() -> list[float]:
+    return [1_000_000.0]
+
+
+@pytest.fixture
+def ledger(tmp_path: Path, now: list[float]) -> Iterator[Ledger]:
+    with Ledger.open(tmp_path / "ledger.db", clock=lambda: now[0]) as opened:
+        yield opened
+
+
+def carried_out(ledger: Ledger, name: str, *, fail: bool = False) -> TransferRow:
+    row = ledger.begin(
+        TransferSpec("copy", "/from", name, job=f"job-{name}"),
+        [TaskSpec(NAME, "one", 10, metadata={"a": 1}), TaskSpec("b", "two", 5)],
+    )
+    for task in ledger.news(row.id).tasks:
+        ledger.note(task, TaskStatus.FAILED if fail else TaskStatus.DONE)
+    ledger.beat(row.id, 15)
+    return ledger.finish(row.id, StoreUnavailableError("no") if fail else None)
+
+
+def test_t1_a_transfer_leaves_the_active_ones_an_hour_after_its_end(
+    ledger: Ledger, now: list[float]
+) -> None:
+    row = carried_out(ledger, "a")
+    live = ledger.create(TransferSpec("copy", "/from", "live"), ())
+    assert [found.id for found in ledger.select_transfers("1")] == [row.id, live.id]
+    assert ledger.select_transfers("1", scope="finished") == []
+
+    now[0] += 3601
+
+    assert [found.id for found in ledger.select_transfers("1")] == [live.id]
+    assert ledger.select_transfers("job = ?", ("job-a",), scope="finished") == [row]
+    assert ledger.select_transfers("job = ?", ("job-b",), scope="finished") == []
+
+
+def test_t1_after_two_weeks_a_transfer_is_found_in_the_archive_whole(
+    ledger: Ledger, tmp_path: Path, now: list[float]
+) -> None:
+    done, failed = carried_out(ledger, "done"), carried_out(ledger, "failed", fail=True)
+    ledger.set_transfer(done.id, metadata={"shot": "sc010"}, modifier="0:root")
+    ledger.add_result(done.id, {"Type": "s3"}, job="job-done", step="step-1")
+    done, failed = ledger.transfer(done.id), ledger.transfer(failed.id)
+    tasks = {row.id: ledger.tasks(row.id) for row in (done, failed)}
+    now[0] += DAY + 1
+    ledger.housekeep()
+    assert (ledger.tasks(done.id), ledger.packed_tasks(done)) == ([], tasks[done.id])
+    assert ledger.tasks(failed.id) == tasks[failed.id], "somebody may want to know, or try again"
+    now[0] += 13 * DAY
+
+    ledger.housekeep()
+
+    assert ledger.transfers() == []
+    assert ledger.select_transfers("1", scope="archived") == [done, failed]
+    assert ledger.select_transfers("status = ?", ("failed",), scope="archived") == [failed]
+    assert {row.id: ledger.packed_tasks(row) for row in (done, failed)} == tasks
+    [result] = ledger.results("job-done")
+    assert (result.transfer, result.spec, result.step) == (done.id, {"Type": "s3"}, "step-1")
+    assert stat.S_IMODE((tmp_path / "archive.db").stat().st_mode) == 0o600
+    connection = sqlite3.connect(tmp_path / "ledger.db")
+    for table in ("task", "sample", "event", "result"):
+        assert connection.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,)
+    connection.close()
+
+
+def test_t1_nothing_is_archived_twice_by_whoever_was_killed_in_between(
+    ledger: Ledger, tmp_path: Path, now: list[float]
+) -> None:
+    row = carried_out(ledger, "a")
+    tasks = ledger.tasks(row.id)
+    ledger.close()
+    before = (tmp_path / "ledger.db").read_bytes()
+    for _ in range(2):
+        (tmp_path / "ledger.db").write_bytes(before)
+        with Ledger.open(tmp_path / "ledger.db", clock=lambda: now[0] + 15 * DAY) as again:
+            again.housekeep()
+            assert again.select_transfers("1", scope="archived") == [row]
+            assert again.packed_tasks(row) == tasks
+
+
+def test_t1_a_ledger_that_was_lost_does_not_overwrite_what_is_archived(
+    tmp_path: Path, now: list[float]
+) -> None:
+    rows = []
+    for name in ("first", "second"):
+        with Ledger.open(tmp_path / "ledger.db", clock=lambda: now[0]) as ledger:
+            rows.append(carried_out(ledger, name))
+            ledger.archive(rows[-1].id)
+        for path in tmp_path.glob("ledger.db*"):
+            path.unlink()
+        now[0] += 1
+    with Ledger.open(tmp_path / "ledger.db") as ledger:
+        assert [row.id for row in rows] == [1, 1]
+        assert ledger.select_transfers("1", scope="archived") == rows
+
+
+def test_t7_only_a_transfer_that_has_ended_goes_to_the_archive(ledger: Ledger) -> None:
+    live = ledger.create(TransferSpec("copy", "/from", "live"), [TaskSpec("a", "b", 1)])
+    with pytest.raises(TransferStateError, match="is waiting, and only one that has ended"):
+        ledger.archive(live.id)
+    with pytest.raises(TransferStateError, match="there is no transfer 77"):
+        ledger.archive(77)
+
+    ledger.set_transfer(live.id, status=TransferStatus.ABORTED)
+    ledger.archive(live.id)
+
+    assert ledger.transfers() == []
+    [row] = ledger.select_transfers("1", scope="archived")
+    assert [task.destination for task in ledger.packed_tasks(row)] == ["b"]
+    with pytest.raises(TransferStateError, match=f"there is no transfer {live.id}"):
+        ledger.archive(live.id)
+
+
+def test_t1_no_archive_is_made_to_look_into_it(ledger: Ledger, tmp_path: Path) -> None:
+    row = carried_out(ledger, "a")
+
+    assert ledger.select_transfers("1", scope="archived") == []
+    assert (ledger.packed_tasks(row), ledger.results("job-a")) == ([], [])
+    ledger.housekeep()
+    assert not (tmp_path / "archive.db").exists()
+
+
+DIES = """
+import os, signal, sys
+from pathlib import Path
+from agent_plugin.transfer.ledger import Ledger, TaskSpec, TransferSpec
+ledger = Ledger.open(Path(sys.argv[1]))
+ledger.begin(TransferSpec("copy", "/from", "/to"), [TaskSpec("a", "one", 10)])
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_t1_the_lease_of_a_killed_engine_is_taken_back(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    subprocess.run([sys.executable, "-c", DIES, path], check=False)
+    with Ledger.open(path) as ledger:
+        assert ledger.transfer(1).status is TransferStatus.RUNNING
+
+        ledger.housekeep()
+
+        assert (ledger.transfer(1).status, ledger.transfer(1).lease_owner) == ("waiting", "")
+
+
+def test_t1_results_are_listed_by_job_oldest_first(ledger: Ledger, now: list[float]) -> None:
+    row = carried_out(ledger, "a")
+    for number in range(3):
+        now[0] += 1
+        ledger.add_result(row.id, {"n": number}, job="job-a", task=f"task-{number}")
+    ledger.add_result(row.id, {}, job="job-b")
+
+    assert [(r.spec, r.task, r.created) for r in ledger.results("job-a")] == [
+        ({"n": at}, f"task-{at}", 1_000_001.0 + at) for at in range(3)
+    ]
