@@ -4,14 +4,14 @@ An object is fetched under a temporary name and verified before it gets its own.
 large one have come is written down beside it as they come, so that the next run asks only for the
 others; that this was right is seen when the whole is verified.
 
-Crew threads fetch; the calling thread keeps the ledger and shows how far it is.
+Crew threads fetch; the calling thread keeps the ledger and shows how far it is. It can be paused and
+aborted, and gives way, as any transfer (transfer/steering.py).
 """
 
 import hashlib
 import os
 import struct
 import threading
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,11 +31,11 @@ from agent_plugin.content.safe_path import Root
 from agent_plugin.content.store import WHOLE_BLOB_BYTES, Cancellation
 from agent_plugin.publish.published import PublishedObject
 from agent_plugin.transfer.context import TransferContext
-from agent_plugin.transfer.download import BEAT_SECONDS
 from agent_plugin.transfer.engine import TICK_SECONDS, Crew, Products
-from agent_plugin.transfer.ledger import TaskSpec, TransferSpec
+from agent_plugin.transfer.ledger import TaskSpec, TransferRow, TransferSpec
 from agent_plugin.transfer.progress import Meter
 from agent_plugin.transfer.states import TaskStatus
+from agent_plugin.transfer.steering import Steering
 
 # Each fetches a large object in parallel ranges by itself.
 AT_ONCE: Final = 8
@@ -121,10 +121,9 @@ class _Fetch:
         ledger = self._context.ledger
         tasks = [TaskSpec(_source(w), w.at, w.published.info.size) for w in wanted]
         row = ledger.begin(self._spec, tasks, self._context.cancellation)
-        self._ids = ledger.task_ids(row.id)
         failure: PropmasterError | None = None
         try:
-            self._run(wanted, row.id)
+            self._run(wanted, row)
         except PropmasterError as error:
             failure = error
             raise
@@ -136,33 +135,27 @@ class _Fetch:
             ledger.finish(row.id, failure)
         return self._fetched
 
-    def _run(self, wanted: Sequence[Wanted], transfer: int) -> None:
+    def _run(self, wanted: Sequence[Wanted], row: TransferRow) -> None:
         meter = Meter(len(wanted), sum(each.published.info.size for each in wanted))
+        steering = Steering(self._context, row, self._halt, meter, lambda _tasks: None)
+        self._ids = steering.tasks
         products: Products[Wanted, int] = Products()
         crew = Crew(self._bring, products, AT_ONCE, self._halt)
-        done = 0
-        next_beat = 0.0
         try:
-            with self._context.view(self._spec.kind) as view:
+            with self._context.view(self._spec.kind) as steering.view:
                 for each in wanted:
                     crew.order(each)
                 outstanding = len(wanted)
                 while outstanding:
-                    self._context.cancellation.check()
-                    if time.monotonic() >= next_beat:
-                        next_beat = time.monotonic() + BEAT_SECONDS
-                        done, moved = 0, done
-                        self._context.ledger.beat(transfer, moved)
-                        view.show(meter.snapshot())
+                    steering.tick()
                     if (taken := products.take(TICK_SECONDS)) is None:
                         continue
                     outstanding -= 1
                     self._settle(*taken)
-                    size = taken[0].published.info.size
-                    meter.advance(size, files=1)
-                    done += size
-                self._context.ledger.beat(transfer, done)
-                view.show(meter.snapshot())
+                    task = self._ids[_source(taken[0]), taken[0].at]
+                    steering.settle(task)
+                    steering.count(task, taken[0].published.info.size, files=1)
+                steering.finish()
         finally:
             crew.close()
             products.close()
@@ -179,7 +172,6 @@ class _Fetch:
                 self._context.ledger.note(task, TaskStatus.FAILED, failure)
             raise failure
         self._fetched += result
-        self._context.ledger.note(task, TaskStatus.DONE)
 
     # ------------------------------------------------------------------ on the crew's threads
 

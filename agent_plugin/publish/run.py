@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final, TypeVar
 
-from agent_plugin.content.errors import CancelledError, PropmasterError, TransferStateError
+from agent_plugin.content.errors import CancelledError, PropmasterError
 from agent_plugin.content.store import Cancellation
 from agent_plugin.publish.outputs import Output
 from agent_plugin.transfer.context import TransferContext
@@ -19,7 +19,7 @@ from agent_plugin.transfer.engine import TICK_SECONDS, Crew, Products
 from agent_plugin.transfer.ledger import TaskSpec, TransferRow, TransferSpec
 from agent_plugin.transfer.progress import Meter
 from agent_plugin.transfer.states import TaskStatus
-from agent_plugin.transfer.steering import EndedByHandError, Steering
+from agent_plugin.transfer.steering import Steering
 
 T = TypeVar("T")
 Order = TypeVar("Order", bound=Hashable)
@@ -180,11 +180,6 @@ def running(
     try:
         with context.view(spec.kind) as run.steering.view:
             yield run
-    except EndedByHandError as ended:
-        raise TransferStateError(
-            f"transfer {row.id} was called done by hand before everything was published",
-            hint="publish again what is missing",
-        ) from ended
     except PropmasterError as failure:
         error = failure
         raise

@@ -37,8 +37,8 @@ _ASIDE: Final = frozenset(
 )
 
 
-class EndedByHandError(Exception):
-    """A person has said that a transfer is done."""
+class EndedByHandError(TransferStateError):
+    """A person has said that a transfer is done, before it was; not every engine can end so."""
 
 
 class Steering:
@@ -233,7 +233,10 @@ class Steering:
         if status is TransferStatus.ABORTED:
             raise aborted(self._row.id, news.modifier)
         if status is TransferStatus.DONE:
-            raise EndedByHandError
+            raise EndedByHandError(
+                f"transfer {self._row.id} was called done by hand before it was",
+                hint="run the same command again for what is missing",
+            )
         self._last_news = news.last
         if news.tasks:
             self._take_news(list(news.tasks.values()))
