@@ -4,8 +4,8 @@ An object is fetched under a temporary name and verified before it gets its own.
 large one have come is written down beside it as they come, so that the next run asks only for the
 others; that this was right is seen when the whole is verified.
 
-Crew threads fetch; the calling thread keeps the ledger and shows how far it is. A transfer of it can
-be paused and aborted, and gives way, as any (transfer/steering.py).
+Crew threads fetch; the calling thread keeps the ledger and shows how far it is. The transfer can be
+paused and aborted, and gives way, as any (transfer/steering.py).
 """
 
 import hashlib
