@@ -17,7 +17,6 @@ from agent_plugin.content.s3_objects import S3Objects
 
 EXECUTION: Final = "propmaster-execution"
 HASH: Final = "propmaster-xxh128"
-SHA256: Final = "propmaster-sha256"
 
 _HINT: Final = (
     "Put {executionID} or {taskID} into the publisher's Key, so that each run has keys of its own,"

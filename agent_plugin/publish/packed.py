@@ -8,9 +8,9 @@ before all of it was sent and was what had been measured.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from agent_plugin.content.objects import ObjectInfo
+from agent_plugin.content.objects import SHA256, ObjectInfo
 from agent_plugin.publish.archive import CONTENT_TYPES, InOrder, Measured, archive, measure
-from agent_plugin.publish.destination import SHA256, Destination, Standing
+from agent_plugin.publish.destination import Destination, Standing
 from agent_plugin.publish.outputs import Output
 from agent_plugin.publish.run import Run
 

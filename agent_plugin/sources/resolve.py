@@ -5,6 +5,8 @@ Anything else is listed, and what is found goes through the filter and the parti
 Objects whose keys end with a slash stand for directories, and are left out.
 """
 
+import base64
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from agent_plugin.content.object_snapshot import (
     SnapshotEntry,
     too_many,
 )
-from agent_plugin.content.objects import ObjectInfo
+from agent_plugin.content.objects import SHA256, ObjectInfo
 from agent_plugin.content.pattern import Pattern, PatternTooSlowError
 from agent_plugin.content.s3_objects import S3Objects
 from agent_plugin.content.store import Cancellation
@@ -36,6 +38,7 @@ from agent_plugin.sources.spec import InputSource
 _DIRECTORY_TYPE: Final = "application/x-directory"
 # Behind the SHA-256 of an object that was uploaded in parts: it is none of the content.
 _PARTS_MARK: Final = "-"
+_HEX: Final = re.compile(r"[0-9a-f]{64}")
 
 log = events.get_logger()
 
@@ -132,21 +135,32 @@ def _check_checksum(source: InputSource, info: ObjectInfo) -> None:
     """Compare what S3 keeps with what the source demands, as far as the two can be compared.
 
     S3 keeps a SHA-256 of SHA-256s for what was uploaded in parts. If the source demands one of the
-    content, it is compared when the content is here.
+    content, it is compared when the content is here. What we publish tells it as metadata, too.
     """
-    wanted, stored = source.checksum_sha256, info.checksum_sha256 or info.checksum_of_parts
-    if not stored:
+    wanted = source.checksum_sha256
+    stored = info.checksum_sha256 or _told_by_publisher(info)
+    if not stored and not info.checksum_of_parts:
         raise SourceInvalidError(
             f"{source.url}: S3 keeps no SHA-256 of it that ChecksumSHA256 could be compared with",
             hint="leave ChecksumSHA256 out, or upload the object again with a SHA-256",
         )
-    if info.checksum_of_parts and _PARTS_MARK not in wanted:
+    if _PARTS_MARK in wanted:
+        stored = info.checksum_of_parts or stored
+    elif not stored:
         return
     if stored != wanted:
         raise ObjectChangedError(
             f"{source.url}: S3 keeps the SHA-256 {stored}, ChecksumSHA256 is {wanted}",
             hint="it is another content: correct ChecksumSHA256, or name the version that is meant",
         )
+
+
+def _told_by_publisher(info: ObjectInfo) -> str:
+    """Return the SHA-256 that an object's metadata tells, in base64; empty if it tells none."""
+    told = info.metadata.get(SHA256, "")
+    if not _HEX.fullmatch(told):
+        return ""
+    return base64.b64encode(bytes.fromhex(told)).decode("ascii")
 
 
 def _matching(

@@ -29,8 +29,9 @@ from agent_plugin.content.errors import (
     KeyExistsError,
     StoreAccessError,
 )
+from agent_plugin.content.objects import SHA256
 from agent_plugin.content.store import Cancellation
-from agent_plugin.publish.destination import EXECUTION, HASH, SHA256
+from agent_plugin.publish.destination import EXECUTION, HASH
 from agent_plugin.publish.result_documents import find_results, results_prefix
 from agent_plugin.session.finish_task import TaskAction
 from agent_plugin.session.state import FinishResult

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import boto3
+import msgspec
 import pytest
 
 from agent_plugin.content.errors import (
@@ -22,12 +23,14 @@ from agent_plugin.content.errors import (
     UnsafePathError,
 )
 from agent_plugin.content.object_snapshot import ObjectSnapshot
+from agent_plugin.content.objects import SHA256
 from agent_plugin.content.retry import RetryPolicy
 from agent_plugin.content.store import Cancellation
+from agent_plugin.publish.result_documents import Result, ResultParams
 from agent_plugin.sources.access import SourceServers
 from agent_plugin.sources.partition import Partition
 from agent_plugin.sources.resolve import resolve
-from agent_plugin.sources.spec import InputSource
+from agent_plugin.sources.spec import InputSource, decode_source
 from tests.servers.s3_server import S3Server
 
 if TYPE_CHECKING:
@@ -254,6 +257,32 @@ def test_s2_the_checksum_of_an_upload_in_parts_is_none_of_the_content(
     wrong = f"{_sha256(b'')}-2"
     with pytest.raises(ObjectChangedError, match="S3 keeps the SHA-256 "):
         resolve(InputSource(s3.bucket, key, checksum_sha256=wrong), servers)
+
+
+def test_s1_a_published_result_is_a_source_as_it_is(
+    s3: S3Server, servers: SourceServers, s3_prefix: str
+) -> None:
+    """Of an archive, with the SHA-256 that its metadata has, since S3 has none of the content."""
+    client, data = s3.client(), b"an archive"
+    for name in ("1.tar.gz", "2.tar.gz"):
+        client.put_object(
+            Bucket=s3.bucket,
+            Key=f"{s3_prefix}/{name}",
+            Body=data,
+            Metadata={SHA256: hashlib.sha256(data).hexdigest()},
+        )
+    archive, plain = (
+        msgspec.to_builtins(Result("s3", ResultParams(s3.bucket, key, checksum_sha256=checksum)))
+        for key, checksum in ((f"{s3_prefix}/1.tar.gz", _sha256(data)), (f"{s3_prefix}/", ""))
+    )
+
+    [entry] = resolve(decode_source(archive, source="x"), servers).entries
+    assert entry.checksum_sha256 == _sha256(data)
+    assert paths(resolve(decode_source(plain, source="x"), servers)) == ["1.tar.gz", "2.tar.gz"]
+
+    archive["Params"]["ChecksumSHA256"] = _sha256(b"another")
+    with pytest.raises(ObjectChangedError, match="S3 keeps the SHA-256 "):
+        resolve(decode_source(archive, source="x"), servers)
 
 
 def _put_in_parts(client: "S3Client", bucket: str, key: str, pieces: tuple[bytes, ...]) -> str:
