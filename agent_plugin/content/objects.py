@@ -8,8 +8,8 @@ from agent_plugin.content.errors import SettingsInvalidError, UnsafePathError
 
 # https://docs.aws.amazon.com/AmazonS3/latest/userguide/object-keys.html
 MAX_KEY_BYTES: Final = 1024
-# User metadata of what we publish: the SHA-256 of the whole content, 64 hexadecimal digits. S3's own
-# is none of the content for what was uploaded in parts, and other servers keep none.
+# User metadata of archives that we publish: the SHA-256 of the content, 64 hexadecimal digits. What
+# S3 keeps of an upload in parts is none of the content, and other servers keep none at all.
 SHA256: Final = "propmaster-sha256"
 _SCHEME: Final = "s3://"
 

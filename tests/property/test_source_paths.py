@@ -17,11 +17,12 @@ NAMES = st.sampled_from(
 KEYS = st.lists(st.one_of(NAMES, st.text(max_size=3)), min_size=1, max_size=4).map("/".join)
 
 
-@given(prefix=KEYS, rest=st.lists(KEYS, max_size=6))
-def test_s3_no_key_leaves_the_target(prefix: str, rest: list[str]) -> None:
+@given(prefix=KEYS, rest=st.lists(KEYS, max_size=6), twice=st.booleans())
+def test_s3_no_key_leaves_the_target(prefix: str, rest: list[str], *, twice: bool) -> None:
     """Caught: the check of paths taken out, of duplicates, and of a file above another."""
     prefix = prefix_of(f"{prefix}*")
-    infos = [ObjectInfo("show", prefix + each, 1, '"e"', "", 0.0) for each in rest]
+    names = [*rest, *rest[:1]] if twice else rest
+    infos = [ObjectInfo("show", prefix + each, 1, '"e"', "", 0.0) for each in names]
     entries = [SnapshotEntry.of(info, path_of(info.key, prefix)) for info in infos]
     try:
         snapshot = ObjectSnapshot(ObjectAccess(), "show", entries)

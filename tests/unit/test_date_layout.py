@@ -53,6 +53,7 @@ from agent_plugin.sources.date_layout import DateLayout
         ("2006 01", "2024   1", None),
         ("ü2006", "ü2024x", "ü2024"),
         ("2006-01-02T1", "2023-05-01T1", "2023-01-01T1"),
+        ("2006-01-02T1", "2023-13-01T1", None),
     ],
 )
 def test_s8_a_layout_in_the_spelling_of_go(layout: str, name: str, found: str | None) -> None:

@@ -195,6 +195,13 @@ def test_s8_the_slash_behind_a_prefix_is_no_part_of_what_is_looked_at() -> None:
     assert Share(partition, "d").part_of("d/1") == fnv1a_32(b"1") % 50
 
 
+def test_s8_groups_that_found_nothing_do_not_count() -> None:
+    share = Share(Partition("regex", r"(x)?(\d)(y*)", count=50, index=0), "")
+
+    assert share.part_of("7") == fnv1a_32(b"7") % 50
+    assert share.part_of("x7yy") == fnv1a_32(b"x\x1f7\x1fyy") % 50
+
+
 PARTITION = {"Type": "object", "Count": 2, "Index": 0}
 
 
