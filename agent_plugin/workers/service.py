@@ -261,6 +261,7 @@ class Service:
         try:
             request = read_request(connection)
             if request is None:
+                answer.begin(__version__)
                 return 0
             kind = request.kind if request.kind in self._drop_ins else ""
             answer.begin(__version__)

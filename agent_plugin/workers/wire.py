@@ -2,7 +2,7 @@
 
 The drop-in sends one line, the request, and keeps the connection open; that it closes, or is
 killed, is how it cancels. The service answers with a line that says it has begun, one for each line
-of the agent's log, and a last one with the exit code.
+of the agent's log, and a last one with the exit code. Who asks for nothing gets the first line.
 """
 
 import json

@@ -4,14 +4,17 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from agent_plugin.workers.deadline import agent_status
 from tests.servers.command import CALL_SECONDS
 from tests.servers.deadline_peers import AGENT_PYTHON
 from tests.servers.worker_host import WorkerHost, open_host
@@ -109,6 +112,29 @@ def test_an_installation_is_whole_once_the_document_was_followed(
         finally:
             serve.send_signal(signal.SIGTERM)
             assert serve.wait(CALL_SECONDS) == 0
+
+
+def test_a_service_that_systemd_can_not_start_does_not_answer(
+    installed: Installed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Connecting to it works: systemd listens in its place."""
+    monkeypatch.setattr(agent_status, "_ANSWER_SECONDS", 0.5)
+    path = installed.sessions.parent / "run/worker.socket"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(os.fspath(path))
+        listener.listen()
+        waiting = agent_status.answers(path)
+        # Whoever has given up is first in the queue.
+        listener.accept()[0].close()
+        monkeypatch.setattr(agent_status, "_ANSWER_SECONDS", 30.0)
+        with ThreadPoolExecutor() as pool:
+            asked = pool.submit(agent_status.answers, path)
+            listener.accept()[0].close()
+            gone = asked.result()
+
+    assert (waiting.ok, gone.ok) == (False, False)
+    assert waiting.reason == f"nobody has answered at {path} for 0 s"
+    assert gone.reason == f"who listens at {path} does not answer"
 
 
 def test_an_agent_whose_jobs_are_its_own_user_needs_no_service(installed: Installed) -> None:

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from agent_plugin import __version__
 from agent_plugin.content.errors import AgentUnsupportedError, LocalReadError, LocalWriteError
 from agent_plugin.workers.deadline.agent_environment import (
     KNOWN_SHA256,
@@ -24,6 +26,7 @@ from agent_plugin.workers.deadline.agent_environment import (
 )
 from agent_plugin.workers.deadline.agent_status import examine
 from agent_plugin.workers.deadline.installer import install, look_at_scripts, uninstall
+from agent_plugin.workers.wire import Reply, encode
 from tests.servers.agent_copies import AgentCopy, PathFacts, tree_of
 from tests.servers.command import Command
 from tests.servers.deadline_peers import AGENT_PYTHON
@@ -535,8 +538,20 @@ def test_status_tells_what_is_not_right_and_exits_with_1(
     with socket.socket(socket.AF_UNIX) as serving:
         serving.bind(str(tmp_path / "socket"))
         serving.listen()
-        status = examine(found, PYTHON, service=tmp_path / "socket")
-    assert {check.name: check.ok for check in status.checks}["service"]
+        reasons = {}
+        with ThreadPoolExecutor() as pool:
+            for version in (__version__, "0.0.1"):
+                asked = pool.submit(examine, found, PYTHON, service=tmp_path / "socket")
+                connection, _ = serving.accept()
+                with connection:
+                    connection.sendall(encode(Reply(begun=version)))
+                reasons[version] = next(
+                    check for check in asked.result().checks if check.name == "service"
+                )
+    assert reasons[__version__].ok
+    # As after an update that was not followed by a restart.
+    assert not reasons["0.0.1"].ok
+    assert f"propmaster 0.0.1 answers at {tmp_path}/socket" in reasons["0.0.1"].reason
 
 
 def test_the_tree_for_deadline_vfs_comes_and_goes_with_the_scripts(

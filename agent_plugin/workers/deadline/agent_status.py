@@ -13,15 +13,20 @@ from typing import Final
 
 import msgspec
 
-from agent_plugin.content.errors import SessionStateError, local_write_error
+from agent_plugin import __version__
+from agent_plugin.content.errors import NotAllowedError, SessionStateError, local_write_error
 from agent_plugin.workers.call import DROP_INS
 from agent_plugin.workers.deadline.agent_environment import SUPPORTED, AgentEnvironment
 from agent_plugin.workers.deadline.installer import MODULES, ScriptStatus, look_at_scripts
 from agent_plugin.workers.deadline.vfs_prefix import DEFAULT_PREFIX, prefix_status
+from agent_plugin.workers.wire import Reply, read_replies
 
 _RECORD: Final = "worker.json"
 _START_SECONDS: Final = 60.0
-_CONNECT_SECONDS: Final = 5.0
+# systemd starts the service when it is asked the first time, which takes it a second.
+_ANSWER_SECONDS: Final = 30.0
+_START: Final = "start it: `systemctl start propmaster`, or `propmaster worker serve`"
+_LOOK: Final = "look why it does not start: `systemctl status propmaster`"
 _DROP_IN_MODULES: Final = sorted({named.partition(":")[0] for named in DROP_INS.values()})
 _TRY: Final = """
 import importlib, sys
@@ -130,7 +135,7 @@ def examine(
     started = Path(next((each.propmaster for each in scripts if each.propmaster), python))
     checks = [_agent(agent), *map(_script, scripts), _starts(started)]
     if service is not None:
-        checks += [_others_may_run(started), _answers(service)]
+        checks += [_others_may_run(started), answers(service)]
     if vfs_prefix is not None:
         checks.append(_vfs(vfs_prefix))
     return WorkerStatus(
@@ -208,17 +213,31 @@ def _mode(path: Path) -> int:
         return 0
 
 
-def _answers(path: Path) -> Check:
-    advice = "start it: `systemctl start propmaster`, or `propmaster worker serve`"
+def answers(path: Path) -> Check:
+    """See who answers at a socket, and not only that one can connect: systemd lets everybody."""
+
+    def check(reason: str, *, ok: bool = False, advice: str = _START) -> Check:
+        return Check("service", ok, reason, advice)
+
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
-        asking.settimeout(_CONNECT_SECONDS)
+        asking.settimeout(_ANSWER_SECONDS)
         try:
             asking.connect(os.fspath(path))
-        except OSError as error:
-            return Check(
-                "service", ok=False, reason=f"{path}: {error.strerror or error}", advice=advice
-            )
-    return Check("service", ok=True, reason=f"it answers at {path}", advice=advice)
+            # Who asks for nothing is told who would answer.
+            asking.shutdown(socket.SHUT_WR)
+            reply = next(read_replies(asking), Reply())
+        except TimeoutError:
+            return check(f"nobody has answered at {path} for {_ANSWER_SECONDS:.0f} s", advice=_LOOK)
+        except (OSError, NotAllowedError) as error:
+            return check(f"{path}: {getattr(error, 'strerror', None) or error}")
+    if reply.begun is None:
+        return check(f"who listens at {path} does not answer", advice=_LOOK)
+    if reply.begun != __version__:
+        return check(
+            f"propmaster {reply.begun} answers at {path}, and {__version__} is installed",
+            advice="restart it: `systemctl restart propmaster`",
+        )
+    return check(f"propmaster {reply.begun} answers at {path}", ok=True)
 
 
 def _vfs(prefix: Path) -> Check:
