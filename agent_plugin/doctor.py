@@ -44,7 +44,18 @@ __all__ = ["Probe", "examine"]
 
 T = TypeVar("T")
 
-LIBRARIES: Final = ("boto3", "botocore", "click", "msgspec", "obstore", "psutil", "rich", "xxhash")
+LIBRARIES: Final = (
+    "boto3",
+    "botocore",
+    "click",
+    "lark",
+    "msgspec",
+    "obstore",
+    "psutil",
+    "regex",
+    "rich",
+    "xxhash",
+)
 MACHINES: Final = ("x86_64", "aarch64")
 # Directory descriptors (safe_path.MAX_DIRECTORIES, 256), a connection a request, and temporary
 # files come to some 400 at most; 1,024 is what systems give by default.

@@ -34,7 +34,7 @@ PUBLISHING = [
 # itself, which is the version and nothing else, anybody may.
 MAY_IMPORT = {
     "agent_plugin/content/": CONTENT,
-    "agent_plugin/transfer/": TRANSFER,
+    "agent_plugin/transfer/": [*TRANSFER, "agent_plugin.sizes"],
     **{
         f"{module.replace('.', '/')}.py": [*TRANSFER, "agent_plugin.schema", *PUBLISHING]
         for module in PUBLISHING
@@ -60,6 +60,7 @@ MAY_IMPORT = {
     "agent_plugin/sizes.py": [],
     "agent_plugin/settings": SETTINGS,
     "agent_plugin/services.py": [*SETTINGS, *TRANSFER],
+    "agent_plugin/transfers.py": HOST,
     "agent_plugin/session_logs.py": SETTINGS,
     "agent_plugin/queue_settings.py": [*HOST, "agent_plugin.session.queues"],
     "agent_plugin/mounting.py": [

@@ -17,7 +17,18 @@ import msgspec
 import pytest
 from msgspec import inspect
 
-from agent_plugin.cli import cache, doctor, ls, manifest, queue, results, source, worker_serve
+from agent_plugin.cli import (
+    cache,
+    doctor,
+    ls,
+    manifest,
+    queue,
+    results,
+    source,
+    task,
+    transfer,
+    worker_serve,
+)
 from agent_plugin.cli.demo_screen import DemoResult
 from agent_plugin.cli.main import COMMANDS, propmaster
 from agent_plugin.cli.worker_install import InstallResult
@@ -34,6 +45,7 @@ from agent_plugin.session.sync import SyncResult
 from agent_plugin.session.sync_checkpoint import Advance, Header
 from agent_plugin.settings import Settings, load
 from agent_plugin.sources.spec import InputSource
+from agent_plugin.transfer.query_attributes import TASK, TRANSFER, Attribute
 from agent_plugin.url_handler import HandlerStatus
 from agent_plugin.workers.deadline.agent_status import WorkerStatus
 
@@ -267,6 +279,12 @@ RESULTS: dict[str, Any] = {
     "cache verify": cache.VerifyResult,
     "cache collect": cache.CollectResult,
     "source resolve": source.ResolveResult,
+    "transfer find": transfer.TransfersResult,
+    "transfer show": transfer.ShowResult,
+    "transfer set": transfer.TransfersResult,
+    "transfer pause": transfer.TransfersResult,
+    "task find": task.TasksResult,
+    "task set": task.TasksResult,
     "queue show": queue.QueuesResult,
     "queue explain": queue.ExplainResult,
     "worker install": InstallResult,
@@ -298,6 +316,15 @@ def test_every_key_of_a_result_is_documented(name: str) -> None:
     keys = set(_keys(inspect.type_info(RESULTS[name]), below=below))
 
     assert keys - words(_command_section(name)) == set()
+
+
+@pytest.mark.parametrize("attribute", [*TRANSFER, *TASK], ids=lambda attribute: attribute.name)
+def test_every_attribute_of_transfers_and_tasks_is_documented(attribute: Attribute) -> None:
+    rows_of_attributes = section(read("PROTOCOL.md"), "Attributes").splitlines()
+
+    names = ", ".join(f"`{alias}`" for alias in attribute.aliases)
+    first = f"| `{attribute.name}`{f' ({names})' if names else ''} | {attribute.kind} | "
+    assert [row for row in rows_of_attributes if row == f"{first}{attribute.about} |"]
 
 
 def test_every_key_of_the_job_document_is_documented() -> None:

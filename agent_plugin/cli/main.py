@@ -48,6 +48,8 @@ COMMANDS: Final = {
     "source": ("agent_plugin.cli.source", "Show what objects of a bucket would come as inputs."),
     "submit": ("agent_plugin.cli.submit", "Upload a directory as a job's inputs."),
     "url-handler": ("agent_plugin.cli.url_handler", "Open such URLs from a web browser."),
+    "task": ("agent_plugin.cli.task", "Look at and steer single files of transfers."),
+    "transfer": ("agent_plugin.cli.transfer", "Look at and steer what moves bytes on this host."),
     "unmount": ("agent_plugin.cli.unmount", "End a mount."),
     "worker": ("agent_plugin.cli.worker", "What a render worker's host runs and installs."),
 }

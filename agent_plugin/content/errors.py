@@ -8,7 +8,7 @@
     │   ├── AgentUnsupportedError       ResultClashError
     │   ├── PlaceholderUnknownError     ArchiveUnsafeError
     │   ├── SourceInvalidError          SourceEmptyError
-    │   └── ReadOnlyAttributeError
+    │   └── ReadOnlyAttributeError      QueryInvalidError
     ├── StoreError             the content store
     │   ├── BlobNotFoundError           DocumentNotFoundError    StoreAccessError
     │   ├── StoreUnavailableError       StoreThrottledError      BlobCorruptError
@@ -145,6 +145,21 @@ class SourceEmptyError(InputError):
     """An input source brings no object, and does not say that this is fine."""
 
     reference, code, exit_code = "source-empty", "E_EMPTY", 98
+
+
+class QueryInvalidError(InputError):
+    """A query breaks the grammar, or asks for what there is not.
+
+    Attributes:
+        line, column: Where in the query, from 1; 0 when it is about all of it.
+    """
+
+    reference, code, exit_code, errno = "query-invalid", "E_QUERY", 94, errno.EINVAL
+
+    def __init__(self, message: str, *, hint: str = "", line: int = 0, column: int = 0) -> None:
+        super().__init__(message, hint=hint)
+        self.line = line
+        self.column = column
 
 
 class StoreError(PropmasterError):

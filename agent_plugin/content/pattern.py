@@ -39,18 +39,20 @@ class Pattern:
     Args:
         text: In the syntax of `re`, at most MAX_PATTERN_CHARACTERS.
         anchored: Whether all of a name has to match, and not any part of it.
+        ignore_case: Whether the case of letters makes no difference.
 
     Raises:
         PatternInvalidError: It can not be used.
     """
 
-    def __init__(self, text: str, *, anchored: bool = False) -> None:
+    def __init__(self, text: str, *, anchored: bool = False, ignore_case: bool = False) -> None:
         _check(text)
         # Loaded here: 40 ms that only a source with a pattern needs.
         import regex  # noqa: PLC0415
 
         try:
-            compiled = regex.compile(text, regex.VERSION0)
+            flags = regex.VERSION0 | (regex.IGNORECASE if ignore_case else 0)
+            compiled = regex.compile(text, flags)
         except (regex.error, OverflowError, RecursionError) as error:
             raise PatternInvalidError(f"no regular expression: {error}") from error
         self.text = text

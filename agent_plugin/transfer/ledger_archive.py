@@ -211,7 +211,7 @@ class Archive:
                 f"SELECT tasks FROM packed WHERE {_PAIR}",  # noqa: S608 - a constant
                 (row.id, row.created),
             ).fetchone()
-        return [task_row(task) for task in _unpack(found[0])] if found is not None else []
+        return [task_row(task) for task in unpack(found[0])] if found is not None else []
 
     def results(self, job: str) -> list[tuple[Any, ...]]:
         """Return what was archived of a job's results, oldest first."""
@@ -231,6 +231,7 @@ def _pack(rows: Sequence[Sequence[Any]]) -> bytes:
     return zlib.compress(json.dumps(plain, separators=(",", ":")).encode("ascii"))
 
 
-def _unpack(data: bytes) -> list[list[Any]]:
+def unpack(data: bytes) -> list[list[Any]]:
+    """Return the rows that were packed."""
     rows: list[list[Any]] = json.loads(zlib.decompress(data))
     return [[to_sql(v) if isinstance(v, str) else v for v in row] for row in rows]

@@ -100,9 +100,11 @@ class ByHand:
                 hint="make it pending first, if it is waiting",
             )
         connection.execute(
-            "UPDATE transfer SET destination = ?, name = kind || ' ' || source || ' -> ' || ?"
-            " WHERE id = ?",
-            (to_sql(destination), to_sql(destination), transfer_id),
+            # A name that was given stays.
+            "UPDATE transfer SET destination = ?1, name = CASE"
+            " WHEN name = kind || ' ' || source || ' -> ' || destination"
+            " THEN kind || ' ' || source || ' -> ' || ?1 ELSE name END WHERE id = ?2",
+            (to_sql(destination), transfer_id),
         )
 
     def _set_status(

@@ -18,6 +18,7 @@ class TransferSpec:
         source: A store URL or a directory.
         destination: A directory or a store URL; empty while it is not known.
         session: Key of the session's state file; empty outside sessions.
+        title: Its name for people; empty for one that says what it does.
     """
 
     kind: str
@@ -27,11 +28,12 @@ class TransferSpec:
     job: str = ""
     step: str = ""
     task: str = ""
+    title: str = ""
 
     @property
     def name(self) -> str:
         """A line for people."""
-        return f"{self.kind} {self.source} -> {self.destination}"
+        return self.title or f"{self.kind} {self.source} -> {self.destination}"
 
 
 @dataclass(frozen=True, slots=True)

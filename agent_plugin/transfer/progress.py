@@ -148,18 +148,23 @@ def describe_transfer(
         samples: Of Ledger.samples: when, and how many bytes moved since the one before.
         now: Seconds since the epoch.
     """
-    if row.status is TransferStatus.DONE:
-        return Progress(100, 0.0, "")
-    percent = max(0, min(99, 100 * row.done // row.size)) if row.size > 0 else 0
+    share = percent(row.status, row.size, row.done)
     recent = [(moment, size) for moment, size in samples if moment > now - WINDOW_SECONDS]
     if row.status is not TransferStatus.RUNNING or len(recent) < 2:  # noqa: PLR2004 - a span of time
-        return Progress(percent, 0.0, "")
+        return Progress(share, 0.0, "")
     # What moved before the first of them moved in a time that nothing tells.
     moved = sum(size for _, size in recent[1:])
     rate = moved / max(now - recent[0][0], 1e-3)
     left = row.size - row.done
     etr = format_duration(int(left / rate)) if rate > 0 else ""
-    return Progress(percent, rate / 1e6, etr)
+    return Progress(share, rate / 1e6, etr)
+
+
+def percent(status: TransferStatus, size: int, done: int) -> int:
+    """Return how much of a transfer is in place, rounded down; 100 only when it is done."""
+    if status is TransferStatus.DONE:
+        return 100
+    return max(0, min(99, 100 * done // size)) if size > 0 else 0
 
 
 def format_duration(seconds: int) -> str:

@@ -1,0 +1,187 @@
+"""`propmaster task`: the files of transfers, one by one: find, hold, exclude, try again, add."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import click
+import msgspec
+
+from agent_plugin.cli.options import common_options, print_json, say
+from agent_plugin.cli.steering import (
+    cell,
+    chosen,
+    find_options,
+    found_by,
+    merged,
+    names_of,
+    pairs,
+    reading,
+    scopes_of,
+    table_of,
+    writing,
+)
+from agent_plugin.cli.tables import cut, lines, room
+from agent_plugin.content.errors import TransferStateError
+from agent_plugin.transfer.entities import Found
+from agent_plugin.transfer.find import EVERYWHERE
+from agent_plugin.transfer.states import SETTABLE_TASK
+
+_TITLES: Final = (">ID", ">JOB", "STATUS", ">SIZE", ">TRIES", "SOURCE -> DESTINATION")
+_STATUSES: Final = sorted(status.value for status in SETTABLE_TASK)
+
+
+class TasksResult(msgspec.Struct):
+    """What the commands about tasks print."""
+
+    tasks: list[Found]
+
+
+@click.group(name="task")
+def command() -> None:
+    """Look at and steer single files of transfers.
+
+    A QUERY is a condition such as  job.id=7 AND status=failed  (docs/PROTOCOL.md, Queries).
+    """
+
+
+@command.command(name="find")
+@find_options
+@click.option("--transfer", type=int, metavar="ID", help="Only tasks of this one.")
+@common_options
+def find_command(
+    query: tuple[str, ...],
+    finished: bool,
+    archived: bool,
+    everywhere: bool,
+    limit: int | None,
+    skip: int,
+    attributes: str | None,
+    transfer: int | None,
+    as_json: bool,
+    config: Path | None,
+) -> None:
+    """List tasks, those that QUERY finds, or all of active transfers."""
+    scopes = scopes_of(finished=finished, archived=archived, everywhere=everywhere)
+    if transfer is not None and not (finished or archived):
+        scopes = EVERYWHERE
+    names = names_of(attributes)
+    found = found_by(
+        reading(config),
+        "task",
+        query,
+        scopes=scopes,
+        transfer=transfer,
+        attributes=names,
+        limit=limit,
+        skip=skip,
+    )
+    if as_json:
+        print_json(TasksResult(found))
+        return
+    if not found:
+        say("no task was found; `--all` looks at finished and archived transfers as well")
+        return
+    for line in _task_lines(found) if names is None else table_of(found, names):
+        print(line)
+
+
+def _task_lines(found: Sequence[Found]) -> list[str]:
+    """Return tasks as a table, each with its error below it."""
+    width = room()
+    table = lines(_TITLES, [_cells(each) for each in found], width=width)
+    made = table[:1]
+    for line, each in zip(table[1:], found, strict=True):
+        made.append(line)
+        if each["error"]:
+            why = f"      {each['error_code']}: {each['error']}"
+            made.append(why if width is None else cut(why, width))
+    return made
+
+
+def _cells(each: Found) -> list[str]:
+    ends = f"{cell('source', each['source'])} -> {cell('destination', each['destination'])}"
+    size = cell("size", each["size"])
+    return [str(each["id"]), str(each["job"]), each["status"], size, str(each["tries"]), ends]
+
+
+# ------------------------------------------------------------------------------------- steering
+
+
+@command.command(name="set")
+@click.argument("tasks", type=int, nargs=-1, metavar="TASK...")
+@click.option("--where", "condition", metavar="QUERY", help="All of active ones that it finds.")
+@click.option("--status", type=click.Choice(_STATUSES), help="What is to become of them.")
+@click.option("--priority", metavar="N", help="0 to 1000, higher first; or high, medium, low.")
+@click.option(
+    "--metadata", multiple=True, callback=pairs, metavar="K=V", help="Kept with them; K= removes K."
+)
+@common_options
+def set_command(
+    tasks: tuple[int, ...],
+    condition: str | None,
+    status: str | None,
+    priority: str | None,
+    metadata: dict[str, str],
+    as_json: bool,
+    config: Path | None,
+) -> None:
+    """Change tasks, all of one transfer or none; whoever carries it out obeys within a second."""
+    given = {"status": status, "priority": priority}
+    changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    _change(tasks, condition, changes, metadata, as_json=as_json, config=config)
+
+
+def _steering(name: str, status: str, text: str) -> None:
+    """Add a command that sets one status of several tasks."""
+
+    @command.command(name=name, help=text)
+    @click.argument("tasks", type=int, nargs=-1, metavar="TASK...")
+    @click.option("--where", "condition", metavar="QUERY", help="All of active ones it finds.")
+    @common_options
+    def steer(
+        tasks: tuple[int, ...], condition: str | None, as_json: bool, config: Path | None
+    ) -> None:
+        _change(tasks, condition, {"status": status}, {}, as_json=as_json, config=config)
+
+
+_steering("exclude", "excluded", "Take tasks out, so that the rest can be completed without them.")
+_steering("hold", "onhold", "Hold tasks until they are retried.")
+_steering("retry", "queued", "Queue tasks that failed, were held or excluded, or are done.")
+
+
+def _change(
+    ids: Sequence[int],
+    condition: str | None,
+    changes: dict[str, Any],
+    metadata: dict[str, str],
+    *,
+    as_json: bool,
+    config: Path | None,
+) -> None:
+    session = writing(config)
+    by_transfer: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for task_id in chosen(session, "task", ids, condition):
+        task = session.get("task", task_id, ["job", "metadata"])
+        if task is None:
+            raise TransferStateError(
+                f"there is no task {task_id}",
+                hint="`propmaster task find` lists those that there are",
+            )
+        change = {"id": task_id, **changes}
+        if metadata:
+            change["metadata"] = merged(task["metadata"], metadata)
+        by_transfer[task["job"]].append(change)
+    changed: list[Found] = []
+    for transfer, each in by_transfer.items():
+        changed += session.update_many("task", transfer, each)
+    _print_tasks(changed, as_json=as_json)
+
+
+def _print_tasks(tasks: list[Found], *, as_json: bool) -> None:
+    if as_json:
+        print_json(TasksResult(tasks))
+        return
+    for task in tasks:
+        say(f"task {task['id']} of transfer {task['job']} is {task['status']}")
