@@ -17,6 +17,7 @@ from tests.servers.deadline_service import FARM_ID, Credentials, DeadlineService
 from tests.servers.farm_work import FarmWork
 from tests.servers.hooks import CALL_SECONDS, Host
 from tests.servers.s3_server import S3Server
+from tests.servers.secret_watch import files_with
 from tests.servers.trees import files_below
 
 QUEUE_ID = "queue-" + "b" * 32
@@ -102,6 +103,9 @@ def test_the_store_and_its_keys_come_from_the_farm(farm: Farm) -> None:
     result = farm.sync(*ALL)
 
     assert (result["files"], result["failed"]) == (2, 0)
+    # They are in no file.
+    secrets = [farm.service.credentials.secret_key]
+    assert list(files_with(secrets, farm.artist.home, except_below=farm.here)) == []
     assert contents(farm.here / "own") == {"a": b"1", "b": b"2"}
     assert "user-roles" in farm.operations
     # Job states and session actions are not asked for.
@@ -165,6 +169,12 @@ def test_a_url_of_the_monitor_brings_the_outputs_to_the_jobs_own_paths(farm: Far
     # What is there is nobody's to replace but its user's.
     assert contents(farm.here / "own") == {"a": b"mine", "a (1)": b"1"}
     assert msgspec.json.decode(of_task.stdout)["copies"] == [str(farm.here / "own/a (1)")]
+    elsewhere = farm.artist.run(
+        *("handle-url", "--yes", "--to", farm.here / "to", farm.url(job.job_id, more=only))
+    )
+    assert elsewhere.returncode == 0, elsewhere.stderr
+    [root] = (farm.here / "to").iterdir()
+    assert contents(root) == {"a": b"1"}
     whole = farm.artist.run("handle-url", farm.url(job.job_id), "--yes")
     assert whole.returncode == 0, whole.stderr
     assert "done: 2 files" in whole.stdout
