@@ -15,7 +15,7 @@ from agent_plugin.publish.outputs import Output
 from agent_plugin.publish.run import Run
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Packed:
     """The publishing of one task's outputs as an archive.
 
@@ -32,6 +32,7 @@ class Packed:
     key: str
     encoding: str
     zero_mtime: bool
+    _placed: int = 0
 
     def publish(self, outputs: Sequence[Output]) -> tuple[ObjectInfo, Measured]:
         """Publish the outputs, in their order.
@@ -56,13 +57,21 @@ class Packed:
                 there, found = self.destination.look(self.key, metadata)
                 if there is Standing.SAME and found is not None:
                     return found
+            if left := self.run.left_upload(outputs[0]):
+                self.destination.objects.abort(self.destination.bucket, self.key, left)
             return self.destination.write(self.key, metadata, put)
 
         info = self.run.alone(write)
+        self._count(outputs, measured.size, measured.size)
         for output in outputs:
-            self.run.placed(output, output.entry.size)
             self.run.settle(output)
         return info, measured
+
+    def _count(self, outputs: Sequence[Output], sent: int, size: int) -> None:
+        """Count what is sent of the archive as the same share of the outputs."""
+        placed = sum(output.entry.size for output in outputs) * sent // max(1, size)
+        self.run.placed(outputs[0], placed - self._placed)
+        self._placed = placed
 
     def _standing(self) -> Standing:
         """Return what is at the key, which nobody else may have written.
@@ -85,6 +94,14 @@ class Packed:
     ) -> ObjectInfo:
         """Send the archive, which is made once more if it was too large to be kept."""
         data = measured.data
+        sent = 0
+
+        def told(size: int) -> None:
+            nonlocal sent
+            sent += size
+            self.run.sent(size)
+            self._count(outputs, sent, measured.size)
+
         pieces = self._pieces(outputs) if data is None else iter([data])
         return self.destination.objects.put_stream(
             self.destination.bucket,
@@ -95,7 +112,9 @@ class Packed:
             content_type=CONTENT_TYPES[self.encoding],
             metadata=metadata,
             cancellation=self.run.halt,
-            progress=self.run.sent,
+            progress=told,
+            # By the first of them the archive is known.
+            unfinished=self.run.unfinished(outputs[0]),
         )
 
     def _pieces(self, outputs: Sequence[Output]) -> Iterator[bytes]:

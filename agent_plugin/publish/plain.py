@@ -108,6 +108,8 @@ class Plain:
     def _publish(self, output: Output) -> None:
         """Publish one output; for crew threads."""
         key, metadata = self.keys[output.path], self._metadata(output)
+        if left := self.run.left_upload(output):
+            self.destination.objects.abort(self.destination.bucket, key, left)
         with self.run.attempt(output):
             self.destination.write(
                 key, metadata, lambda replace: self._put(output, key, metadata, replace=replace)
@@ -127,6 +129,7 @@ class Plain:
                     metadata=metadata,
                     content_type=_type_of(key),
                     cancellation=self.run.halt,
+                    unfinished=self.run.unfinished(output),
                 )
             except StoreAccessError:
                 # Who may write there need not be allowed to read the store.
@@ -146,6 +149,7 @@ class Plain:
             metadata=metadata,
             cancellation=self.run.halt,
             progress=self.run.sent,
+            unfinished=self.run.unfinished(output),
         )
 
     def _metadata(self, output: Output) -> dict[str, str]:

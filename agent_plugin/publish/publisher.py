@@ -9,6 +9,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from agent_plugin.content import events
 from agent_plugin.content.errors import CancelledError, PropmasterError
 from agent_plugin.content.objects import ObjectAccess, checked_key, object_url
@@ -126,6 +128,13 @@ class _Turn:
                     )
                     info, measured = packed.publish(outputs)
                     result = self._result(key, version=info.version, checksum=measured.checksum)
+                self.context.ledger.add_result(
+                    run.row.id,
+                    msgspec.to_builtins(result),
+                    job=self.execution.job_id,
+                    step=self.execution.step_id,
+                    task=self.execution.task_id or "",
+                )
         log.info(
             events.PUBLISH_COMPLETED,
             extra={

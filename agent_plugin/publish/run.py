@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Final, TypeVar
 
 from agent_plugin.content.errors import CancelledError, PropmasterError
+from agent_plugin.content.objects import Unfinished
 from agent_plugin.content.store import Cancellation
 from agent_plugin.publish.outputs import Output
 from agent_plugin.transfer.context import TransferContext
@@ -129,6 +130,22 @@ class Run:
         with self.context.attempt(task):
             self.context.ledger.note(task, TaskStatus.EXECUTING)
             yield
+
+    def unfinished(self, output: Output) -> Unfinished:
+        """Return where an upload in parts is noted for the next run; for crew threads.
+
+        It is aborted however this run ends, but by a kill.
+        """
+        task = self._tasks[output.path]
+
+        def changed(upload: Unfinished) -> None:
+            self.context.ledger.note_upload(task, upload.upload_id, ())
+
+        return Unfinished(changed=changed, drops=lambda: True)
+
+    def left_upload(self, output: Output) -> str:
+        """Return the id of an upload in parts in which an earlier run was killed, or nothing."""
+        return self.context.ledger.upload_of(self._tasks[output.path])[0]
 
     def sent(self, size: int) -> None:
         """Count bytes that went from this host; for any thread."""

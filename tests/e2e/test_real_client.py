@@ -105,6 +105,45 @@ def test_every_kind_of_file_goes_in_and_comes_out_unchanged(
     assert len(downloaded.session_actions) == 1
 
 
+def test_o5_the_client_downloads_the_outputs_of_a_job_whose_results_are_kept_beside_them(
+    peers: DeadlinePeers, propmaster: Propmaster, s3: S3Server, s3_prefix: str, tmp_path: Path
+) -> None:
+    root = root_named("show", tmp_path, {"scene.usd": b"scene"})
+    submission = peers.submit(
+        root, bucket=s3.bucket, root_prefix=s3_prefix, output_directories=["renders"]
+    )
+    job_id = new_job_id()
+    session = WorkerSession(
+        propmaster,
+        directory=tmp_path / "session",
+        submission=submission,
+        job_id=job_id,
+        publishers=[
+            {"Type": "s3", "Params": {"Bucket": s3.bucket, "Key": f"{s3_prefix}-output/{{taskID}}"}}
+        ],
+    )
+    session.start()
+    for number in range(2):
+        session.run_task(
+            task_run(
+                f'mkdir -p "$ROOT_0/renders"; printf %s > "$ROOT_0/renders/{number}.exr" {number}',
+                number=number,
+                action=number + 1,
+            )
+        )
+    session.end()
+    listed = s3.client().list_objects_v2(Bucket=s3.bucket, Prefix=f"{s3_prefix}/Manifests")
+    keys = [entry["Key"] for entry in listed["Contents"]]
+    assert len([key for key in keys if f"/Results/{job_id}/" in key]) == 2
+
+    downloaded = peers.download(
+        submission, job_id, to={str(root): tmp_path / "downloaded"}, scan_keys=True
+    )
+
+    assert downloaded.files == 2
+    assert files_below(tmp_path / "downloaded").keys() == {"renders/0.exr", "renders/1.exr"}
+
+
 def test_outputs_of_all_tasks_are_downloaded_and_a_task_run_again_replaces_its_own(
     peers: DeadlinePeers, propmaster: Propmaster, s3: S3Server, s3_prefix: str, tmp_path: Path
 ) -> None:

@@ -29,13 +29,18 @@ from agent_plugin.content.errors import (
     KeyExistsError,
     StoreAccessError,
 )
-from agent_plugin.content.objects import SHA256
+from agent_plugin.content.objects import SHA256, ObjectAccess, ObjectInfo
 from agent_plugin.content.store import Cancellation
-from agent_plugin.publish.destination import EXECUTION, HASH
+from agent_plugin.publish.destination import EXECUTION, HASH, Destination
 from agent_plugin.publish.result_documents import find_results, results_prefix
 from agent_plugin.session.finish_task import TaskAction
 from agent_plugin.session.state import FinishResult
 from agent_plugin.session.submit import SubmitResult
+from agent_plugin.sources.access import SourceServers
+from agent_plugin.sources.resolve import resolve
+from agent_plugin.sources.spec import decode_source
+from agent_plugin.transfer.ledger import Ledger
+from agent_plugin.transfer.states import TransferStatus
 from tests.servers.fault_proxy import FaultProxy
 from tests.servers.faults import Fault
 from tests.servers.hooks import FARM, JOB, QUEUE, Host, action, job_of
@@ -383,7 +388,57 @@ def test_o2_an_archive_that_is_too_large_to_be_kept_is_made_twice_and_is_the_sam
     assert params_of(result).checksum_sha256 == checksum
 
 
+def test_o2_in_a_bucket_with_versions_the_result_has_that_of_the_archive(
+    publishing: Publishing,
+) -> None:
+    client, bucket = publishing.s3.client(), f"versions-{uuid.uuid4().hex}"
+    client.create_bucket(Bucket=bucket)
+    client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+    place = {"Bucket": bucket, "Key": "all", "Encoding": "gzip", "Overwrite": True}
+    publishing.start({"Type": "s3", "Params": place})
+    versions = []
+    for number in range(2):
+        publishing.write({f"{number}.exr": 10})
+        versions.append(params_of(publishing.finish(action(1, number))).version_id)
+
+    assert len({*versions, ""}) == 3
+    [first, second] = [
+        client.get_object(Bucket=bucket, Key="all.tar.gz", VersionId=version)["Body"].read()
+        for version in versions
+    ]
+    assert first != second
+
+
 # ----------------------------------------------------------------------------- O4: collisions
+
+
+def test_o4_an_execution_knows_what_it_has_written_and_replaces_nothing_of_others(
+    publishing: Publishing,
+) -> None:
+    """As when a request of a killed process arrives between the look and the write."""
+    with publishing.host.services() as context:
+        objects = context.open_objects(ObjectAccess())
+    bucket, key = publishing.s3.bucket, f"{publishing.prefix}/a"
+    ours = Destination(objects, bucket, overwrite=False, execution_id="ours")
+    theirs = Destination(objects, bucket, overwrite=False, execution_id="theirs")
+
+    def write(destination: Destination, data: bytes, *, arrives: bytes | None = None) -> ObjectInfo:
+        metadata = destination.metadata(**{HASH: data.decode()})
+
+        def put(replace: bool) -> ObjectInfo:
+            if arrives is not None and not replace:
+                before = destination.metadata(**{HASH: arrives.decode()})
+                objects.put(bucket, key, arrives, overwrite=True, metadata=before)
+            return objects.put(bucket, key, data, overwrite=replace, metadata=metadata)
+
+        return destination.write(key, metadata, put)
+
+    assert write(ours, b"one", arrives=b"one").size == 3
+    write(ours, b"another")
+    assert publishing.get("a") == b"another"
+    with pytest.raises(KeyExistsError, match=f"{key} exists already"):
+        write(theirs, b"third")
+    assert publishing.get("a") == b"another"
 
 
 @pytest.fixture
@@ -512,6 +567,8 @@ def test_o4_a_publication_that_is_ended_leaves_nothing_half_and_goes_on(
     fault_proxy.inject(Fault.STALL, methods={"PUT"}, key=late, seconds=WAIT_SECONDS)
     process = watched.host.popen(*watched.arguments(run))
     _await(lambda: bool(fault_proxy.count("PUT", late)))
+    # Twice as long as the ledger takes to write down what is told to it.
+    time.sleep(1.0)
     process.send_signal(number)
     process.communicate(timeout=WAIT_SECONDS)
     fault_proxy.clear()
@@ -520,6 +577,8 @@ def test_o4_a_publication_that_is_ended_leaves_nothing_half_and_goes_on(
     assert not any(key.endswith(".tar.gz") for key in before)
     if number is signal.SIGTERM:
         _await(lambda: not watched.uploads())
+    else:
+        assert bool(watched.uploads()) == (encoding == "gzip")
     time.sleep(1.1)  # so that another instant would have another key
 
     done = watched.host.run(*watched.arguments(run))
@@ -527,6 +586,7 @@ def test_o4_a_publication_that_is_ended_leaves_nothing_half_and_goes_on(
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     [result] = answer["results"]
+    assert watched.uploads() == []
     after = watched.published()
     assert {key.partition("/")[0] for key in after} == {
         result["Params"]["Key"].removeprefix(f"{watched.prefix}/").rstrip("/")
@@ -594,6 +654,51 @@ def test_o4_a_publication_that_is_cancelled_stops_soon(
     with pytest.raises(CancelledError):
         waiting()
     assert time.monotonic() - begun < 1.0
+
+
+@pytest.mark.slow
+def test_t9_a_publication_is_paused_and_resumed_from_another_process(
+    watched: Publishing, fault_proxy: FaultProxy
+) -> None:
+    watched.start(watched.publisher())
+    watched.write({f"{number:04}.exr": 10 for number in range(60)})
+    fault_proxy.inject(Fault.STALL, methods={"PUT"}, key="published", seconds=0.5)
+    waiting = _in_background(watched.finish)
+    _await(lambda: fault_proxy.count("PUT", "published") > 1)
+    [row] = [row for row in watched.host.transfers() if row.kind == "publish"]
+    with Ledger.open(watched.host.state_dir / "ledger.db") as ledger:
+        ledger.set_transfer(row.id, status=TransferStatus.PAUSED, modifier="0:somebody")
+        time.sleep(1.0)
+        paused = fault_proxy.count("PUT", "published")
+        time.sleep(1.5)
+        assert fault_proxy.count("PUT", "published") == paused < 60
+        ledger.set_transfer(row.id, status=TransferStatus.WAITING, modifier="0:somebody")
+
+    result = waiting()
+
+    assert result.publish_failures == []
+    assert len(watched.published()) == 60
+
+
+@pytest.mark.usefixtures("declined")
+def test_t9_a_publication_that_somebody_aborts_is_a_failure_and_leaves_no_upload(
+    watched: Publishing, fault_proxy: FaultProxy
+) -> None:
+    watched.start(watched.publisher("large", Encoding="zstd"), watched.publisher("plain"))
+    watched.write({"large.abc": LARGE})
+    fault_proxy.inject(Fault.STALL, methods={"PUT"}, key=r"\.tar\.zst", seconds=WAIT_SECONDS)
+    waiting = _in_background(watched.finish)
+    _await(lambda: fault_proxy.count("PUT", r"\.tar\.zst") > 0)
+    [row] = [row for row in watched.host.transfers() if row.kind == "publish"]
+    with Ledger.open(watched.host.state_dir / "ledger.db") as ledger:
+        ledger.set_transfer(row.id, status=TransferStatus.ABORTED, modifier="0:somebody")
+
+    result = waiting()
+
+    assert [failure.error for failure in result.publish_failures] == ["E_ABORTED"]
+    assert watched.published() == ["plain/renders/large.abc"]
+    fault_proxy.clear()
+    _await(lambda: not watched.uploads())
 
 
 # --------------------------------------------------------------------- sessions, and required
@@ -736,6 +841,20 @@ def test_o5_results_are_where_the_services_own_readers_never_list(publishing: Pu
     assert list(publishing.sessions.outputs()) == ["renders/0001.exr"]
 
 
+def test_o5_a_result_is_an_input_source_as_it_is(publishing: Publishing) -> None:
+    publishing.start(publishing.publisher("a"), publishing.publisher("b", Encoding="zstd"))
+    publishing.write({"x/0001.exr": 10, "0002.exr": 20})
+    result = json.loads(msgspec.json.encode(publishing.finish()))
+    servers = SourceServers(publishing.s3.environment)
+
+    plain, archive = (
+        resolve(decode_source(each, source="a result"), servers) for each in result["results"]
+    )
+
+    assert [entry.path for entry in plain.entries] == ["renders/0002.exr", "renders/x/0001.exr"]
+    assert [entry.path for entry in archive.entries] == ["b.tar.zst"]
+
+
 @pytest.mark.expected_events(events.RESULTS_SKIPPED)
 def test_o5_what_somebody_put_among_the_results_hides_none(publishing: Publishing) -> None:
     publishing.start(publishing.publisher("{executionID}"))
@@ -759,16 +878,21 @@ def test_o5_a_publication_is_a_transfer_with_a_task_for_each_output(
     publishing.start(publishing.publisher("a"), publishing.publisher("b", Encoding="gzip"))
     publishing.write({"0001.exr": 10, "0002.exr": 20})
 
-    publishing.finish()
+    result = publishing.finish()
 
     rows = [row for row in publishing.host.transfers() if row.kind == "publish"]
     assert [(row.status, row.size, row.done) for row in rows] == [("done", 30, 30)] * 2
     with publishing.host.services() as context:
         tasks = [context.ledger.tasks(row.id) for row in rows]
+        kept = context.ledger.results(job=JOB)
     assert [[(task.source, task.status) for task in each] for each in tasks] == [
         [("renders/0001.exr", "done"), ("renders/0002.exr", "done")]
     ] * 2
     assert tasks[0][0].destination == f"{publishing.prefix}/a/renders/0001.exr"
+    assert [each.spec for each in kept] == [
+        msgspec.to_builtins(published) for published in result.results
+    ]
+    assert [each.transfer for each in kept] == [row.id for row in rows]
 
 
 def test_o5_the_session_keeps_what_was_answered(publishing: Publishing) -> None:

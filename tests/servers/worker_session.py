@@ -146,16 +146,24 @@ class WorkerSession:
         directory: The session directory; made here, as the agent makes it, with mode 0700.
         submission: The job's attachments and store.
         job_id: The job.
+        publishers: The job document's.
     """
 
     def __init__(
-        self, propmaster: Propmaster, *, directory: Path, submission: Submission, job_id: str
+        self,
+        propmaster: Propmaster,
+        *,
+        directory: Path,
+        submission: Submission,
+        job_id: str,
+        publishers: Sequence[Mapping[str, object]] = (),
     ) -> None:
         directory.mkdir(mode=0o700, parents=True)
         self._propmaster = propmaster
         self.directory = directory
         self._job = directory.with_name(f"{directory.name}-job.json")
-        self._job.write_text(json.dumps(submission.of_job(job_id)))
+        document = {**submission.of_job(job_id), "publishers": list(publishers)}
+        self._job.write_text(json.dumps(document))
         self._roots: dict[str, str] = {}
 
     def start(self, *, file_system: str | None = None) -> Started:
