@@ -7,7 +7,7 @@ store, and so never loads an S3 client.
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -30,6 +30,7 @@ from agent_plugin.transfer.progress import SilentView, View
 
 if TYPE_CHECKING:
     from agent_plugin.content.s3_objects import S3Objects
+    from agent_plugin.transfer.copying import Copying
 
 # What the worker agent of AWS Deadline Cloud tells its sessions; other hosts have their name.
 _WORKER_ID: Final = "DEADLINE_WORKER_ID"
@@ -305,6 +306,47 @@ def open_records(settings: Settings, *, queue_id: str = "", user_id: int | None 
         ),
         open_index=lambda: LocalIndex.open(directory / "index.db"),
         open_ledger=lambda: Ledger.open(directory / "ledger.db"),
+    )
+
+
+def open_copying(
+    settings: Settings,
+    ledger: Ledger,
+    *,
+    cancellation: Cancellation,
+    only: Collection[int] | None = None,
+    told: Callable[[int], None] = lambda _bytes: None,
+    environment: Mapping[str, str] = os.environ,
+) -> "Copying":
+    """Return the engine that carries out the copying transfers of this host: its `run`.
+
+    Args:
+        settings: The host's.
+        ledger: Where the transfers are.
+        cancellation: Ends the run; what is not done waits for the next.
+        only: The transfers that are meant; None for all that wait.
+        told: Told now and then how many bytes have moved since.
+        environment: Where credentials and endpoints come from.
+    """
+    # Imported here because the hooks need neither.
+    from agent_plugin.content.s3_objects import open_objects  # noqa: PLC0415 - see above
+    from agent_plugin.transfer.copying import Copying, request_policy  # noqa: PLC0415 - see above
+
+    limits = store_limits(settings)
+    policy = request_policy(limits.retry_policy())
+    return Copying(
+        ledger,
+        open_objects=lambda access, bandwidth: open_objects(
+            access, environment=environment, policy=policy, bandwidth=bandwidth
+        ),
+        cancellation=cancellation,
+        bandwidth=limits.bandwidth(),
+        account=lambda transfer: os.fspath(
+            settings.paths.state_dir / "limits" / f"transfer-{transfer}"
+        ),
+        concurrency=settings.store.concurrency,
+        only=only,
+        told=told,
     )
 
 

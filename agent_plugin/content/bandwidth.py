@@ -160,6 +160,26 @@ class Allowance:
             os.close(fd)
 
 
+class Both(Allowance):
+    """What may be moved when two limits hold at once.
+
+    Args:
+        one, other: The limits.
+    """
+
+    def __init__(self, one: Allowance, other: Allowance) -> None:
+        super().__init__(None)
+        self._both = (one, other)
+
+    def take(self, count: int, cancellation: Cancellation | None = None) -> float:
+        """Wait until both allow so many bytes; return the seconds that took.
+
+        Raises:
+            CancelledError: Cancellation was wished; what was granted so far is lost.
+        """
+        return sum(limit.take(count, cancellation) for limit in self._both)
+
+
 def _read(fd: int) -> float:
     data = os.pread(fd, _PAID.size, 0)
     paid: float = _PAID.unpack(data)[0] if len(data) == _PAID.size else 0.0

@@ -55,6 +55,8 @@ CREATE TABLE IF NOT EXISTS task (
   finished    REAL
 );
 CREATE UNIQUE INDEX IF NOT EXISTS task_by_pair ON task (transfer, source, destination);
+CREATE INDEX IF NOT EXISTS task_by_turn ON task (transfer, priority DESC, id)
+  WHERE status = 'queued';
 CREATE INDEX IF NOT EXISTS task_by_upload ON task (upload_id) WHERE upload_id != '';
 
 CREATE TABLE IF NOT EXISTS sample (          -- what moved, for speed and time left

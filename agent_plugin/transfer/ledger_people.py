@@ -49,6 +49,11 @@ class PeoplesLedger:
         self._new = New(self._file, clock)
         self._archive = Archive(self._file, path, clock)
 
+    @property
+    def file(self) -> LedgerFile:
+        """The file, for what works on it in transactions of its own."""
+        return self._file
+
     def transfer(self, transfer_id: int) -> TransferRow:
         """Return one transfer.
 

@@ -1,0 +1,429 @@
+"""One task of a copying transfer: a file or object to its destination, gone on with after a kill.
+
+What an attempt leaves behind is written down with the task: of an upload its id, and by which file
+or object it was begun; of a download the file beside the destination, and which ranges it has. The
+next attempt goes on from there if the source is still the same. Ranges in a file count only until
+the host starts anew, because a power cut may take them and leave the ledger that speaks of them.
+
+Nothing has its destination's name before it is whole.
+"""
+
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from agent_plugin.content import parts
+from agent_plugin.content.errors import (
+    FileChangedError,
+    KeyExistsError,
+    LocalReadError,
+    ObjectNotFoundError,
+    local_write_error,
+)
+from agent_plugin.content.leftovers import lock_partial, partial_name
+from agent_plugin.content.objects import ObjectInfo, Unfinished
+from agent_plugin.content.store import Cancellation, Progress
+from agent_plugin.transfer.copy_places import OpenObjects, Place
+from agent_plugin.transfer.copy_queue import CopyTask
+from agent_plugin.transfer.copy_settings import CopySettings
+
+# Told the id of an upload, what is kept, and how many bytes of the source that is.
+Keep = Callable[[str, Mapping[str, Any], int], None]
+
+# Written down more often, an upload of 10,000 parts would write its list 10,000 times. What is
+# missing in it the store knows.
+PARTS_WRITTEN_SECONDS: Final = 1.0
+_COPY_BYTES: Final = 8 * 1024 * 1024
+_READ: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_WRITE: Final = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Halt(Cancellation):
+    """A wish that a task stops, and what is to become of what it has so far.
+
+    Attributes:
+        drops: Whether nobody will go on with it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drops = False
+
+    def stop(self, *, drops: bool) -> None:
+        """Wish it; whoever wishes that nothing stays has the last word."""
+        self.drops = self.drops or drops
+        self.cancel()
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One attempt at a task.
+
+    Attributes:
+        task: The task.
+        settings: Of its transfer.
+        open_objects: Returns the objects that an access sees.
+        halt: Checked at every part boundary.
+        progress: Told each byte that moves; from any thread.
+        keep: Writes down what there is so far; from any thread.
+        measured: Told how large the source is.
+        clock: Seconds, monotonic.
+    """
+
+    task: CopyTask
+    settings: CopySettings
+    open_objects: OpenObjects
+    halt: Halt
+    progress: Progress
+    keep: Keep
+    measured: Callable[[int], None]
+    clock: Callable[[], float]
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _over: bool = False
+
+    def run(self) -> None:
+        """Bring the source to its destination.
+
+        Raises:
+            KeyExistsError: Something is there, and may not be replaced.
+            ObjectNotFoundError, LocalReadError: The source is not there.
+            ObjectChangedError, FileChangedError: It changed meanwhile.
+            CancelledError: The halt was wished.
+            PropmasterError: Whatever else store and file system refuse.
+        """
+        source, destination = Place.parse(self.task.source), Place.parse(self.task.destination)
+        try:
+            if self.settings.ignore_existing and self._exists(destination):
+                return
+            if source.is_object and destination.is_object:
+                self._copy_object(source, destination)
+            elif source.is_object:
+                self._download(source, destination)
+            elif destination.is_object:
+                self._upload(source, destination)
+            else:
+                self._copy_file(source, destination)
+        finally:
+            with self._lock:
+                # Threads that were left behind write nothing down any more.
+                self._over = True
+
+    # ------------------------------------------------------------------------------- uploads
+
+    def _upload(self, source: Place, destination: Place) -> None:
+        objects = self.open_objects(self.settings.destination.access)
+        with _opened(source.path) as (fd, status):
+            self.measured(status.st_size)
+            identity = [status.st_size, status.st_mtime_ns, status.st_ino]
+            unfinished = self._unfinished({"file": identity}, destination, status.st_size)
+            changed = False
+
+            def check() -> None:
+                nonlocal changed
+                now = os.fstat(fd)
+                if [now.st_size, now.st_mtime_ns, now.st_ino] != identity:
+                    # What was sent of it is of no use to the next attempt.
+                    changed = True
+                    raise FileChangedError(
+                        f"{source.path}: it was written to while it was sent",
+                        hint="Copy it when nobody writes to it any more.",
+                    )
+
+            unfinished.drops = lambda: changed or self.halt.drops
+            objects.put_stream(
+                destination.bucket,
+                destination.key,
+                status.st_size,
+                partial(parts.read_all, fd),
+                overwrite=self.settings.overwrite,
+                cancellation=self.halt,
+                progress=self.progress,
+                unfinished=unfinished,
+                check=check,
+            )
+
+    def _copy_object(self, source: Place, destination: Place) -> None:
+        from_access = self.settings.source.access
+        to_access = self.settings.destination.access
+        info = self._look(source)
+        unfinished = self._unfinished(
+            {"etag": info.etag, "version": info.version}, destination, info.size
+        )
+        if from_access == to_access and not self.settings.stream:
+            self.open_objects(to_access).copy(
+                info,
+                destination.bucket,
+                destination.key,
+                overwrite=self.settings.overwrite,
+                cancellation=self.halt,
+                progress=self.progress,
+                unfinished=unfinished,
+            )
+            return
+        read = partial(self.open_objects(from_access).read, info)
+        self.open_objects(to_access).put_stream(
+            destination.bucket,
+            destination.key,
+            info.size,
+            read,
+            overwrite=self.settings.overwrite,
+            content_type=info.content_type,
+            metadata=info.metadata,
+            cancellation=self.halt,
+            progress=self.progress,
+            unfinished=unfinished,
+            in_order=False,
+        )
+
+    def _unfinished(self, identity: Mapping[str, Any], destination: Place, size: int) -> Unfinished:
+        """Return the upload that an earlier attempt has left, if it was of this source."""
+        kept = self.task.kept
+        written = float("-inf")
+
+        def changed(unfinished: Unfinished) -> None:
+            nonlocal written
+            if unfinished.parts and self.clock() < written + PARTS_WRITTEN_SECONDS:
+                return
+            written = self.clock()
+            document = {
+                **identity,
+                "partBytes": unfinished.part_bytes,
+                "parts": {str(number): etag for number, etag in unfinished.parts.items()},
+            }
+            done = min(size, len(unfinished.parts) * unfinished.part_bytes)
+            self._write_down(unfinished.upload_id, document, done)
+
+        unfinished = Unfinished(changed=changed, drops=lambda: self.halt.drops)
+        if self.task.upload_id:
+            if all(kept.get(name) == value for name, value in identity.items()):
+                unfinished.upload_id = self.task.upload_id
+                unfinished.part_bytes = int(kept["partBytes"])
+                unfinished.parts = {int(number): tag for number, tag in kept["parts"].items()}
+            else:
+                objects = self.open_objects(self.settings.destination.access)
+                objects.abort(destination.bucket, destination.key, self.task.upload_id)
+                self._write_down("", {}, 0)
+        return unfinished
+
+    # ----------------------------------------------------------------------------- downloads
+
+    def _download(self, source: Place, destination: Place) -> None:
+        info = self._look(source)
+        objects = self.open_objects(self.settings.source.access)
+        path = Path(destination.path)
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial_path = path.with_name(partial_name(f"copy-{self.task.id}"))
+            ranges = _Ranges(parts.PART_BYTES)
+            identity = {
+                "etag": info.etag,
+                "version": info.version,
+                "size": info.size,
+                "partial": os.fspath(partial_path),
+                "boot": _boot_id(),
+            }
+            fd = self._open_partial(partial_path, identity, ranges)
+            try:
+                lock_partial(fd)
+
+                def arrived(offset: int, length: int) -> None:
+                    ranges.add(offset)
+                    document = {**identity, "have": ranges.document}
+                    self._write_down("", document, ranges.count * parts.PART_BYTES)
+                    self.progress(length)
+
+                objects.fetch(
+                    info, fd, cancellation=self.halt, have=ranges.offsets, arrived=arrived
+                )
+                self._place(fd, partial_path, path, info.modified)
+            finally:
+                os.close(fd)
+                if self.halt.drops:
+                    partial_path.unlink(missing_ok=True)
+
+    def _open_partial(self, path: Path, identity: Mapping[str, Any], ranges: "_Ranges") -> int:
+        """Open what an earlier attempt has left, or a new file."""
+        kept = self.task.kept
+        if kept and all(kept.get(name) == value for name, value in identity.items()):
+            with suppress(FileNotFoundError):
+                fd = os.open(path, _WRITE)
+                status = os.fstat(fd)
+                if stat.S_ISREG(status.st_mode) and status.st_size == identity["size"]:
+                    ranges.read(kept.get("have", []))
+                    return fd
+                os.close(fd)
+        # Not truncated: somebody who was left behind may still write to the old one.
+        for name in {os.fspath(path), str(kept.get("partial", path))}:
+            Path(name).unlink(missing_ok=True)
+        fd = os.open(path, _WRITE | os.O_CREAT | os.O_EXCL, 0o666)
+        self._write_down("", {**identity, "have": []}, 0)
+        return fd
+
+    def _copy_file(self, source: Place, destination: Place) -> None:
+        path = Path(destination.path)
+        with _opened(source.path) as (from_fd, status), _writing(path):
+            self.measured(status.st_size)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial_path = path.with_name(partial_name(f"copy-{self.task.id}"))
+            partial_path.unlink(missing_ok=True)
+            self._write_down("", {"partial": os.fspath(partial_path)}, 0)
+            fd = os.open(partial_path, _WRITE | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                lock_partial(fd)
+                parts.reserve(fd, status.st_size)
+                for offset in range(0, status.st_size, _COPY_BYTES):
+                    self.halt.check()
+                    data = parts.read_all(from_fd, offset, _COPY_BYTES)
+                    parts.write_all(fd, data, offset)
+                    self.progress(len(data))
+                if os.fstat(from_fd).st_mtime_ns != status.st_mtime_ns:
+                    raise FileChangedError(
+                        f"{source.path}: it was written to while it was copied",
+                        hint="Copy it when nobody writes to it any more.",
+                    )
+                self._place(fd, partial_path, path, status.st_mtime)
+            finally:
+                os.close(fd)
+                partial_path.unlink(missing_ok=True)
+
+    def _place(self, fd: int, partial_path: Path, path: Path, modified: float) -> None:
+        os.utime(fd, (modified, modified))
+        if self.settings.overwrite:
+            partial_path.replace(path)
+            return
+        try:
+            path.hardlink_to(partial_path)
+        except FileExistsError as error:
+            raise KeyExistsError(
+                f"{path}: something is there already",
+                hint="Choose another place, or allow overwriting.",
+            ) from error
+        finally:
+            partial_path.unlink(missing_ok=True)
+
+    # -------------------------------------------------------------------------------- either
+
+    def _look(self, source: Place) -> ObjectInfo:
+        objects = self.open_objects(self.settings.source.access)
+        info = objects.head(source.bucket, source.key, cancellation=self.halt)
+        self.measured(info.size)
+        return info
+
+    def _exists(self, destination: Place) -> bool:
+        if not destination.is_object:
+            return os.path.lexists(destination.path)
+        objects = self.open_objects(self.settings.destination.access)
+        try:
+            objects.head(destination.bucket, destination.key, cancellation=self.halt)
+        except ObjectNotFoundError:
+            return False
+        return True
+
+    def _write_down(self, upload_id: str, kept: Mapping[str, Any], done: int) -> None:
+        with self._lock:
+            if not self._over:
+                self.keep(upload_id, kept, done)
+
+
+class _Ranges:
+    """Which parts of a file are there, as few numbers.
+
+    Args:
+        part_bytes: How large they are.
+    """
+
+    def __init__(self, part_bytes: int) -> None:
+        self._part_bytes = part_bytes
+        self._numbers: set[int] = set()
+        self._lock = threading.Lock()
+
+    def add(self, offset: int) -> None:
+        """Take down that a part is there."""
+        with self._lock:
+            self._numbers.add(offset // self._part_bytes)
+
+    def read(self, document: list[list[int]]) -> None:
+        """Take down what `document` had said."""
+        with self._lock:
+            for first, last in document:
+                self._numbers.update(range(first, last + 1))
+
+    @property
+    def document(self) -> list[list[int]]:
+        """First and last number of each row of parts that are there."""
+        rows: list[list[int]] = []
+        with self._lock:
+            for number in sorted(self._numbers):
+                if rows and rows[-1][1] == number - 1:
+                    rows[-1][1] = number
+                else:
+                    rows.append([number, number])
+        return rows
+
+    @property
+    def offsets(self) -> frozenset[int]:
+        """Where the parts begin that are there."""
+        with self._lock:
+            return frozenset(number * self._part_bytes for number in self._numbers)
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        with self._lock:
+            return len(self._numbers)
+
+
+def drop(task: CopyTask, settings: CopySettings, open_objects: OpenObjects) -> None:
+    """Remove what an attempt has left of a task that nobody goes on with."""
+    if task.upload_id:
+        destination = Place.parse(task.destination)
+        objects = open_objects(settings.destination.access)
+        objects.abort(destination.bucket, destination.key, task.upload_id)
+    if name := task.kept.get("partial"):
+        with suppress(OSError):
+            Path(str(name)).unlink()
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[tuple[int, os.stat_result]]:
+    """Lend a regular file, open for reading, and its status.
+
+    Raises:
+        LocalReadError: It is none, or can not be read.
+    """
+    try:
+        fd = os.open(path, _READ)
+    except OSError as error:
+        raise LocalReadError(
+            f"{path}: {error.strerror}",
+            hint="Check that it is there and can be read, or exclude its task.",
+        ) from error
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise LocalReadError(f"{path}: it is no regular file", hint="Exclude its task.")
+        yield fd, status
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise local_write_error(error, os.fspath(path)) from error
+
+
+def _boot_id() -> str:
+    try:
+        return _BOOT_ID.read_text(encoding="ascii").strip()
+    except OSError:
+        return ""

@@ -1,0 +1,397 @@
+"""The engine behind the transfers that people create: files and objects, copied as they wish.
+
+It works on all such transfers of the ledger at once, in the order that the ledger tells, and looks
+four times a second what people have said meanwhile. What is paused stops at the next part and goes
+on there later; what is aborted or excluded stops and leaves nothing behind. An attempt that fails
+for a reason that may pass is made again after 1, 2, 4, 8 and 16 seconds, or so.
+
+Concurrency: one thread runs the engine; each task has a thread of its own, which may be left behind
+in a request when it is to stop, and then changes nothing any more. Only the ledger is shared.
+"""
+
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from agent_plugin.content import events
+from agent_plugin.content.bandwidth import Allowance, Bandwidth, Both, Limit
+from agent_plugin.content.errors import (
+    CancelledError,
+    LocalReadError,
+    PropmasterError,
+)
+from agent_plugin.content.flight import Lanes
+from agent_plugin.content.objects import ObjectAccess
+from agent_plugin.content.retry import RetryPolicy
+from agent_plugin.content.store import Cancellation
+from agent_plugin.transfer.copy_places import OpenObjects, Place
+from agent_plugin.transfer.copy_queue import CopyQueue, CopyTask
+from agent_plugin.transfer.copy_settings import CopySettings
+from agent_plugin.transfer.copy_task import Attempt, Halt, drop
+from agent_plugin.transfer.ledger import Ledger
+from agent_plugin.transfer.states import TaskStatus, TransferStatus
+
+if TYPE_CHECKING:
+    from agent_plugin.content.s3_objects import S3Objects
+
+# Of tasks at once; each of them moves several parts at once.
+CONCURRENCY: Final = 16
+# How late the engine may learn what people say, in seconds; users are promised one.
+BEAT_SECONDS: Final = 0.25
+RETRY_FIRST_SECONDS: Final = 1.0
+RETRY_CAP_SECONDS: Final = 30.0
+# A task is tried again, so that its requests need not be tried for long.
+REQUEST_ATTEMPTS: Final = 3
+REQUEST_DEADLINE_SECONDS: Final = 10.0
+# How long tasks that were told to stop are waited for.
+_STOP_SECONDS: Final = 1.0
+_BEGUN: Final = frozenset({TaskStatus.BOOTING, TaskStatus.EXECUTING})
+_DROPPED: Final = frozenset({TaskStatus.EXCLUDED, TaskStatus.DONE, TaskStatus.FAILED})
+_DROPPING: Final = frozenset({TransferStatus.ABORTED, TransferStatus.DONE, TransferStatus.FAILED})
+_GENERATOR: Final = random.Random()  # noqa: S311 - a wait is no secret
+
+log = events.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class CopyResult:
+    """What a run of the engine has done.
+
+    Attributes:
+        transfers: The state of each transfer that it let go of, by number.
+        files: Tasks that were done.
+        bytes: That moved, copies by the stores included.
+        failed: Tasks that gave up.
+        seconds: How long it took.
+    """
+
+    transfers: Mapping[int, TransferStatus]
+    files: int
+    bytes: int
+    failed: int
+    seconds: float
+
+
+@dataclass(slots=True)
+class _Active:
+    task: CopyTask
+    halt: Halt = field(default_factory=Halt)
+
+
+class Copying:
+    """The engine.
+
+    Args:
+        ledger: Where the transfers are.
+        open_objects: Returns the objects that an access sees, given what may move.
+        cancellation: Ends the run; what is not done waits for the next.
+        bandwidth: What may move, of all transfers together.
+        account: Returns the file in which processes share a transfer's speed limit, by its number.
+        concurrency: Tasks at once.
+        only: The transfers that are meant; None for all.
+        told: Told at each beat how many bytes have moved since the one before.
+        clock: Seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        *,
+        open_objects: "Callable[[ObjectAccess, Bandwidth], S3Objects]",
+        cancellation: Cancellation,
+        bandwidth: Bandwidth,
+        account: Callable[[int], str],
+        concurrency: int = CONCURRENCY,
+        only: Collection[int] | None = None,
+        told: Callable[[int], None] = lambda _bytes: None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._queue = CopyQueue(ledger.file, clock, only)
+        self._servers = _Servers(open_objects, bandwidth, account)
+        self._cancellation = cancellation
+        self._concurrency = concurrency
+        self._told = told
+        self._clock = clock
+        self._lanes = Lanes(2 * concurrency)
+        self._ended: queue.SimpleQueue[tuple[int, BaseException | None]] = queue.SimpleQueue()
+        self._active: dict[int, _Active] = {}
+        self._settings: dict[int, CopySettings] = {}
+        self._tries: dict[int, int] = {}
+        self._moved: dict[int, int] = {}
+        self._counting = threading.Lock()
+        self._bytes = self._files = self._failed = 0
+        self._leaves = True
+        self._next_beat = 0.0
+        self._transfers: dict[int, TransferStatus] = {}
+
+    def run(self) -> CopyResult:
+        """Carry out what waits, and what is added meanwhile; return when nothing is left to do.
+
+        Raises:
+            CancelledError: Cancellation was wished.
+            NoSpaceError, LocalWriteError: The ledger can not be written.
+        """
+        begun = time.monotonic()
+        try:
+            while self._turn():
+                self._cancellation.check()
+        finally:
+            self._stop()
+        result = CopyResult(
+            self._transfers, self._files, self._bytes, self._failed, time.monotonic() - begun
+        )
+        log.info(
+            events.COPIES_COMPLETED,
+            extra={
+                "transfers": len(result.transfers),
+                "files": result.files,
+                "failed": result.failed,
+                "bytes": result.bytes,
+                "seconds": round(result.seconds, 3),
+            },
+        )
+        return result
+
+    def clear(self) -> None:
+        """Remove what is left of tasks that nobody goes on with."""
+        self._leaves = False
+        for task in self._queue.leftovers():
+            try:
+                settings = self._settings_of(task.transfer)
+                drop(task, settings, self._servers.opener(task.transfer, settings))
+            except PropmasterError as error:
+                extra = {"object": task.destination, "reason": error.message}
+                log.warning(events.UPLOAD_LEFT, extra=extra)
+            self._queue.keep(task.id, "", {}, 0)
+
+    # ------------------------------------------------------------------------------ one turn
+
+    def _turn(self) -> bool:
+        """Begin what there is room for, look around, and wait a moment; False at the end."""
+        now = time.monotonic()
+        if now >= self._next_beat or not self._active:
+            self._next_beat = now + BEAT_SECONDS
+            for transfer in self._queue.take():
+                # What it is told may be another thing than when it was paused.
+                self._settings.pop(transfer, None)
+                self._transfers.pop(transfer, None)
+            self._look()
+            if self._leaves:
+                self.clear()
+        for task in self._queue.claim(self._concurrency - len(self._active)):
+            self._start(task)
+        if self._active:
+            self._await(self._next_beat - time.monotonic())
+            return True
+        due = self._queue.next_due()
+        if due is None:
+            return False
+        self._cancellation.sleep(max(0.0, min(due - self._clock(), BEAT_SECONDS)))
+        return True
+
+    def _start(self, task: CopyTask) -> None:
+        """Have a claimed task carried out by a thread of its own."""
+        try:
+            settings = self._settings_of(task.transfer)
+            admitted = settings.names.admits(_name(task.source))
+        except PropmasterError as error:
+            self._settle(task.id, TaskStatus.FAILED, error)
+            return
+        if not admitted:
+            self._settle(task.id, TaskStatus.EXCLUDED)
+            return
+        active = self._active[task.id] = _Active(task)
+
+        def measured(size: int) -> None:
+            if size != task.size:
+                self._queue.measured(task.id, size)
+
+        attempt = Attempt(
+            task,
+            settings,
+            self._servers.opener(task.transfer, settings),
+            active.halt,
+            partial(self._count, task.transfer),
+            partial(self._queue.keep, task.id),
+            measured,
+            time.monotonic,
+        )
+
+        def carry_out() -> None:
+            try:
+                attempt.run()
+            except BaseException as error:  # noqa: BLE001 - the engine's thread deals with it
+                self._ended.put((task.id, error))
+            else:
+                self._ended.put((task.id, None))
+
+        self._lanes.submit(carry_out)
+
+    def _look(self) -> None:
+        """Tell the ledger how far we are; stop, or let go of, what people do not want any more."""
+        with self._counting:
+            moved, self._moved = self._moved, {}
+        transfers, tasks = self._queue.beat(moved, list(self._active))
+        self._told(sum(moved.values()))
+        for task_id, active in self._active.items():
+            transfer = transfers.get(active.task.transfer, TransferStatus.ABORTED)
+            task = tasks.get(task_id, TaskStatus.EXCLUDED)
+            if transfer in _DROPPING or task in _DROPPED:
+                active.halt.stop(drops=True)
+            elif transfer is not TransferStatus.RUNNING or task not in _BEGUN:
+                active.halt.stop(drops=False)
+        busy = {active.task.transfer for active in self._active.values()}
+        self._transfers.update(self._queue.let_go(busy, stopping=False))
+
+    def _await(self, seconds: float) -> None:
+        """Deal with tasks that have ended; wait for one, no longer than that, if none has."""
+        try:
+            self._end(*self._ended.get(timeout=max(0.0, seconds)))
+            while self._active:
+                self._end(*self._ended.get_nowait())
+        except queue.Empty:
+            return
+
+    def _end(self, task_id: int, error: BaseException | None) -> None:
+        active = self._active.pop(task_id)
+        self._leaves = self._leaves or error is not None
+        if error is None:
+            self._files += 1
+            self._settle(task_id, TaskStatus.DONE)
+        elif isinstance(error, CancelledError) or active.halt.wished:
+            # What an aborted one has left, `clear` removes.
+            self._settle(task_id, TaskStatus.QUEUED)
+        elif isinstance(error, PropmasterError):
+            self._fail(active.task, error)
+        elif isinstance(error, OSError):
+            place = error.filename or active.task.source
+            self._fail(active.task, LocalReadError(f"{place}: {error.strerror or error}"))
+        else:
+            self._settle(task_id, TaskStatus.QUEUED)
+            raise error
+
+    def _fail(self, task: CopyTask, error: PropmasterError) -> None:
+        tries = self._tries[task.id] = self._tries.get(task.id, 0) + 1
+        if error.retryable and tries < self._settings_of(task.transfer).max_tries:
+            wait = retry_wait(tries, _GENERATOR.random())
+            self._settle(task.id, TaskStatus.QUEUED, error, not_before=self._clock() + wait)
+            return
+        self._failed += 1
+        self._settle(task.id, TaskStatus.FAILED, error)
+
+    def _settle(
+        self,
+        task_id: int,
+        status: TaskStatus,
+        error: PropmasterError | None = None,
+        *,
+        not_before: float = 0.0,
+    ) -> None:
+        if status is not TaskStatus.QUEUED:
+            # A person who has it tried again gives it all its tries.
+            self._tries.pop(task_id, None)
+        self._queue.settle(task_id, status, error, not_before=not_before)
+
+    # ---------------------------------------------------------------------------------- end
+
+    def _stop(self) -> None:
+        """Let go of everything."""
+        for active in self._active.values():
+            active.halt.stop(drops=False)
+        until = time.monotonic() + _STOP_SECONDS
+        while self._active and (left := until - time.monotonic()) > 0:
+            try:
+                task_id, error = self._ended.get(timeout=left)
+            except queue.Empty:
+                break
+            del self._active[task_id]
+            self._files += error is None
+            self._queue.settle(task_id, TaskStatus.QUEUED if error else TaskStatus.DONE)
+        with self._counting:
+            moved, self._moved = self._moved, {}
+        self._queue.beat(moved, ())
+        self._transfers.update(self._queue.let_go((), stopping=True))
+
+    def _count(self, transfer: int, size: int) -> None:
+        with self._counting:
+            self._bytes += size
+            self._moved[transfer] = self._moved.get(transfer, 0) + size
+
+    def _settings_of(self, transfer: int) -> CopySettings:
+        found = self._settings.get(transfer)
+        if found is None:
+            found = self._settings[transfer] = CopySettings.read(self._queue.settings(transfer))
+        return found
+
+
+class _Servers:
+    """The objects that transfers see, each with its own speed limit.
+
+    Args:
+        open_objects, bandwidth, account: As Copying has them.
+    """
+
+    def __init__(
+        self,
+        open_objects: "Callable[[ObjectAccess, Bandwidth], S3Objects]",
+        bandwidth: Bandwidth,
+        account: Callable[[int], str],
+    ) -> None:
+        self._open = open_objects
+        self._bandwidth = bandwidth
+        self._account = account
+        self._lock = threading.Lock()
+        self._opened: dict[tuple[ObjectAccess, int], S3Objects] = {}
+
+    def opener(self, transfer: int, settings: CopySettings) -> OpenObjects:
+        """Return what opens the objects that an access sees, for a transfer."""
+        limit = settings.speed_limit
+
+        def open_objects(access: ObjectAccess) -> "S3Objects":
+            # Without a limit of their own, transfers share connections.
+            key = (access, transfer if limit else 0)
+            with self._lock:
+                if key not in self._opened:
+                    self._opened[key] = self._open(access, self._allowed(transfer, limit))
+                return self._opened[key]
+
+        return open_objects
+
+    def _allowed(self, transfer: int, limit: int) -> Bandwidth:
+        if not limit:
+            return self._bandwidth
+        own = Allowance(Limit(limit, self._account(transfer)))
+        return Bandwidth(
+            download=Both(self._bandwidth.download, own), upload=Both(self._bandwidth.upload, own)
+        )
+
+
+def retry_wait(tries: int, drawn: float) -> float:
+    """Return the seconds to wait after so many tries (from 1).
+
+    Args:
+        tries: That failed.
+        drawn: Evenly distributed in [0, 1).
+    """
+    longest = min(RETRY_CAP_SECONDS, RETRY_FIRST_SECONDS * 2.0 ** min(tries - 1, 30))
+    return longest * (0.75 + 0.5 * drawn)
+
+
+def request_policy(policy: RetryPolicy) -> RetryPolicy:
+    """Return how requests of copying transfers are sent again."""
+    return replace(
+        policy,
+        attempts=min(policy.attempts, REQUEST_ATTEMPTS),
+        # Attempts that the store asks to come later do not count, only their time does.
+        deadline_seconds=min(policy.deadline_seconds, REQUEST_DEADLINE_SECONDS),
+    )
+
+
+def _name(source: str) -> str:
+    place = Place.parse(source)
+    return place.key or place.path
