@@ -17,7 +17,6 @@ from agent_plugin.content.errors import (
     ObjectChangedError,
     SourceEmptyError,
     SourceInvalidError,
-    StoreProtocolError,
 )
 from agent_plugin.content.object_snapshot import (
     MAX_OBJECTS,
@@ -175,10 +174,6 @@ def _matching(
     listed = f"{prefix}/" if source.is_single else prefix
     pattern = Pattern(source.filter, anchored=source.anchored) if source.filter else None
     for info in objects.list(source.bucket, listed, cancellation=cancellation):
-        if not info.key.startswith(listed):
-            raise StoreProtocolError(
-                f"s3://{source.bucket}: asked for {listed!r}, the server listed {info.key[:200]!r}"
-            )
         if info.key.endswith("/"):
             continue
         found.listed += 1

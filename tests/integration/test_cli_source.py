@@ -66,12 +66,9 @@ def test_s8_resolve_shows_one_part(propmaster: Command, s3: S3Server, stored: st
 @pytest.mark.parametrize(
     ("spec", "code", "message"),
     [
-        ("show/k", 97, "error[source-invalid]: source 'show/k': it is no name=value"),
-        ('{"Buckets": "x"}', 97, "error[source-invalid]: the source: Buckets: unknown key"),
         ("{", 97, "error[source-invalid]: the source: not a JSON object: "),
         ("{stored}none/", 98, "error[source-empty]: "),
         ("{stored}none", 91, "error[object-not-found]: "),
-        ("{stored}:..", 97, "error[source-invalid]: the source: Target: '..' is no directory"),
     ],
 )
 def test_s1_a_source_that_brings_nothing_is_told_with_what_to_do(
