@@ -46,19 +46,30 @@ MULTIPART_BYTES = 5 * 1024 * 1024
 ONCE = RetryPolicy(attempts=1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def servers(s3: S3Server) -> SourceServers:
     return SourceServers(s3.environment)
 
 
-@pytest.fixture
-def stored(s3: S3Server, s3_prefix: str) -> str:
-    """The set, and what stands for directories; returns the prefix, with its slash."""
+def _store(s3: S3Server, prefix: str) -> str:
+    """Store the set, and what stands for a directory; return the prefix, with its slash."""
     client = s3.client()
     for name, data in SET.items():
-        client.put_object(Bucket=s3.bucket, Key=f"{s3_prefix}/{name}", Body=data)
-    client.put_object(Bucket=s3.bucket, Key=f"{s3_prefix}/set2/empty/")
-    return f"{s3_prefix}/"
+        client.put_object(Bucket=s3.bucket, Key=f"{prefix}/{name}", Body=data)
+    client.put_object(Bucket=s3.bucket, Key=f"{prefix}/set2/empty/")
+    return f"{prefix}/"
+
+
+@pytest.fixture(scope="module")
+def stored(s3: S3Server) -> str:
+    """The prefix of the set, which no test changes."""
+    return _store(s3, f"root-{uuid.uuid4().hex}")
+
+
+@pytest.fixture
+def changing(s3: S3Server, s3_prefix: str) -> str:
+    """The prefix of a set of the test's own."""
+    return _store(s3, s3_prefix)
 
 
 def paths(snapshot: ObjectSnapshot) -> list[str]:
@@ -100,13 +111,13 @@ def test_s2_an_object_that_is_not_there_is_no_beginning_of_others(
 
 
 def test_s2_a_snapshot_is_the_same_until_an_object_changes(
-    s3: S3Server, servers: SourceServers, stored: str
+    s3: S3Server, servers: SourceServers, changing: str
 ) -> None:
-    source = InputSource(s3.bucket, stored)
+    source = InputSource(s3.bucket, changing)
     first = resolve(source, servers)
     assert resolve(source, servers).encode() == first.encode()
 
-    s3.client().put_object(Bucket=s3.bucket, Key=f"{stored}set1/001.txt", Body=b"one\n")
+    s3.client().put_object(Bucket=s3.bucket, Key=f"{changing}set1/001.txt", Body=b"one\n")
 
     second = resolve(source, servers)
     assert second.digest != first.digest
@@ -173,12 +184,12 @@ def test_s4_a_filter_looks_at_the_rest_of_the_key(
 
 
 def test_s4_a_filter_that_takes_too_long_ends_the_source(
-    s3: S3Server, servers: SourceServers, stored: str, monkeypatch: pytest.MonkeyPatch
+    s3: S3Server, servers: SourceServers, changing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("agent_plugin.content.pattern.MAX_SEARCH_SECONDS", 0.05)
-    s3.client().put_object(Bucket=s3.bucket, Key=f"{stored}{'a' * 200}!", Body=b"")
+    s3.client().put_object(Bucket=s3.bucket, Key=f"{changing}{'a' * 200}!", Body=b"")
 
-    source = InputSource(s3.bucket, stored, filter="(.*)(.*)(.*)(.*)(.*)[^!]$")
+    source = InputSource(s3.bucket, changing, filter="(.*)(.*)(.*)(.*)(.*)[^!]$")
     with pytest.raises(SourceInvalidError, match=r"Filter: '\(.* was not done with 'aaa"):
         resolve(source, servers)
 
@@ -373,7 +384,7 @@ def test_s9_one_client_serves_all_sources_of_one_identity(s3: S3Server, stored: 
 # ---------------------------------------------------------------------------------- hostile keys
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def moto_environment(moto: str) -> Mapping[str, str]:
     return {
         "AWS_ACCESS_KEY_ID": "any",
@@ -391,7 +402,7 @@ def bucket(moto_client: "S3Client") -> str:
     return name
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def moto_client(moto: str) -> "S3Client":
     return boto3.client(
         "s3",
@@ -402,7 +413,7 @@ def moto_client(moto: str) -> "S3Client":
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def moto_servers(moto_environment: Mapping[str, str]) -> SourceServers:
     return SourceServers(moto_environment)
 
