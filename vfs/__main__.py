@@ -39,7 +39,8 @@ from agent_plugin.content.mount_spec import (
 )
 from agent_plugin.content.open_store import build_store
 from agent_plugin.content.pinned import own_directory
-from agent_plugin.content.store import Store
+from agent_plugin.content.snapshot_store import open_snapshot_store
+from agent_plugin.content.store import BlobSource
 from vfs.control import ControlSocket
 from vfs.error_ledger import ErrorLedger
 from vfs.mount import FUSE_KIND
@@ -63,6 +64,8 @@ if TYPE_CHECKING:
 
 # Descriptors are needed by large blobs that come in parts, and by each level of what is written.
 MOST_DESCRIPTORS: Final = 1 << 16
+# Up to here an object of a snapshot comes with one request; larger ones in parts, as they are read.
+OBJECT_WHOLE_BYTES: Final = 1024 * 1024
 
 log = events.get_logger()
 
@@ -125,7 +128,7 @@ class Server:
         self._layers = 0
         self._tree = Tree()
         self._opening = threading.Lock()
-        self._opened: Store | None = None
+        self._opened: BlobSource | None = None
         for manifest in spec.manifests:
             self._tree.add(decode(_read(manifest), source=spec.called or manifest))
         self._open_files = OpenFiles()
@@ -198,7 +201,7 @@ class Server:
             self._store,
             Path(spec.work_dir, "spool"),
             statistics,
-            policy=StreamPolicy(may_stream=spec.stream),
+            policy=_stream_policy(spec),
             fetches_at_once=_fetches_at_once(spec),
         )
         service = NodeService(
@@ -207,6 +210,7 @@ class Server:
             ErrorLedger(Path(spec.errors)),
             statistics,
             Ownership(spec.uid, spec.gid),
+            by_hash=not spec.snapshot,
         )
         # The kernel knows the nodes of a killed server only where the mount did not die with it.
         resumes = again and session is not None and session.can_resend
@@ -273,7 +277,9 @@ class Server:
 
     def _read_unverified(self) -> list[int]:
         """Return the files of which a killed server may have given what it had not verified."""
-        return self._tree.larger_than(STRICT_BYTES) if self._spec.stream else []
+        # What comes from a snapshot is of the same state of its object whoever fetches it.
+        may_be_wrong = self._spec.stream and not self._spec.snapshot
+        return self._tree.larger_than(STRICT_BYTES) if may_be_wrong else []
 
     def _transport(
         self,
@@ -335,19 +341,39 @@ class Server:
             log.warning(events.CACHE_BYPASSED, extra={"reason": error.message})
             return None
 
-    def _store(self) -> Store:
+    def _store(self) -> BlobSource:
         with self._opening:
             if self._opened is None:
-                spec = self._spec
-                limits = spec.store_limits
-                self._opened = build_store(
-                    spec.store_url,
-                    account_id=spec.account_id,
-                    policy=limits.retry_policy() if limits else None,
-                    concurrency=limits.concurrency if limits else FETCHES_AT_ONCE,
-                    bandwidth=limits.bandwidth() if limits else None,
-                )
+                self._opened = self._open_store()
             return self._opened
+
+    def _open_store(self) -> BlobSource:
+        spec = self._spec
+        limits = spec.store_limits
+        policy = limits.retry_policy() if limits else None
+        bandwidth = limits.bandwidth() if limits else None
+        if spec.snapshot:
+            return open_snapshot_store(
+                _read(spec.snapshot),
+                source=spec.snapshot,
+                environment=os.environ,
+                policy=policy,
+                bandwidth=bandwidth,
+            )
+        return build_store(
+            spec.store_url,
+            account_id=spec.account_id,
+            policy=policy,
+            concurrency=limits.concurrency if limits else FETCHES_AT_ONCE,
+            bandwidth=bandwidth,
+        )
+
+
+def _stream_policy(spec: MountSpec) -> StreamPolicy:
+    if not spec.snapshot:
+        return StreamPolicy(may_stream=spec.stream)
+    # There is no hash by which the whole could be judged, so nothing is gained by having it all.
+    return StreamPolicy(may_stream=spec.stream, above_bytes=OBJECT_WHOLE_BYTES, by_hash=False)
 
 
 def _fetches_at_once(spec: MountSpec) -> int:

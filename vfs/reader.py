@@ -40,7 +40,7 @@ from agent_plugin.content.errors import (
     LocalReadError,
     PropmasterError,
 )
-from agent_plugin.content.store import Cancellation, Store
+from agent_plugin.content.store import BlobSource, Cancellation
 from vfs.open_blob import OpenBlob
 from vfs.statistics import Statistics
 from vfs.streaming import Streamed, StreamPolicy
@@ -125,7 +125,7 @@ class BlobReader:
     def __init__(
         self,
         cache: BlobCache | None,
-        open_store: Callable[[], Store],
+        open_store: Callable[[], BlobSource],
         spool: Path,
         statistics: Statistics,
         *,
@@ -327,7 +327,8 @@ class BlobReader:
 
     def _may_stream(self, digest: Digest) -> bool:
         """Whether some of a blob may be read before all of it is verified."""
-        return digest.size > STRICT_BYTES and self._policy.may_stream
+        above = self._policy.above_bytes
+        return digest.size > (STRICT_BYTES if above is None else above) and self._policy.may_stream
 
     def is_local(self, digest: Digest) -> bool:
         """Whether the blob is on this host, as far as can be told without reading it."""

@@ -91,6 +91,7 @@ class NodeService:
         errors: Where failed reads are kept.
         statistics: What is counted.
         owner: Whose the files are.
+        by_hash: Whether the tree's digests are hashes of content, and so worth telling.
     """
 
     def __init__(
@@ -100,12 +101,15 @@ class NodeService:
         errors: ErrorLedger,
         statistics: Statistics,
         owner: Ownership,
+        *,
+        by_hash: bool = True,
     ) -> None:
         self.tree = tree
         self.owner = owner
         self._reader = reader
         self._errors = errors
         self._statistics = statistics
+        self._by_hash = by_hash
         self._uid, self._gid = owner.uid, owner.gid
         self._file_mode = stat.S_IFREG | owner.file_mode
         self.notifier: Notifier = NobodyToNotify()
@@ -306,11 +310,12 @@ class NodeService:
     def getxattr(self, node: int, name: bytes) -> bytes | None:
         """Return an extended attribute, None when there is none of that name.
 
-        `user.propmaster.hash` is a file's hash, `user.propmaster.state` is `local` or `remote`.
+        `user.propmaster.hash` is a file's hash, if it is known; `user.propmaster.state` is `local`
+        or `remote`.
         """
         if self.tree.is_directory(node):
             return None
-        if name == XATTR_HASH:
+        if name == XATTR_HASH and self._by_hash:
             return self.tree.entry(node).hash.encode()
         if name == XATTR_STATE:
             return b"local" if self._reader.is_local(self.tree.digest(node)) else b"remote"

@@ -32,7 +32,7 @@ from agent_plugin.content.errors import (
     local_write_error,
 )
 from agent_plugin.content.parts import write_all
-from agent_plugin.content.store import Cancellation, Store
+from agent_plugin.content.store import BlobSource, Cancellation
 from vfs.read_ahead import ReadAhead
 from vfs.statistics import Statistics
 from vfs.waiting import result_of
@@ -46,12 +46,18 @@ class StreamPolicy:
 
     Attributes:
         may_stream: Before they are verified, and verified when complete; else only whole.
+        above_bytes: Only blobs of more than that; None for what is so where they are verified.
+        by_hash: Whether a digest is the hash of the bytes; else it names the state of an object,
+            for each part the source has seen to it that it is of that state, and there is nothing
+            to verify when all is complete.
         part_bytes: What is fetched at least, aligned to multiples of itself.
         request_bytes: What is fetched at most with one request, a multiple of `part_bytes`.
         ahead_bytes: What is fetched at most beyond what a sequential reader has asked for.
     """
 
     may_stream: bool = True
+    above_bytes: int | None = None
+    by_hash: bool = True
     part_bytes: int = 256 * 1024
     request_bytes: int = 4 * 1024 * 1024
     ahead_bytes: int = 64 * 1024 * 1024
@@ -78,7 +84,7 @@ class Streamed:
     def __init__(
         self,
         digest: Digest,
-        store: Store,
+        store: BlobSource,
         cache: BlobCache | None,
         spool: Path,
         policy: StreamPolicy,
@@ -242,7 +248,7 @@ class Streamed:
 
     def _complete(self) -> None:
         try:
-            actual = hash_fd(self._fd)
+            actual = hash_fd(self._fd) if self._policy.by_hash else self._digest
             if actual != self._digest:
                 self._failure = BlobCorruptError(f"{self._digest} is stored as {actual}")
         except OSError as error:

@@ -16,7 +16,7 @@ from agent_plugin.content.blob_cache import BlobCache, Claim
 from agent_plugin.content.digest import Digest, hash_fd, hash_of
 from agent_plugin.content.errors import LocalError, local_write_error
 from agent_plugin.content.parts import write_all
-from agent_plugin.content.store import WHOLE_BLOB_BYTES, Cancellation, Store
+from agent_plugin.content.store import WHOLE_BLOB_BYTES, BlobSource, Cancellation
 from vfs.open_blob import OpenBlob, in_memory
 from vfs.statistics import Statistics
 
@@ -40,7 +40,7 @@ class WholeBlobs:
     def __init__(
         self,
         cache: BlobCache | None,
-        open_store: Callable[[], Store],
+        open_store: Callable[[], BlobSource],
         spool: Path,
         statistics: Statistics,
         halt: Cancellation,

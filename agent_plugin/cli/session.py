@@ -17,12 +17,15 @@ from agent_plugin.queue_settings import settings_of_queue
 from agent_plugin.services import open_records, open_services, state_directory
 from agent_plugin.session.end import end
 from agent_plugin.session.finish_task import TaskAction, finish_task
-from agent_plugin.session.job import MAX_JOB_BYTES, JobDocument, check_id
+from agent_plugin.session.job import MAX_JOB_BYTES, JobDocument, check_id, with_sources
 from agent_plugin.session.roots import LAST_SECOND
-from agent_plugin.session.start import StartResult, start, sync_step
+from agent_plugin.session.start import start
+from agent_plugin.session.start_result import StartResult
 from agent_plugin.session.state import StateFile, locked_state, session_id
+from agent_plugin.session.sync_step import sync_step
 from agent_plugin.session_logs import collect_logs, log_place
 from agent_plugin.settings import Settings, load
+from agent_plugin.sources.command_line import parse_source
 from agent_plugin.transfer.context import TransferContext
 from agent_plugin.transfer.progress import format_bytes
 
@@ -55,12 +58,24 @@ def command() -> None:
     type=click.Choice(["COPIED", "VIRTUAL", "AUTO"]),
     help="How inputs are brought in; otherwise what is set for the queue, or what the job says.",
 )
+@click.option(
+    "--input",
+    "inputs",
+    multiple=True,
+    metavar="SOURCE",
+    help="One more input source: s3://bucket/key:/target,opt=name=value (docs/PROTOCOL.md).",
+)
 @common_options
 def start_command(
-    session_dir: Path, job_file: Path, file_system: str | None, as_json: bool, config: Path | None
+    session_dir: Path,
+    job_file: Path,
+    file_system: str | None,
+    inputs: tuple[str, ...],
+    as_json: bool,
+    config: Path | None,
 ) -> None:
     """Bring the job's inputs to the session directory. Start it again to go on after a kill."""
-    job = _read_job(job_file)
+    job = with_sources(_read_job(job_file), [parse_source(text) for text in inputs])
     settings = settings_of_queue(load(config), job.queue_id)
     if file_system is None:
         file_system = settings.inputs.wished
@@ -258,5 +273,15 @@ def _print_started(result: StartResult, *, as_json: bool) -> None:
             f"root {root.root_path} -> {root.local_root}: {root.files} files,"
             f" {format_bytes(root.bytes)}, {format_bytes(root.bytes_fetched)} fetched,"
             f" {format_bytes(root.bytes_reused)} reused ({root.file_system}{why})"
+        )
+    for source in result.sources:
+        if not source.file_system:
+            say(f"source {source.source}: done without: {source.reason}")
+            continue
+        why = f": {source.reason}" if source.reason else ""
+        say(
+            f"source {source.source} -> {source.local_root}: {source.files} files,"
+            f" {format_bytes(source.bytes)}, {format_bytes(source.bytes_fetched)} fetched,"
+            f" {format_bytes(source.bytes_reused)} reused ({source.file_system}{why})"
         )
     say(f"{result.seconds} s")

@@ -107,6 +107,9 @@ class MountSpec(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fiel
         log: Where events go beside the process's standard error, if anywhere.
         cache_scope: For whom blobs are fetched (BlobCache.open).
         called: What the manifest is called in messages; empty for its own path.
+        snapshot: The file that holds the snapshot whose objects the content comes from
+            (object_snapshot.py), of which the manifests have the tree; then there is no cache, and
+            `store_url` only says what it is. Empty for a store.
         gives_back: Whether the work directory is given to `uid` when nothing is mounted any more,
             and removed if nothing was written, so that its user can remove it.
     """
@@ -139,6 +142,7 @@ class MountSpec(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fiel
     called: str = ""
     gives_back: bool = False
     log: LogPlace | None = None
+    snapshot: str = ""
 
     @property
     def lower(self) -> Path:

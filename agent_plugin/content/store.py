@@ -160,6 +160,31 @@ class Document:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
+class BlobSource(Protocol):
+    """Where content is read from: a store, or the objects of a snapshot (snapshot_store.py).
+
+    What a digest says of the bytes is the source's matter: a store's digests are hashes, which it
+    has verified when it returns; those of a snapshot are names for one state of an object. The
+    methods raise what `Store` says besides what they name.
+    """
+
+    def get(self, digest: Digest) -> bytes:
+        """Return the whole content; see Store.get."""
+
+    def fetch(
+        self,
+        digest: Digest,
+        fd: int,
+        *,
+        cancellation: Cancellation,
+        progress: Progress = ignore_progress,
+    ) -> None:
+        """Write the whole content to an empty file; see Store.fetch."""
+
+    def read_range(self, digest: Digest, offset: int, length: int) -> bytes:
+        """Return part of the content, min(length, size - offset) bytes; see Store.read_range."""
+
+
 class Store(Protocol):
     """A content-addressed store and the manifests beside it.
 

@@ -7,9 +7,10 @@ end that failed can be tried again.
 """
 
 import os
-from collections.abc import Container
-from contextlib import closing
+from collections.abc import Container, Sequence
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -21,6 +22,8 @@ from agent_plugin.session.mounts import Mounts
 from agent_plugin.session.state import VIRTUAL, SessionState, StateFile, session_id
 from agent_plugin.session.virtual import work_dir_name
 from agent_plugin.transfer.context import Records
+
+_OPEN_PATH: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
 log = events.get_logger()
 
@@ -98,7 +101,9 @@ def _remove_roots(session_dir: Path, state: SessionState, *, but: Container[str]
             continue
         stood = os.path.lexists(local) or os.path.lexists(hidden_root(local))
         try:
-            _remove(inside, local.name, hidden_root(local).name, work_dir_name(local))
+            # Only an input source may be further down.
+            above = local.parent.relative_to(session_dir).parts if root.source is not None else ()
+            _remove(inside, above, local.name, hidden_root(local).name, work_dir_name(local))
             if stood:
                 removed.append(root.local_root)
         except OSError as error:
@@ -110,17 +115,37 @@ def _remove_roots(session_dir: Path, state: SessionState, *, but: Container[str]
     return removed
 
 
-def _remove(directory: str, *names: str) -> None:
-    try:
-        # O_PATH, since a job may have taken the right to read it away.
-        fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return
-    try:
+def _remove(directory: str, above: Sequence[str], *names: str) -> None:
+    """Remove what has these names in a directory, and directories on the way if they are empty.
+
+    Args:
+        directory: The session's.
+        above: The names of the directories below it, on the way to what is removed.
+        names: What to remove.
+
+    Raises:
+        OSError: Something can not be removed.
+    """
+    with ExitStack() as opened:
+        try:
+            # O_PATH, since a job may have taken the right to read it away.
+            fds = [_opened(opened, directory, _OPEN_PATH)]
+            for name in above:
+                fds.append(_opened(opened, name, _OPEN_PATH | os.O_NOFOLLOW, dir_fd=fds[-1]))
+        except FileNotFoundError:
+            return
         for name in names:
-            remove_tree(fd, name)
-    finally:
-        os.close(fd)
+            remove_tree(fds[-1], name)
+        for name, fd in zip(reversed(above), reversed(fds[:-1]), strict=True):
+            # What else is there is the job's.
+            with suppress(OSError):
+                os.rmdir(name, dir_fd=fd)
+
+
+def _opened(stack: ExitStack, path: str, flags: int, dir_fd: int | None = None) -> int:
+    fd = os.open(path, flags, dir_fd=dir_fd)
+    stack.callback(os.close, fd)
+    return fd
 
 
 def _forget(key: str, store_url: str, records: Records, state_file: StateFile) -> None:

@@ -10,8 +10,10 @@ because nothing can take its name.
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Final
 
 from agent_plugin.content.errors import UnsafePathError, local_write_error
 from agent_plugin.content.leftovers import partial_name, prune
@@ -22,7 +24,9 @@ from agent_plugin.session.state import RootState, SessionState
 from agent_plugin.transfer.context import TransferContext
 from agent_plugin.transfer.download import TransferResult, download
 from agent_plugin.transfer.ledger import TransferSpec
-from agent_plugin.transfer.plan import DownloadPlan, plan_download, survey
+from agent_plugin.transfer.plan import DownloadPlan, Origin, plan_download, survey
+
+SOURCE: Final = "source"
 
 
 def materialise(
@@ -32,6 +36,7 @@ def materialise(
     *,
     kind: str,
     step: str = "",
+    origins: Mapping[str, Origin] = MappingProxyType({}),
 ) -> list[TransferResult]:
     """Bring the files of manifests to their local roots.
 
@@ -39,24 +44,29 @@ def materialise(
         roots: Each local root with its files; None makes an empty directory.
         state: The session.
         context: The services.
-        kind: Of the transfers, for the ledger.
+        kind: Of the transfers, for the ledger; those of input sources are `source`.
         step: The step they are for, for the ledger.
+        origins: Of input sources, by local root, where their content comes from.
 
     Raises:
         NoSpaceError: A disk does not hold all that is to come; nothing was written.
         PropmasterError: Any other of the tree.
     """
-    plans = [_plan(root, manifest, state, context) for root, manifest in roots]
+    plans = [
+        _plan(root, manifest, state, context, origins.get(root.local_root))
+        for root, manifest in roots
+    ]
     survey(plans, context.cache, context.cancellation)
     context.expect(
         sum(plan.files_to_place for plan in plans), sum(plan.bytes_to_place for plan in plans)
     )
     results = []
-    with context.leased(state.session_id, {digest for plan in plans for digest in plan.wanted}):
+    stored = [plan for plan in plans if plan.origin is None]
+    with context.leased(state.session_id, {digest for plan in stored for digest in plan.wanted}):
         for plan, (root, _) in zip(plans, roots, strict=True):
             spec = TransferSpec(
-                kind=kind,
-                source=context.store_url,
+                kind=kind if plan.origin is None else SOURCE,
+                source=context.store_url if plan.origin is None else root.root_path,
                 destination=root.local_root,
                 session=state.session_id,
                 job=state.job.job_id,
@@ -74,7 +84,11 @@ def hidden_root(local_root: Path) -> Path:
 
 
 def _plan(
-    root: RootState, manifest: Manifest | None, state: SessionState, context: TransferContext
+    root: RootState,
+    manifest: Manifest | None,
+    state: SessionState,
+    context: TransferContext,
+    origin: Origin | None,
 ) -> DownloadPlan:
     place = Path(root.local_root)
     owner = context.owner
@@ -88,7 +102,7 @@ def _plan(
     try:
         if manifest is None:
             make_directories(place, owner, shared=not own)
-            return DownloadPlan(place, follow_root=not own, owner=owner)
+            return DownloadPlan(place, follow_root=not own, owner=owner, origin=origin)
         hidden = own and not _holds_anything(place) and not _is_mount_point(place)
         if hidden:
             _clear(hidden_root(place), manifest, owner)
@@ -103,6 +117,7 @@ def _plan(
         follow_root=not own,
         owner=owner,
         cancellation=context.cancellation,
+        origin=origin,
     )
 
 

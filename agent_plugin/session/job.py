@@ -6,7 +6,7 @@ https://docs.aws.amazon.com/deadline-cloud/latest/APIReference/API_ManifestPrope
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -17,6 +17,7 @@ from agent_plugin import schema
 from agent_plugin.content.errors import JobInvalidError
 from agent_plugin.publish.spec import Publishers, spelled
 from agent_plugin.publish.spec import defects as publisher_defects
+from agent_plugin.sources.spec import InputSource, decode_sources
 
 MAX_JOB_BYTES: Final = 16 * 1024 * 1024
 
@@ -43,7 +44,7 @@ _StepId = Annotated[str, Meta(pattern=_ID_PATTERNS["step"])]
 _Path = Annotated[str, Meta(min_length=1, max_length=1024)]
 
 _STORE_URL: Final = re.compile(r"file:///.+|s3://[^/]+/.+", re.DOTALL)
-_NOT_YET: Final = ("input_sources", "artifacts")
+_NOT_YET: Final = ("artifacts",)
 
 
 def check_id(value: str, kind: IdKind) -> str:
@@ -133,8 +134,9 @@ class JobDocument(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fi
         store: URL of the store, `file:///dir` or `s3://bucket/prefix`.
         path_mapping_rules: The queue's rules, first match first.
         step_dependencies: For each step the steps whose outputs it needs, in their order.
+        input_sources: Objects of any bucket that come to directories of their own.
         publishers: Where tasks' outputs are published, besides the store.
-        input_sources, artifacts: Reserved; empty in this version.
+        artifacts: Reserved; empty in this version.
     """
 
     farm_id: _FarmId
@@ -145,7 +147,7 @@ class JobDocument(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fi
     store: str | None = None
     path_mapping_rules: tuple[PathMappingRule, ...] = ()
     step_dependencies: dict[_StepId, tuple[_StepId, ...]] = {}
-    input_sources: tuple[Any, ...] = ()
+    input_sources: tuple[InputSource, ...] = ()
     publishers: Publishers = ()
     artifacts: dict[str, Any] = {}
 
@@ -170,7 +172,11 @@ class JobDocument(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fi
             raise JobInvalidError(f"{source}: not a JSON document: {error}") from error
         if isinstance(document, dict) and "publishers" in document:
             document["publishers"] = spelled(document["publishers"])
+        # Their names count in any case, which the schema of a document can not say.
+        sources = document.pop("inputSources", []) if isinstance(document, dict) else []
         job = schema.conform(document, cls, source=source, failure=JobInvalidError)
+        decoded = decode_sources(sources, source=source, failure=JobInvalidError)
+        job = msgspec.structs.replace(job, input_sources=decoded)
         defect = next(_defects(job), None)
         if defect is not None:
             key, reason, hint = defect
@@ -184,6 +190,19 @@ class JobDocument(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fi
         if settings is not None:
             return f"s3://{settings.s3_bucket_name}/{settings.root_prefix}"
         return self.store or ""
+
+
+def with_sources(job: JobDocument, further: Sequence[InputSource]) -> JobDocument:
+    """Return a job with further input sources, as if its document had them.
+
+    Raises:
+        JobInvalidError: They are too many, or two want one target.
+    """
+    if not further:
+        return job
+    documents = msgspec.to_builtins([*job.input_sources, *further])
+    sources = decode_sources(documents, source="the job with --input", failure=JobInvalidError)
+    return msgspec.structs.replace(job, input_sources=sources)
 
 
 _Defect = tuple[str, str, str]

@@ -115,6 +115,8 @@ class MountRequest:
         layers: What was added to the last mount with this work directory.
         gives_back: As MountSpec has it.
         session: The key of the session that it is for; empty if it is for none.
+        snapshot: As MountSpec has it.
+        strict: Verify all of a file before any of it is read, whatever else is so.
     """
 
     manifest: Manifest | ManifestFile
@@ -130,6 +132,8 @@ class MountRequest:
     writes_reason: str = ""
     gives_back: bool = False
     session: str = ""
+    snapshot: str = ""
+    strict: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +196,11 @@ class Mounts:
         self._passthrough = passthrough
         self._log_place = log_place
         self._user_id = user_id
+
+    @property
+    def store_limits(self) -> StoreLimits | None:
+        """How mounts talk to their store; None for what is so by default."""
+        return self._store_limits
 
     def start(
         self,
@@ -410,7 +419,8 @@ class Mounts:
             called=_called(request.manifest),
             store_url=request.store_url,
             account_id=request.account_id,
-            cache_dir=os.fspath(self._cache.directory),
+            # What has no hash must not get among what is found by one.
+            cache_dir="" if request.snapshot else os.fspath(self._cache.directory),
             cache_max_bytes=self._cache.max_bytes,
             cache_min_free_bytes=self._cache.min_free_bytes,
             cache_shared=self._cache.shared,
@@ -419,7 +429,7 @@ class Mounts:
             writes_reason=request.writes_reason,
             uid=request.uid,
             gid=request.gid,
-            stream=not self._strict,
+            stream=not (self._strict or request.strict),
             xattrs=self._xattrs or request.writes != "overlayfs",
             errors=os.fspath(place / "errors"),
             control=os.fspath(place / "control"),
@@ -431,6 +441,7 @@ class Mounts:
             transport=self._transport,
             cache_scope=self._cache.scope,
             log=self._log_place(request.session or f"mount-{place.name}"),
+            snapshot=request.snapshot,
         )
 
     def _is_served(self, place: Path) -> bool:

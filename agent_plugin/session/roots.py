@@ -21,6 +21,7 @@ from agent_plugin.content.digest import hash_name
 from agent_plugin.content.errors import ManifestInvalidError, PathMappingError
 from agent_plugin.session.job import JobDocument, ManifestProperties, PathMappingRule
 
+SESSION_DIRECTORY_PREFIX: Final = "assetroot-"
 ASSET_ROOT: Final = "asset-root"
 ASSET_ROOT_JSON: Final = "asset-root-json"
 LOCATION: Final = "file-system-location-name"
@@ -51,7 +52,8 @@ class LocalRoot:
 
 def session_directory_name(root_path: str) -> str:
     """Return the name of the session's directory for a root: `assetroot-` and 20 hex digits."""
-    return f"assetroot-{hashlib.shake_256(os.fsencode(root_path)).hexdigest(10)}"
+    digits = hashlib.shake_256(os.fsencode(root_path)).hexdigest(10)
+    return f"{SESSION_DIRECTORY_PREFIX}{digits}"
 
 
 def choose_local_roots(job: JobDocument, session_dir: Path) -> list[LocalRoot]:

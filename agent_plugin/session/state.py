@@ -22,6 +22,7 @@ from agent_plugin.content.leftovers import remove_path
 from agent_plugin.content.mount_spec import Layer
 from agent_plugin.publish.result_documents import Published, PublishFailure, Result
 from agent_plugin.session.job import JobDocument
+from agent_plugin.sources.spec import InputSource
 
 VERSION: Final = 1
 
@@ -67,6 +68,9 @@ class RootState(msgspec.Struct, rename="camel"):
         gone: Of a mounted root, the inputs that are not at their path any more.
         errors_told: Of a mounted root, how many failed reads finish-task has told of.
         layers: Of a mounted root, the outputs of other steps that were added to it.
+        source: Of an input source, what the job says of it; else None.
+        snapshot: Of an input source, the file that says which objects it is, in which state; empty
+            until it is resolved. Nothing of the session asks for them by listing ever after.
         served_by: Of a root that was mounted for the session by another command, the process of
             its mount, `pid:start-time`; else empty.
     """
@@ -83,6 +87,8 @@ class RootState(msgspec.Struct, rename="camel"):
     errors_told: int = 0
     layers: list[Layer] = []
     served_by: str = ""
+    source: InputSource | None = None
+    snapshot: str = ""
 
 
 class OutputManifestResult(msgspec.Struct, rename="camel", omit_defaults=True):
@@ -163,10 +169,13 @@ class SessionState(msgspec.Struct, rename="camel"):
         """Whether a root is a directory of the session: no link, and removed when it ends.
 
         A job may put links in the session's directory, and hooks may run with rights that it has
-        not. A root that a rule maps elsewhere is the host's own matter.
+        not. A root that a rule maps elsewhere is the host's own matter. An input source may be
+        further down.
         """
-        above = os.path.realpath(Path(root.local_root).parent)
-        return above == os.path.realpath(self.session_dir)
+        above, inside = Path(root.local_root).parent, os.path.realpath(self.session_dir)
+        if root.source is not None:
+            inside = os.fspath(Path(inside, above.relative_to(self.session_dir)))
+        return os.path.realpath(above) == inside
 
 
 def session_id(session_dir: Path) -> str:
@@ -253,24 +262,42 @@ class StateFile:
         Raises:
             NoSpaceError, LocalWriteError: It can not be written.
         """
-        path = self._layers / secrets.token_hex(8)
-        try:
-            self._layers.mkdir(mode=0o700, exist_ok=True)
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-            with os.fdopen(fd, "wb") as file:
-                file.write(manifest)
-        except OSError as error:
-            raise local_write_error(error, os.fspath(path)) from error
-        return os.fspath(path)
+        return _keep(manifest, self._layers)
+
+    def keep_snapshot(self, snapshot: bytes) -> str:
+        """Keep a source's snapshot for as long as the session is known; return its path.
+
+        Raises:
+            NoSpaceError, LocalWriteError: It can not be written.
+        """
+        return _keep(snapshot, self._snapshots)
 
     def remove(self) -> None:
         """Forget the session; nothing happens when it is forgotten already."""
         remove_path(self._layers)
+        remove_path(self._snapshots)
         self._path.unlink(missing_ok=True)
 
     @property
     def _layers(self) -> Path:
         return self._path.with_suffix(".layers")
+
+    @property
+    def _snapshots(self) -> Path:
+        return self._path.with_suffix(".sources")
+
+
+def _keep(data: bytes, directory: Path) -> str:
+    """Write a new file, closed to others; return its path."""
+    path = directory / secrets.token_hex(8)
+    try:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+    except OSError as error:
+        raise local_write_error(error, os.fspath(path)) from error
+    return os.fspath(path)
 
 
 def _encode(state: SessionState) -> bytes:

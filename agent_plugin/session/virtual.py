@@ -19,12 +19,14 @@ from agent_plugin.content.leftovers import partial_name
 from agent_plugin.content.manifest import Manifest
 from agent_plugin.content.mount_probe import fusepy_obstacle, kernel_obstacle, may_allow_other
 from agent_plugin.content.mount_table import is_mounted
-from agent_plugin.content.owner import Owner
+from agent_plugin.content.owner import Owner, make_directories
 from agent_plugin.content.writes_probe import AUTO as WRITES_AUTO
 from agent_plugin.content.writes_probe import choose_writes
 from agent_plugin.session.mounts import FailedRead, MountRequest, Mounts, ask_mount
 from agent_plugin.session.state import COPIED, VIRTUAL, RootState, SessionState
+from agent_plugin.sources.sizing import fit
 from agent_plugin.transfer.context import TransferContext
+from agent_plugin.transfer.plan import SPARE_BYTES
 
 AUTO: Final = "AUTO"
 # What is copied in about as long as a mount takes, and is faster afterwards.
@@ -80,8 +82,9 @@ def choose(wished: str, root: RootState, manifest: Manifest | None, state: Sessi
         return Choice(VIRTUAL)
     filesystem = os.statvfs(state.session_dir)
     free = filesystem.f_bavail * filesystem.f_frsize
-    if manifest.total_bytes > free:
-        return Choice(VIRTUAL, f"{manifest.total_bytes} bytes do not fit where {free} are free")
+    fits = fit("AUTO", manifest.total_bytes, free=free, reserve=SPARE_BYTES, where=root.local_root)
+    if fits.file_system == VIRTUAL:
+        return Choice(VIRTUAL, fits.reason)
     if manifest.total_bytes <= AUTO_COPIED_BYTES and len(manifest) <= AUTO_COPIED_FILES:
         return Choice(COPIED, f"{len(manifest)} files of {manifest.total_bytes} bytes are few")
     return Choice(VIRTUAL, f"{len(manifest)} files of {manifest.total_bytes} bytes are many")
@@ -127,6 +130,8 @@ def mount(
     session_dir = os.stat(state.session_dir)  # noqa: PTH116 - of a path as text
     owner = context.owner or Owner(session_dir.st_uid, session_dir.st_gid)
     try:
+        if root.source is not None:
+            make_directories(place.parent, context.owner, shared=False)
         place.mkdir(exist_ok=True)
     except OSError as error:
         raise local_write_error(error, os.fspath(place)) from error
@@ -135,7 +140,7 @@ def mount(
         manifest=manifest,
         mountpoint=place,
         work_dir=_work_dir(place),
-        store_url=context.store_url,
+        store_url=context.store_url if root.source is None else root.root_path,
         account_id=getattr(context.open_store, "account_id", None) or "",
         writes=writes.writes,
         writes_reason=writes.reason,
@@ -143,6 +148,8 @@ def mount(
         gid=owner.gid,
         layers=root.layers,
         session=state.session_id,
+        snapshot=root.snapshot,
+        strict=root.source is not None and root.source.checksum_sha256 != "",
     )
     mounts.start(request, cancellation=context.cancellation, environment=environment)
 

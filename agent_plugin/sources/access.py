@@ -11,6 +11,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import replace
 
+from agent_plugin.content.bandwidth import Bandwidth
 from agent_plugin.content.objects import ObjectAccess
 from agent_plugin.content.retry import RetryPolicy
 from agent_plugin.content.s3_objects import S3Objects, open_objects
@@ -23,13 +24,19 @@ class SourceServers:
     Args:
         environment: The AWS variables: the queue's credentials, for sources that say none.
         policy: When requests are sent again; None for what it is by default.
+        bandwidth: How much may move; None for as much as there is.
     """
 
     def __init__(
-        self, environment: Mapping[str, str], *, policy: RetryPolicy | None = None
+        self,
+        environment: Mapping[str, str],
+        *,
+        policy: RetryPolicy | None = None,
+        bandwidth: Bandwidth | None = None,
     ) -> None:
         self._environment = environment
         self._policy = policy
+        self._bandwidth = bandwidth
         self._lock = threading.Lock()
         self._opened: dict[ObjectAccess, S3Objects] = {}
 
@@ -62,6 +69,9 @@ class SourceServers:
         with self._lock:
             if access not in self._opened:
                 self._opened[access] = open_objects(
-                    access, environment=self._environment, policy=self._policy
+                    access,
+                    environment=self._environment,
+                    policy=self._policy,
+                    bandwidth=self._bandwidth,
                 )
             return self._opened[access]

@@ -37,7 +37,7 @@ from agent_plugin.content.errors import (
 )
 from agent_plugin.content.layout import blob_key
 from agent_plugin.content.manifest import FileEntry
-from agent_plugin.content.store import WHOLE_BLOB_BYTES, Cancellation, Progress, ignore_bytes
+from agent_plugin.content.store import WHOLE_BLOB_BYTES, Cancellation, Progress
 from agent_plugin.transfer.context import TransferContext
 from agent_plugin.transfer.engine import TICK_SECONDS, ByteBudget, Crew, Products
 from agent_plugin.transfer.ledger import TaskSpec, TransferRow, TransferSpec
@@ -131,7 +131,7 @@ def download(plan: DownloadPlan, context: TransferContext, spec: TransferSpec) -
     row = context.ledger.begin(
         spec,
         (
-            TaskSpec(digest.hex, entry.path, digest.size)
+            TaskSpec(_source_of(plan, entry), entry.path, digest.size)
             for digest, entries in plan.wanted.items()
             for entry in entries
         ),
@@ -165,6 +165,11 @@ def download(plan: DownloadPlan, context: TransferContext, spec: TransferSpec) -
     return result
 
 
+def _source_of(plan: DownloadPlan, entry: FileEntry) -> str:
+    """Return what the ledger calls where a file comes from."""
+    return entry.hash if plan.origin is None else plan.origin.names[entry.path]
+
+
 class _Download:
     """One run of one plan; see the module's docstring for who does what."""
 
@@ -174,8 +179,12 @@ class _Download:
         self._row = row
         # Blobs are read from the one and added to the other: a full cache can still be read. Crew
         # threads may set both to None, so each method takes its own copy first.
-        self._cache: BlobCache | None = context.cache
-        self._filling: BlobCache | None = context.cache
+        cache = context.cache if plan.origin is None else None
+        self._cache: BlobCache | None = cache
+        self._filling: BlobCache | None = cache
+        self._open_origin = context.open_store if plan.origin is None else plan.origin.open
+        # Of an origin, what is wanted by what the ledger calls it; made when first needed.
+        self._digests: dict[str, Digest] = {}
         self._halt = Cancellation()
         meter = Meter(plan.files_to_place, plan.bytes_to_place)
         self._steering = Steering(context, row, self._halt, meter, self._take_news)
@@ -266,7 +275,7 @@ class _Download:
         )
 
     def _task_of(self, entry: FileEntry) -> int:
-        return self._tasks[entry.hash, entry.path]
+        return self._tasks[_source_of(self._plan, entry), entry.path]
 
     def _open(self, digest: Digest) -> list[FileEntry]:
         """Return the files that are still to be placed of a blob, of those that people want."""
@@ -289,15 +298,30 @@ class _Download:
         else:
             self._order(digest, priority)
 
+    def _digest_of(self, task: TaskNews) -> Digest | None:
+        """Return what content a task brings; None for one of an origin that is not of this plan."""
+        if self._plan.origin is None:
+            return Digest(task.source, task.size)
+        if not self._digests:
+            self._digests = {
+                _source_of(self._plan, entry): digest
+                for digest, entries in self._plan.wanted.items()
+                for entry in entries
+            }
+        return self._digests.get(task.source)
+
     def _take_news(self, tasks: Collection[TaskNews]) -> None:
         """Do what people want of some tasks: place them, or not, and sooner or later."""
-        kept = {self._tasks.get((entry.hash, entry.path)) for entry in self._plan.kept}
+        kept = {
+            self._tasks.get((_source_of(self._plan, entry), entry.path))
+            for entry in self._plan.kept
+        }
         digests: dict[Digest, None] = {}
         for task in tasks:
-            digest = Digest(task.source, task.size)
+            digest = self._digest_of(task)
             if task.id in kept and task.status is TaskStatus.QUEUED:
                 self._context.ledger.note(task.id, TaskStatus.DONE)
-            elif digest in self._plan.wanted:
+            elif digest is not None and digest in self._plan.wanted:
                 digests[digest] = None
         for digest in digests:
             self._want(digest)
@@ -324,7 +348,7 @@ class _Download:
             self._placer.retime(entry)
         for entry in self._plan.kept:
             # A killed run had placed it, and its note was lost.
-            task = self._tasks.get((entry.hash, entry.path))
+            task = self._tasks.get((_source_of(self._plan, entry), entry.path))
             if task is not None:
                 self._context.ledger.note(task, TaskStatus.DONE)
 
@@ -355,7 +379,7 @@ class _Download:
             if digest.size <= WHOLE_BLOB_BYTES:
                 self._budget.acquire(digest.size, self._halt)
                 try:
-                    data = self._context.open_store().get(digest)
+                    data = self._open_origin().get(digest)
                 except BaseException:
                     self._budget.release(digest.size)
                     raise
@@ -393,14 +417,13 @@ class _Download:
     def _fetch(self, digest: Digest, staged: StagedFile, task: int) -> None:
         with ExitStack() as files:
             copy = self._copy_for_cache(digest, staged, files)
-            self._context.open_store().fetch(
-                digest,
-                staged.fd,
-                cancellation=self._halt,
-                progress=self._told(digest, task),
-                hashed=copy.take if copy is not None else ignore_bytes,
-            )
-            if copy is not None:
+            told = self._told(digest, task)
+            if copy is None:
+                self._open_origin().fetch(digest, staged.fd, cancellation=self._halt, progress=told)
+            else:
+                self._context.open_store().fetch(
+                    digest, staged.fd, cancellation=self._halt, progress=told, hashed=copy.take
+                )
                 try:
                     copy.publish(digest)
                 except (LocalError, BlobCorruptError, OSError) as error:
@@ -444,7 +467,8 @@ class _Download:
         try:
             if obtained.fetched:
                 self.counts.fetched += digest.size
-                self.counts.seen.append(digest)
+                if self._plan.origin is None:
+                    self.counts.seen.append(digest)
             if obtained.data is not None:
                 self._publish(digest, obtained.data)
                 data = obtained.data
@@ -566,8 +590,11 @@ class _Download:
         if isinstance(error, BlobNotFoundError):
             self._context.index.forget(self._context.remembered_as, digest)
         others = f" and {len(entries) - 1} more" if len(entries) > 1 else ""
-        key = blob_key(digest)
-        place = "" if key in error.message else f"{self._context.store_url}/{key}: "
+        key = named = _source_of(self._plan, entries[0])
+        if self._plan.origin is None:
+            key = blob_key(digest)
+            named = f"{self._context.store_url}/{key}"
+        place = "" if key in error.message else f"{named}: "
         hint = error.hint or (_MEND if isinstance(error, BlobCorruptError) else "")
         failure = type(error)(f"{entries[0].path}{others}: {place}{error.message}", hint=hint)
         for entry in self._open(digest):

@@ -6,7 +6,7 @@ Reads the disk and moves nothing.
 import os
 import secrets
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -24,12 +24,28 @@ from agent_plugin.content.manifest import FileEntry, Manifest, find_folding_clas
 from agent_plugin.content.owner import Owner, acting, make_directories
 from agent_plugin.content.safe_path import Root
 from agent_plugin.content.snapshot import FoundFile, HashCache, hash_files
-from agent_plugin.content.store import Cancellation
+from agent_plugin.content.store import BlobSource, Cancellation
 
 # Left free besides what is going to be written, for logs and the job's own temporary files.
 SPARE_BYTES: Final = 64 * 1024 * 1024
 
 EMPTY: Final = Digest(EMPTY_HASH, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where content comes from that is no store's: objects whose hashes nobody knows.
+
+    The digests of such a plan are names, not hashes. So the blob cache and what is remembered of
+    stores have nothing to do with it, and a file in place is told by size and time.
+
+    Attributes:
+        open: Opens it at the first call; any thread may call it.
+        names: What the content of each path is called, in the ledger and in messages.
+    """
+
+    open: Callable[[], BlobSource]
+    names: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +63,7 @@ class DownloadPlan:
         follow_root: Whether the root may be a link.
         owner: Whose its files are; None: this process's user's.
         cached: Of the wanted digests those that the blob cache had when it was asked.
+        origin: Where the content comes from; None for the job's store.
     """
 
     root: Path
@@ -58,6 +75,7 @@ class DownloadPlan:
     follow_root: bool = True
     owner: Owner | None = None
     cached: set[Digest] = field(default_factory=set)
+    origin: Origin | None = None
 
     @property
     def bytes_to_place(self) -> int:
@@ -80,11 +98,14 @@ def plan_download(
     follow_root: bool = True,
     owner: Owner | None = None,
     cancellation: Cancellation | None = None,
+    origin: Origin | None = None,
 ) -> DownloadPlan:
     """Compare a manifest with what is at its root.
 
     A file that is there counts only if its bytes hash to the entry's digest; size and time are not
-    proof. Files that the manifest does not name are left alone.
+    proof. But of an origin nobody knows the hashes: there a file counts that has the entry's size
+    and time, which it gets when all of it has come. Files that the manifest does not name are left
+    alone.
 
     Raises:
         UnsafePathError: A link stands where a directory must be, the root itself included unless
@@ -97,12 +118,21 @@ def plan_download(
     """
     _refuse_partials(manifest)
     plan = DownloadPlan(
-        root, hidden=hidden, exclusive=exclusive, follow_root=follow_root, owner=owner
+        root,
+        hidden=hidden,
+        exclusive=exclusive,
+        follow_root=follow_root,
+        owner=owner,
+        origin=origin,
     )
     present = {}
     if _has_entries(root, owner):
         with Root(root, follow=follow_root, owner=owner) as opened:
-            present = _present(manifest, opened, hash_cache, cancellation)
+            present = (
+                _present(manifest, opened, hash_cache, cancellation)
+                if origin is None
+                else _present_by_time(manifest, opened, cancellation)
+            )
     try:
         make_directories(root, owner, shared=follow_root)
         with Root(root, follow=follow_root, owner=owner) as opened, acting(owner):
@@ -153,7 +183,12 @@ def survey(
         # Only what shares a disk with a root: the cache evicts, or is done without, elsewhere.
         device = cache.path.stat().st_dev
         if device in needed:
-            fetched = {digest for plan in plans for digest in plan.wanted.keys() - plan.cached}
+            fetched = {
+                digest
+                for plan in plans
+                if plan.origin is None
+                for digest in plan.wanted.keys() - plan.cached
+            }
             needed[device] += sum(digest.size for digest in fetched)
     for device, size in needed.items():
         filesystem = os.statvfs(places[device])
@@ -197,6 +232,19 @@ def _present(
     }
 
 
+def _present_by_time(
+    manifest: Manifest, root: Root, cancellation: Cancellation | None
+) -> dict[str, FoundFile]:
+    """Return the files that have their entry's size and time, by path."""
+    entries = manifest.by_path()
+    return {
+        found.path: found
+        for found in _stat_all(root, manifest.entries, cancellation or Cancellation())
+        if (found.size, found.mtime_ns // 1000)
+        == (entries[found.path].size, entries[found.path].mtime)
+    }
+
+
 def _stat_all(
     root: Root, entries: Sequence[FileEntry], cancellation: Cancellation
 ) -> Iterable[FoundFile]:
@@ -216,6 +264,8 @@ def _stat_all(
 
 def _look_into(cache: BlobCache, plans: Sequence[DownloadPlan], cancellation: Cancellation) -> None:
     for plan in plans:
+        if plan.origin is not None:
+            continue
         for digest in plan.wanted:
             cancellation.check()
             if cache.contains(digest):

@@ -239,7 +239,7 @@ def test_the_commands_go_the_whole_way(any_sessions: Sessions) -> None:
     started = s.host.run(*s.host.start_arguments(job, s.session_dir))
     assert started.returncode == 0, started.stderr
     printed = json.loads(started.stdout)
-    assert set(printed) == {"roots", "pathMappingRules", "seconds"}
+    assert set(printed) == {"roots", "pathMappingRules", "seconds", "sources"}
     root = Path(printed["roots"][0]["localRoot"])
     assert files_below(root) == files_below(s.source)
     (root / "renders/x").write_bytes(b"1")
@@ -248,6 +248,7 @@ def test_the_commands_go_the_whole_way(any_sessions: Sessions) -> None:
     printed = json.loads(finished.stdout)
     assert set(printed) == {
         "manifests", "files", "bytesUploaded", "bytesReused", "deleted", "seconds",
+        "results", "publishFailures",
     }  # fmt: skip
     assert (printed["files"], printed["bytesUploaded"]) == (1, 1)
     (root / "renders/x").unlink()

@@ -5,6 +5,7 @@ is what a host shares: the state directory and the blob cache. Each call opens a
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -24,9 +25,11 @@ from agent_plugin.session.finish_task import TaskAction, finish_task
 from agent_plugin.session.job import JobDocument
 from agent_plugin.session.mounts import Mounts
 from agent_plugin.session.outputs import OutputsResult, get_outputs, list_outputs
-from agent_plugin.session.start import StartResult, start, sync_step
+from agent_plugin.session.start import start
+from agent_plugin.session.start_result import StartResult
 from agent_plugin.session.state import FinishResult, SessionState, StateFile, locked_state
 from agent_plugin.session.submit import SubmitResult, SubmitSummary, submit
+from agent_plugin.session.sync_step import sync_step
 from agent_plugin.settings import Settings, load
 from agent_plugin.transfer.context import TransferContext
 from agent_plugin.transfer.ledger import Ledger, TransferRow
@@ -198,7 +201,13 @@ class Host:
             self.services(cancellation=cancellation) as all_,
         ):
             return start(
-                job, session_dir, all_, state_file, mounts=self.mounts, file_system=file_system
+                job,
+                session_dir,
+                all_,
+                state_file,
+                mounts=self.mounts,
+                file_system=file_system,
+                environment={**os.environ, **self.environment},
             )
 
     def sync_step(

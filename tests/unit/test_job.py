@@ -262,11 +262,6 @@ def test_a_missing_key_is_named() -> None:
             "name the steps whose outputs it needs",
         ),
         (
-            lambda job: job.update(inputSources=[{"url": "s3://b/p"}]),
-            "inputSources: not supported by this version",
-            "leave it empty",
-        ),
-        (
             lambda job: job.update(artifacts={"limit": 1}),
             "artifacts: not supported by this version",
             "leave it empty",
@@ -293,6 +288,13 @@ def test_what_is_not_allowed_is_named_with_what_is(change: Change, message: str,
 
     assert error.message.startswith(f"job.json: {message}")
     assert error.hint == hint
+
+
+def test_s1_a_source_that_breaks_a_rule_is_an_error_of_the_job() -> None:
+    error = refused(lambda job: job.update(inputSources=[{"bucket": "show", "Rgion": "here"}]))
+
+    assert error.message == "job.json: inputSources[0].Rgion: unknown key"
+    assert error.hint.startswith("did you mean Region? ")
 
 
 @pytest.mark.parametrize("path", ["/a", "a//b", "a/../b", "..", "a/.", "a/", "a\0"])

@@ -12,8 +12,10 @@ import sys
 from agent_plugin.content.digest import hash_name, hash_of
 from agent_plugin.content.manifest import MAX_MANIFEST_BYTES, Manifest, decode
 from agent_plugin.queue_settings import settings_of_queue
-from agent_plugin.session.start import StartResult, start, sync_given
+from agent_plugin.session.start import start
+from agent_plugin.session.start_result import StartResult
 from agent_plugin.session.state import COPIED
+from agent_plugin.session.sync_step import sync_given
 from agent_plugin.settings import Settings
 from agent_plugin.transfer.progress import format_bytes
 from agent_plugin.workers.call import ATTACHMENT_DOWNLOAD, Call

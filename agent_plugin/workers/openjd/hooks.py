@@ -20,9 +20,12 @@ from agent_plugin.queue_settings import settings_of_queue
 from agent_plugin.services import open_records, open_services, state_directory
 from agent_plugin.session.end import end
 from agent_plugin.session.finish_task import TaskAction, finish_task
+from agent_plugin.session.input_sources import SourceResult
 from agent_plugin.session.job import JobDocument, PathMappingRule, check_id
-from agent_plugin.session.start import start, sync_step
+from agent_plugin.session.start import start
+from agent_plugin.session.start_result import RootResult
 from agent_plugin.session.state import FinishResult, SessionState, locked_state
+from agent_plugin.session.sync_step import sync_step
 from agent_plugin.settings import Settings
 from agent_plugin.transfer.context import TransferContext
 from agent_plugin.transfer.progress import SilentView, Snapshot, describe, format_bytes
@@ -30,6 +33,7 @@ from agent_plugin.workers.openjd.document import session_action_id, step_id, tas
 
 SESSION_VARIABLE: Final = "PROPMASTER_SESSION_DIR"
 ROOT_VARIABLE: Final = "PROPMASTER_ROOT_"
+SOURCE_VARIABLE: Final = "PROPMASTER_SOURCE_"
 RULES_VARIABLE: Final = "PROPMASTER_PATH_MAPPING_FILE"
 
 _RULES: Final = ".propmaster-path-mapping.json"
@@ -94,15 +98,19 @@ def enter(
         )
         state = state_file.read_ready()
     rules = _write_rules(session_dir, result.path_mapping_rules)
-    fetched = sum(root.bytes_fetched for root in result.roots)
+    inputs: list[RootResult | SourceResult] = [*result.roots, *result.sources]
+    fetched = sum(root.bytes_fetched for root in inputs)
     say("openjd_progress: 100")
     say(
-        f"openjd_status: {sum(root.files for root in result.roots)} files in place,"
+        f"openjd_status: {sum(root.files for root in inputs)} files in place,"
         f" {format_bytes(fetched)} fetched"
     )
     for root in state.roots:
         for index in root.manifests:
             say(_variable(f"{ROOT_VARIABLE}{index}", root.local_root))
+    for index, source in enumerate(result.sources):
+        if source.file_system:
+            say(_variable(f"{SOURCE_VARIABLE}{index}", source.local_root))
     say(_variable(RULES_VARIABLE, os.fspath(rules)))
     # Last: whoever has it can rely on the session.
     say(_variable(SESSION_VARIABLE, os.fspath(session_dir)))

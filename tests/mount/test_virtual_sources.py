@@ -1,0 +1,344 @@
+"""Input sources that are mounted: what is read moves, and is of the state that was listed."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from agent_plugin.content import events
+from agent_plugin.content.errors import MountReadFailedError
+from agent_plugin.content.mount_table import read_mounts
+from agent_plugin.session import virtual
+from agent_plugin.session.input_sources import SourceResult
+from agent_plugin.session.mounts import ask_mount
+from tests.mount.conftest import by_each_transport_in_time
+from tests.servers.fault_proxy import FaultProxy
+from tests.servers.faults import Fault
+from tests.servers.hooks import Host, action
+from tests.servers.proxied_object import until
+from tests.servers.s3_server import S3Server
+from tests.servers.source_jobs import (
+    content_below,
+    job_with_sources,
+    source_of,
+    store_objects,
+    times_in_store,
+)
+from tests.servers.trees import files_below
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+
+MIB = 1024 * 1024
+
+
+@pytest.fixture
+def transport() -> str:
+    return "kernel"
+
+
+@pytest.fixture
+def host(tmp_path: Path, s3: S3Server, transport: str) -> Iterator[Host]:
+    host = Host(
+        tmp_path / "host",
+        f"file://{tmp_path}/store",
+        environment=s3.environment,
+        settings={"mounts": {"transport": transport}},
+    )
+    yield host
+    for mount in reversed(read_mounts()):
+        if mount.mountpoint.startswith(f"{tmp_path}/"):
+            host.mounts.end(Path(mount.mountpoint))
+    assert [m for m in read_mounts() if m.mountpoint.startswith(f"{tmp_path}/")] == []
+
+
+@pytest.fixture
+def session_dir(tmp_path: Path) -> Path:
+    return tmp_path / "sessions" / "session-1"
+
+
+def mounted(host: Host, session_dir: Path, *sources: Mapping[str, object]) -> list[SourceResult]:
+    told = host.start(job_with_sources(host, *sources), session_dir, file_system="VIRTUAL").sources
+    assert [(each.file_system, each.reason) for each in told] == [("VIRTUAL", "")] * len(told)
+    return told
+
+
+def fetched(host: Host, root: Path) -> int:
+    answer = ask_mount(host.mounts.control_of(root), {"ask": "status"})
+    count: int = json.loads(answer)["counts"]["bytes_fetched"]
+    return count
+
+
+def forget_pages(root: Path) -> None:
+    """Have the kernel ask the server again for what it has been given before."""
+    for path in root.rglob("*"):
+        if path.is_file():
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(fd)
+
+
+@by_each_transport_in_time
+def test_s6_a_mounted_source_is_the_copied_one_and_only_what_is_read_moves(
+    host: Host, s3: S3Server, s3_prefix: str, session_dir: Path, tmp_path: Path
+) -> None:
+    """Caught: a tree whose times are when it was mounted; a whole object for each part of it."""
+    content = store_objects(
+        s3,
+        s3_prefix,
+        {
+            "plates/0001.exr": 30_000,
+            "plates/deep/er/ref.txt": b"a reference",
+            "empty": b"",
+            "\u00e9 + %25 #?.bin": 700,
+            "large.abc": 20 * MIB + 7,
+        },
+    )
+    source = source_of(s3, s3_prefix, Target="/in/shots")
+
+    [told] = mounted(host, session_dir, source)
+
+    root = session_dir / "in/shots"
+    assert (told.files, told.bytes_fetched) == (5, 0)
+    assert {
+        path.relative_to(root).as_posix(): path.stat().st_mtime_ns // 1000
+        for path in root.rglob("*")
+        if path.is_file()
+    } == times_in_store(s3, s3_prefix)
+    assert fetched(host, root) == 0
+    with (root / "large.abc").open("rb") as file:
+        assert os.pread(file.fileno(), 1000, 9 * MIB) == content["large.abc"][9 * MIB :][:1000]
+    assert 0 < fetched(host, root) <= 2 * MIB
+    assert content_below(root) == content
+    assert not list(host.cache_dir.rglob("?" * 32))
+    copied = tmp_path / "copied"
+    host.start(job_with_sources(host, source), copied, file_system="COPIED")
+    assert files_below(root) == files_below(copied / "in/shots")
+    assert str(root) in host.end(session_dir).removed
+    assert list(session_dir.iterdir()) == []
+    host.end(copied)
+
+
+@pytest.mark.expected_events(events.MOUNT_READ_FAILED)
+@by_each_transport_in_time
+def test_s6_an_object_that_is_overwritten_is_an_error_and_the_task_has_failed(
+    host: Host, s3: S3Server, s3_prefix: str, session_dir: Path
+) -> None:
+    """Caught: parts that are asked for without If-Match, so that a file is of two states."""
+    content = store_objects(s3, s3_prefix, {"whole.exr": 5000, "large.abc": 8 * MIB, "gone": 10})
+    [told] = mounted(host, session_dir, source_of(s3, s3_prefix))
+    root = Path(told.local_root)
+    with (root / "large.abc").open("rb") as file:
+        assert file.read(1000) == content["large.abc"][:1000]
+        store_objects(s3, s3_prefix, {"whole.exr": b"new", "large.abc": b"new" * 3 * MIB})
+        s3.client().delete_object(Bucket=s3.bucket, Key=f"{s3_prefix}/gone")
+
+        for offset in (7 * MIB, 4 * MIB):
+            with pytest.raises(OSError, match="Input/output error"):
+                os.pread(file.fileno(), 1000, offset)
+    for name in ("whole.exr", "gone"):
+        with pytest.raises(OSError, match="Input/output error"):
+            (root / name).read_bytes()
+
+    errors = host.mounts.errors(root)
+    assert {(error.path, error.code) for error in errors} == {
+        (name, "E_SOURCE_CHANGED") for name in ("whole.exr", "large.abc", "gone")
+    }
+    assert all(f"s3://{s3.bucket}/{s3_prefix}/{error.path}" in error.reason for error in errors)
+    with pytest.raises(MountReadFailedError, match=r"large\.abc in .*/inputs and 2 more") as caught:
+        host.finish_task(session_dir, action())
+    assert caught.value.exit_code == 87
+    assert host.finish_task(session_dir, action()).files == 0
+
+
+@pytest.mark.expected_events(events.MOUNT_READ_FAILED)
+def test_s6_an_object_whose_sha256_is_demanded_is_read_when_all_of_it_is_verified(
+    tmp_path: Path, s3: S3Server, s3_prefix: str, session_dir: Path, fault_proxy: FaultProxy
+) -> None:
+    """Caught: an object of 3 MiB that is given out part by part, and so unverified."""
+    environment = s3.environment_at(fault_proxy.url)
+    host = Host(tmp_path / "host", f"file://{tmp_path}/store", environment=environment)
+    data = bytes(3 * MIB)
+    answer = s3.client().put_object(
+        Bucket=s3.bucket, Key=f"{s3_prefix}/one", Body=data, ChecksumAlgorithm="SHA256"
+    )
+    source = {
+        "Bucket": s3.bucket,
+        "Key": f"{s3_prefix}/one",
+        "ChecksumSHA256": answer["ChecksumSHA256"],
+    }
+    [told] = mounted(host, session_dir, source)
+    path = Path(told.local_root) / "one"
+    fault_proxy.inject(Fault.WRONG_BYTES, key="/one$")
+
+    with path.open("rb") as file, pytest.raises(OSError, match="Input/output error"):
+        file.read(10)
+
+    [error] = host.mounts.errors(path.parent)
+    assert error.code == "E_CHECKSUM"
+    fault_proxy.clear()
+    until(lambda: readable(path))
+    assert path.read_bytes() == data
+    host.mounts.end(path.parent)
+
+
+def readable(path: Path) -> bool:
+    try:
+        path.read_bytes()
+    except OSError:
+        return False
+    return True
+
+
+def test_s6_what_was_read_stays_what_it_was(
+    host: Host, s3: S3Server, s3_prefix: str, session_dir: Path
+) -> None:
+    content = store_objects(s3, s3_prefix, {"a": 5000, "large": 3 * MIB})
+    [told] = mounted(host, session_dir, source_of(s3, s3_prefix))
+    root = Path(told.local_root)
+    assert content_below(root) == content
+    store_objects(s3, s3_prefix, {"a": b"new", "large": b"new"})
+    forget_pages(root)
+
+    assert content_below(root) == content
+
+
+def test_s6_a_start_that_is_killed_or_done_again_mounts_what_was_listed_first(
+    host: Host, s3: S3Server, s3_prefix: str, session_dir: Path
+) -> None:
+    """Caught: a mount whose snapshot is resolved anew, and shows what has come since."""
+    content = store_objects(s3, s3_prefix, {f"{at}": 100 + at for at in range(20)})
+    job = job_with_sources(host, source_of(s3, s3_prefix))
+    process = host.popen(*host.start_arguments(job, session_dir), "--file-system", "VIRTUAL")
+    sources = host.state_dir / "sessions"
+    until(lambda: bool(list(sources.glob("*.sources/*"))))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    store_objects(s3, s3_prefix, {"later": b"not in the snapshot"})
+
+    [told] = host.start(job, session_dir, file_system="VIRTUAL").sources
+    root = Path(told.local_root)
+    host.start(job, session_dir, file_system="COPIED")
+
+    assert told.file_system == "VIRTUAL"
+    assert content_below(root) == content
+    status = json.loads(ask_mount(host.mounts.control_of(root), {"ask": "status"}))
+    os.kill(status["pid"], signal.SIGKILL)
+    forget_pages(root)
+    assert content_below(root) == content
+    host.end(session_dir)
+    assert list(session_dir.iterdir()) == []
+
+
+def test_s6_what_a_job_writes_over_a_source_is_there_and_no_output(
+    host: Host, s3: S3Server, s3_prefix: str, session_dir: Path
+) -> None:
+    content = store_objects(s3, s3_prefix, {"a": 5000, "b": 5000})
+    [told] = mounted(host, session_dir, source_of(s3, s3_prefix))
+    root = Path(told.local_root)
+    with (root / "a").open("r+b") as file:
+        file.write(b"changed")
+    (root / "new").write_bytes(b"new")
+    (root / "b").unlink()
+
+    result = host.finish_task(session_dir, action())
+
+    assert (result.files, result.deleted) == (0, [])
+    assert content_below(root) == {"a": b"changed" + content["a"][7:], "new": b"new"}
+    client = s3.client()
+    stored = client.get_object(Bucket=s3.bucket, Key=f"{s3_prefix}/a")["Body"].read()
+    assert stored == content["a"]
+
+
+def test_s6_sources_are_mounted_or_copied_each_as_it_says(
+    host: Host, s3: S3Server, s3_prefix: str, session_dir: Path
+) -> None:
+    store_objects(s3, s3_prefix, {"a/1": b"1", "b/2": b"2", "c/3": b"3"})
+    sources = [
+        source_of(s3, f"{s3_prefix}/a", Target="a", Mode="copied"),
+        source_of(s3, f"{s3_prefix}/b", Target="b", Mode="virtual"),
+        source_of(s3, f"{s3_prefix}/c", Target="c"),
+    ]
+
+    told = host.start(job_with_sources(host, *sources), session_dir, file_system="AUTO").sources
+
+    assert [each.file_system for each in told] == ["COPIED", "VIRTUAL", "COPIED"]
+    assert "are few" in told[2].reason
+    assert [content_below(session_dir / each) for each in "abc"] == [
+        {"1": b"1"},
+        {"2": b"2"},
+        {"3": b"3"},
+    ]
+    host.end(session_dir)
+    assert list(session_dir.iterdir()) == []
+
+
+def test_s6_a_source_is_copied_where_it_can_not_be_mounted_and_says_why(
+    host: Host,
+    s3: S3Server,
+    s3_prefix: str,
+    session_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    content = store_objects(s3, s3_prefix, {"a": 5000})
+    monkeypatch.setattr(virtual, "kernel_obstacle", lambda: "there is no /dev/fuse")
+    monkeypatch.setattr(virtual, "fusepy_obstacle", lambda: "there is no /dev/fuse")
+
+    [told] = host.start(
+        job_with_sources(host, source_of(s3, s3_prefix, Mode="VIRTUAL")), session_dir
+    ).sources
+
+    assert (told.file_system, told.reason) == ("COPIED", "there is no /dev/fuse")
+    assert content_below(session_dir / "inputs") == content
+
+
+def test_s7_auto_mounts_what_does_not_fit_and_says_so(
+    host: Host, s3: S3Server, s3_prefix: str, session_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = store_objects(s3, s3_prefix, {"a": 5000, "b": 6000})
+    real = os.statvfs
+
+    def nearly_full(path: object) -> os.statvfs_result:
+        fields = list(real(path))  # type: ignore[arg-type]
+        # f_bavail, in blocks.
+        fields[4] = 2
+        return os.statvfs_result(fields)
+
+    job = job_with_sources(host, source_of(s3, s3_prefix))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "statvfs", nearly_full)
+        [told] = host.start(job, session_dir, file_system="AUTO").sources
+
+    assert told.file_system == "VIRTUAL"
+    assert told.reason == "11000 bytes do not fit where 8192 are free"
+    assert content_below(session_dir / "inputs") == content
+
+
+@pytest.mark.slow
+def test_s6_two_thousand_objects_are_the_same_tree_mounted_and_copied(
+    host: Host, s3: S3Server, s3_prefix: str, tmp_path: Path
+) -> None:
+    content = store_objects(
+        s3, s3_prefix, {f"shot {at % 20:02}/{at:05}.exr": 3000 + at for at in range(2000)}
+    )
+    source = source_of(s3, s3_prefix)
+    virtual_dir, copied_dir = tmp_path / "virtual", tmp_path / "copied"
+
+    [seen] = mounted(host, virtual_dir, source)
+    [copied] = host.start(job_with_sources(host, source), copied_dir, file_system="COPIED").sources
+
+    root = Path(seen.local_root)
+    few = sorted(content)[:20]
+    assert all((root / name).read_bytes() == content[name] for name in few)
+    assert fetched(host, root) == sum(len(content[name]) for name in few)
+    assert (seen.files, copied.files) == (2000, 2000)
+    assert copied.bytes_fetched == sum(map(len, content.values()))
+    facts = files_below(Path(copied.local_root))
+    assert facts == files_below(root)
+    assert {name: fact.mtime_us for name, fact in facts.items()} == times_in_store(s3, s3_prefix)
+    host.end(virtual_dir)
+    host.end(copied_dir)
