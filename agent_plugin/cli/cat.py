@@ -1,6 +1,9 @@
 """`propmaster cat`: one result file of a job, on standard output."""
 
+import shutil
 import sys
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
@@ -8,21 +11,34 @@ import click
 from agent_plugin.cli.job_results import (
     by_root_option,
     check_ids,
-    executions_of,
     job_and_path,
+    no_such_result,
     of_a_job,
+    published_option,
+    result_servers,
 )
+from agent_plugin.content.errors import JobInvalidError
 from agent_plugin.content.safe_path import split
 from agent_plugin.content.store import Cancellation
+from agent_plugin.publish.get_published import PublishedWish, get_documents
 from agent_plugin.publish.reading import choose, read_out
-from agent_plugin.publish.results import files_of
-from agent_plugin.services import ask_store
-from agent_plugin.settings import load
+from agent_plugin.publish.result_documents import ResultsDocument
+from agent_plugin.publish.results import (
+    check_only,
+    files_of,
+    find_documents,
+    find_executions,
+    find_job,
+)
+from agent_plugin.publish.unpack import UnpackLimits
+from agent_plugin.services import ask_store, open_services
+from agent_plugin.settings import Settings, load
 
 
 @click.command(name="cat")
 @of_a_job("JOB/PATH")
 @by_root_option
+@published_option
 @click.option(
     "--config",
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
@@ -37,20 +53,61 @@ def command(
     task_id: str | None,
     only: tuple[str, ...],
     by_root: bool,
+    published: bool,
     config: Path | None,
 ) -> None:
     """Print the result file PATH of JOB as it is, verified; JOB may be the beginning of an id."""
+    settings = load(config)
     check_ids(farm_id, queue_id, step_id, task_id)
     name, given = job_and_path(job)
     path = "/".join(split(given))
     # Signals raise in this thread, which may be waiting for whoever reads our output.
     cancellation = Cancellation()
-    asking = ask_store(load(config), store_url, cancellation=cancellation, queue_id=queue_id)
+    asking = ask_store(settings, store_url, cancellation=cancellation, queue_id=queue_id)
+    where = (farm_id, queue_id)
     try:
-        _, executions = executions_of(
-            asking, name, (farm_id, queue_id), step_id=step_id, task_id=task_id, only=only
-        )
-        files = {each.id: files_of(each, path, by_root=by_root) for each in executions}
+        job_id = find_job(asking, *where, name)
+        of_job = (*where, job_id)
+        executions = find_executions(asking, of_job, step_id=step_id, task_id=task_id)
+        documents: Mapping[str, ResultsDocument] = {}
+        if published or not executions:
+            documents = find_documents(asking, of_job, step_id=step_id, task_id=task_id)
+        if documents or published:
+            check_only(job_id, documents, only)
+            chosen = {n: d for n, d in documents.items() if not only or n in only}
+            _print_published(chosen, path, job_id, settings, store_url, queue_id)
+            return
+        check_only(job_id, [each.id for each in executions], only)
+        files = {
+            each.id: files_of(each, path, by_root=by_root)
+            for each in executions
+            if not only or each.id in only
+        }
         read_out(asking, choose(files, path).digest, sys.stdout.buffer.write)
     finally:
         cancellation.cancel()
+
+
+def _print_published(
+    documents: Mapping[str, ResultsDocument],
+    path: str,
+    job_id: str,
+    settings: Settings,
+    store_url: str,
+    queue_id: str,
+) -> None:
+    """Print a file that publishers published; all of its result comes first, and is verified."""
+    wish = PublishedWish(path, merge=True, raw=False, overwrite=False, limits=UnpackLimits())
+    servers = result_servers(settings, queue_id)
+    with tempfile.TemporaryDirectory(prefix="propmaster-cat-") as directory:
+        to = Path(directory, "results")
+        with open_services(
+            settings, store_url, cancellation=Cancellation(), queue_id=queue_id, quiet=True
+        ) as context:
+            result = get_documents(documents, context, servers, job_id, to, wish)
+        if not result.files:
+            raise no_such_result(job_id, path)
+        if not (to / path).is_file():
+            raise JobInvalidError(f"{path} is a directory of results", hint="name a file")
+        with (to / path).open("rb") as file:
+            shutil.copyfileobj(file, sys.stdout.buffer)

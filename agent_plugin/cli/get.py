@@ -1,27 +1,30 @@
 """`propmaster get`: the result files of a job, on this host."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import click
 
 from agent_plugin.cli.job_results import (
     by_root_option,
     check_ids,
+    count_files,
     job_and_path,
+    no_such_result,
     of_a_job,
+    published_option,
     result_servers,
 )
 from agent_plugin.cli.options import common_options, print_json, say
 from agent_plugin.cli.signals import cancel_on_signals
-from agent_plugin.content.errors import JobInvalidError
-from agent_plugin.publish.get_published import PublishedWish, get_published
+from agent_plugin.content.errors import BlobNotFoundError
+from agent_plugin.publish.get_published import PublishedWish, get_documents
 from agent_plugin.publish.getting import GetResult, get
-from agent_plugin.publish.published import ResultServers, choose_results, find_published
 from agent_plugin.publish.result_documents import ResultsDocument
 from agent_plugin.publish.results import check_only, find_documents, find_executions, find_job
-from agent_plugin.publish.unpack import UnpackLimits
+from agent_plugin.publish.unpack import FILE_BYTES, TOTAL_BYTES, UnpackLimits
 from agent_plugin.services import open_services
 from agent_plugin.settings import load
 from agent_plugin.sizes import Size
@@ -30,10 +33,6 @@ from agent_plugin.transfer.progress import format_bytes
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-# What Bacalhau's `get` allows a file; and ten of them.
-FILE_LIMIT: Final = "100 GiB"
-TOTAL_LIMIT: Final = "1 TiB"
 
 
 class _Bytes(click.ParamType[int, str]):
@@ -57,23 +56,19 @@ def _of_published(function: Callable[P, R]) -> Callable[P, R]:
         click.option(
             "--max-total-size",
             type=_Bytes(),
-            default=TOTAL_LIMIT,
+            default=TOTAL_BYTES,
             metavar="SIZE",
-            help=f"The most that an archive may become; {TOTAL_LIMIT}.",
+            help="The most that an archive may become; 1 TiB.",
         ),
         click.option(
             "--max-file-size",
             type=_Bytes(),
-            default=FILE_LIMIT,
+            default=FILE_BYTES,
             metavar="SIZE",
-            help=f"The most that a file of an archive may have; {FILE_LIMIT}.",
+            help="The most that a file of an archive may have; 100 GiB.",
         ),
         click.option("--raw", is_flag=True, help="As --published, and archives as they are."),
-        click.option(
-            "--published",
-            is_flag=True,
-            help="Take what publishers published, not what is in the store.",
-        ),
+        published_option,
     ):
         function = decorate(function)
     return function
@@ -137,48 +132,42 @@ def command(
             documents = find_documents(context, where, step_id=step_id, task_id=task_id)
         if documents or published or raw:
             check_only(job_id, documents, only)
-            wish = PublishedWish(
-                path, merge, raw, overwrite, UnpackLimits(max_file_size, max_total_size)
-            )
-            servers = result_servers(settings, queue_id)
+            limits = UnpackLimits(max_file_size, max_total_size)
+            wish = PublishedWish(path, merge, raw, overwrite, limits)
             chosen = {n: d for n, d in documents.items() if not only or n in only}
-            result = _from_publishers(chosen, context, servers, job_id, place, wish)
+            servers = result_servers(settings, queue_id)
+            result = get_documents(chosen, context, servers, job_id, place, wish)
         else:
             check_only(job_id, [execution.id for execution in executions], only)
-            result = get(
-                [execution for execution in executions if not only or execution.id in only],
-                context,
-                job_id,
-                place,
-                path=path,
-                merge=merge,
-                by_root=by_root,
-                overwrite=overwrite,
-            )
+            with _telling_of_published(context, where):
+                result = get(
+                    [execution for execution in executions if not only or execution.id in only],
+                    context,
+                    job_id,
+                    place,
+                    path=path,
+                    merge=merge,
+                    by_root=by_root,
+                    overwrite=overwrite,
+                )
     if path and not result.files:
-        raise JobInvalidError(
-            f"there is no result {path} of {job_id}", hint="`propmaster ls JOB` lists what there is"
-        )
+        raise no_such_result(job_id, path)
     if as_json:
         print_json(result)
         return
     _print(result)
 
 
-def _from_publishers(
-    documents: Mapping[str, ResultsDocument],
-    context: TransferContext,
-    servers: ResultServers,
-    job_id: str,
-    to: Path,
-    wish: PublishedWish,
-) -> GetResult:
-    found = [
-        find_published(name, document, result, servers, context)
-        for name, document in documents.items()
-        for result in choose_results(document, every=wish.raw)
-    ]
-    return get_published(found, context, job_id, to, wish)
+@contextmanager
+def _telling_of_published(context: TransferContext, job: tuple[str, str, str]) -> Iterator[None]:
+    """Say of content that the store has not any more where else it may be."""
+    try:
+        yield
+    except BlobNotFoundError as error:
+        if not find_documents(context, job):
+            raise
+        hint = "What publishers published may be there still: try --published."
+        raise BlobNotFoundError(error.message, hint=hint) from error
 
 
 def _print(result: GetResult) -> None:
@@ -186,10 +175,9 @@ def _print(result: GetResult) -> None:
         say(f"no results of {result.job}")
         return
     for execution in result.executions if len(result.executions) > 1 else ():
-        files = "1 file" if execution.files == 1 else f"{execution.files} files"
-        say(f"execution {execution.execution}: {files}")
+        say(f"execution {execution.execution}: {count_files(execution.files)}")
     say(f"to {result.to}:")
     say(
-        f"{result.files} files, {format_bytes(result.bytes)},"
+        f"{count_files(result.files)}, {format_bytes(result.bytes)},"
         f" {format_bytes(result.bytes_fetched)} fetched, {result.seconds} s"
     )

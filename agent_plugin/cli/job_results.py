@@ -7,18 +7,22 @@ from typing import ParamSpec, TypeVar
 import click
 
 from agent_plugin.cli.options import farm_option, queue_option, store_option
+from agent_plugin.content.errors import ObjectNotFoundError
 from agent_plugin.publish.published import ResultServers
-from agent_plugin.publish.results import JobExecution, find_executions, find_job
 from agent_plugin.services import store_limits
 from agent_plugin.session.job import check_id
 from agent_plugin.settings import Settings
-from agent_plugin.transfer.asking import Asking
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 by_root_option = click.option(
     "--by-root", is_flag=True, help="Have each root's files in a directory of its own."
+)
+
+
+published_option = click.option(
+    "--published", is_flag=True, help="Take what publishers published, not what is in the store."
 )
 
 
@@ -69,39 +73,22 @@ def check_ids(farm_id: str, queue_id: str, step_id: str | None, task_id: str | N
             raise click.UsageError("--task-id needs --step-id")
 
 
+def count_files(number: int) -> str:
+    """Return a number of files in words."""
+    return "1 file" if number == 1 else f"{number} files"
+
+
+def no_such_result(job_id: str, path: str) -> ObjectNotFoundError:
+    """Return the error for a path that no execution has."""
+    return ObjectNotFoundError(
+        f"there is no result {path} of {job_id}", hint="`propmaster ls JOB` lists what there is"
+    )
+
+
 def job_and_path(argument: str) -> tuple[str, str]:
     """Return the two parts of `JOB/path`; the path is empty when there is none."""
     job, _, path = argument.partition("/")
     return job, path
-
-
-def executions_of(
-    asking: Asking,
-    job: str,
-    queue: tuple[str, str],
-    *,
-    step_id: str | None,
-    task_id: str | None,
-    only: tuple[str, ...],
-) -> tuple[str, list[JobExecution]]:
-    """Return a job's id and those of its executions that are meant.
-
-    Args:
-        asking: Of the store.
-        job: The id or its beginning.
-        queue: The ids of farm and queue.
-        step_id: Only of this step.
-        task_id: Only of this task.
-        only: Only these.
-
-    Raises:
-        PropmasterError: As find_job and find_executions.
-    """
-    job_id = find_job(asking, *queue, job)
-    executions = find_executions(
-        asking, (*queue, job_id), step_id=step_id, task_id=task_id, only=only
-    )
-    return job_id, executions
 
 
 def result_servers(settings: Settings, queue_id: str) -> ResultServers:

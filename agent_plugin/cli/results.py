@@ -8,7 +8,7 @@ from typing import Final
 import click
 import msgspec
 
-from agent_plugin.cli.job_results import check_ids, of_a_job, result_servers
+from agent_plugin.cli.job_results import check_ids, count_files, of_a_job, result_servers
 from agent_plugin.cli.options import common_options, print_json, say
 from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.publish.presigning import PresignedResult, parse_duration, presign, presign_files
@@ -191,7 +191,7 @@ def _print(result: JobResults) -> None:
         say(f"execution {execution.execution}:")
         say(f"  of {execution.task or execution.step}")
         if execution.files:
-            say(f"  {execution.files} files, {format_bytes(execution.bytes)}, in the store")
+            say(f"  {count_files(execution.files)}, {format_bytes(execution.bytes)}, in the store")
         for each in execution.results:
             say(f"  published: {each.url}")
         for failure in execution.failures:

@@ -12,11 +12,14 @@ import hashlib
 import os
 import struct
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, Self
 
+from agent_plugin.content import events
 from agent_plugin.content.digest import READ_BYTES, hash_fd, hash_name
 from agent_plugin.content.errors import (
     ArchiveUnsafeError,
@@ -32,10 +35,12 @@ from agent_plugin.content.store import WHOLE_BLOB_BYTES, Cancellation
 from agent_plugin.publish.published import PublishedObject
 from agent_plugin.transfer.context import TransferContext
 from agent_plugin.transfer.engine import TICK_SECONDS, Crew, Products
-from agent_plugin.transfer.ledger import TaskSpec, TransferRow, TransferSpec
+from agent_plugin.transfer.ledger import TaskSpec, TransferSpec
 from agent_plugin.transfer.progress import Meter
 from agent_plugin.transfer.states import TaskStatus
 from agent_plugin.transfer.steering import Steering
+
+log = events.get_logger()
 
 # Each fetches a large object in parallel ranges by itself.
 AT_ONCE: Final = 8
@@ -72,7 +77,38 @@ def fetch(
         CancelledError: On request. What has come is used by the next run.
         TransferStateError: Another process carries the same transfer out right now.
     """
-    return _Fetch(root, context, spec).run(wanted)
+    tasks = [TaskSpec(_source(w), w.at, w.published.info.size) for w in wanted]
+    row = context.ledger.begin(spec, tasks, context.cancellation)
+    halt = Cancellation()
+    failure: PropmasterError | None = None
+    begun = time.monotonic()
+    size = sum(task.size for task in tasks)
+    try:
+        meter = Meter(len(tasks), size)
+        steering = Steering(context, row, halt, meter, lambda _tasks: None)
+        with context.view(spec.kind) as steering.view:
+            fetched = _Fetch(root, context, halt, steering).run(wanted)
+    except PropmasterError as error:
+        failure = error
+        raise
+    except BaseException:
+        failure = CancelledError("interrupted")
+        raise
+    finally:
+        halt.cancel()
+        context.ledger.finish(row.id, failure)
+    log.info(
+        events.TRANSFER_COMPLETED,
+        extra={
+            "transfer": row.id,
+            "kind": spec.kind,
+            "files": len(tasks),
+            "bytes": size,
+            "bytes_fetched": fetched,
+            "seconds": round(time.monotonic() - begun, 3),
+        },
+    )
+    return fetched
 
 
 class _Ranges:
@@ -109,59 +145,39 @@ class _Ranges:
 
 
 class _Fetch:
-    def __init__(self, root: Root, context: TransferContext, spec: TransferSpec) -> None:
+    def __init__(
+        self, root: Root, context: TransferContext, halt: Cancellation, steering: Steering
+    ) -> None:
         self._root = root
         self._context = context
-        self._spec = spec
-        self._halt = Cancellation()
+        self._halt = halt
+        self._steering = steering
         self._fetched = 0
-        self._ids: dict[tuple[str, str], int] = {}
 
     def run(self, wanted: Sequence[Wanted]) -> int:
-        ledger = self._context.ledger
-        tasks = [TaskSpec(_source(w), w.at, w.published.info.size) for w in wanted]
-        row = ledger.begin(self._spec, tasks, self._context.cancellation)
-        failure: PropmasterError | None = None
-        try:
-            self._run(wanted, row)
-        except PropmasterError as error:
-            failure = error
-            raise
-        except BaseException:
-            failure = CancelledError("interrupted")
-            raise
-        finally:
-            self._halt.cancel()
-            ledger.finish(row.id, failure)
-        return self._fetched
-
-    def _run(self, wanted: Sequence[Wanted], row: TransferRow) -> None:
-        meter = Meter(len(wanted), sum(each.published.info.size for each in wanted))
-        steering = Steering(self._context, row, self._halt, meter, lambda _tasks: None)
-        self._ids = steering.tasks
         products: Products[Wanted, int] = Products()
         crew = Crew(self._bring, products, AT_ONCE, self._halt)
         try:
-            with self._context.view(self._spec.kind) as steering.view:
-                for each in wanted:
-                    crew.order(each)
-                outstanding = len(wanted)
-                while outstanding:
-                    steering.tick()
-                    if (taken := products.take(TICK_SECONDS)) is None:
-                        continue
-                    outstanding -= 1
-                    self._settle(*taken)
-                    task = self._ids[_source(taken[0]), taken[0].at]
-                    steering.settle(task)
-                    steering.count(task, taken[0].published.info.size, files=1)
-                steering.finish()
+            for each in wanted:
+                crew.order(each)
+            outstanding = len(wanted)
+            while outstanding:
+                self._steering.tick()
+                if (taken := products.take(TICK_SECONDS)) is None:
+                    continue
+                outstanding -= 1
+                self._settle(*taken)
+            self._steering.finish()
         finally:
             crew.close()
             products.close()
+        return self._fetched
+
+    def _task(self, wanted: Wanted) -> int:
+        return self._steering.tasks[_source(wanted), wanted.at]
 
     def _settle(self, wanted: Wanted, result: int | BaseException) -> None:
-        task = self._ids[_source(wanted), wanted.at]
+        task = self._task(wanted)
         if isinstance(result, BaseException):
             if isinstance(result, OSError):
                 failure: BaseException = local_write_error(result, f"{self._root.path}/{wanted.at}")
@@ -172,6 +188,8 @@ class _Fetch:
                 self._context.ledger.note(task, TaskStatus.FAILED, failure)
             raise failure
         self._fetched += result
+        self._steering.settle(task)
+        self._steering.count(task, 0, files=1)
 
     # ------------------------------------------------------------------ on the crew's threads
 
@@ -180,9 +198,11 @@ class _Fetch:
         published = wanted.published
         parent, _, name = wanted.at.rpartition("/")
         with self._root.holding(parent) as directory:
+            task = self._task(wanted)
             if self._is_there(published, name, directory):
+                self._steering.count(task, published.info.size, moved=False)
                 return 0
-            with self._context.attempt(self._ids[_source(wanted), wanted.at]):
+            with self._context.attempt(task):
                 return self._fetch(wanted, name, directory)
 
     def _is_there(self, published: PublishedObject, name: str, directory: int) -> bool:
@@ -229,17 +249,21 @@ class _Fetch:
 
     def _fill(self, wanted: Wanted, fd: int, ranges: "_Ranges") -> int:
         info = wanted.published.info
+        task = self._task(wanted)
+        count = partial(self._steering.count, task)
         if info.size <= WHOLE_BLOB_BYTES:
             os.ftruncate(fd, 0)
-            wanted.objects.fetch(info, fd, cancellation=self._halt)
+            wanted.objects.fetch(info, fd, cancellation=self._halt, progress=count)
             return info.size
         have = ranges.read()
+        self._steering.count(task, sum(have.values()), moved=False)
         wanted.objects.fetch(
             info,
             fd,
             cancellation=self._halt,
             have=have.keys(),
             arrived=ranges.append,
+            progress=count,
         )
         return max(0, info.size - sum(have.values()))
 

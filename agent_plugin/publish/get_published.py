@@ -27,7 +27,13 @@ from agent_plugin.publish.arrival import Arrival, arriving, move
 from agent_plugin.publish.clashes import find_clashes, refuse
 from agent_plugin.publish.fetching import Wanted, fetch
 from agent_plugin.publish.getting import GetResult, GotExecution
-from agent_plugin.publish.published import PublishedResult
+from agent_plugin.publish.published import (
+    PublishedResult,
+    ResultServers,
+    choose_results,
+    find_published,
+)
+from agent_plugin.publish.result_documents import ResultsDocument
 from agent_plugin.publish.unpack import UnpackLimits, unpack
 from agent_plugin.transfer.context import TransferContext
 from agent_plugin.transfer.ledger import TransferSpec
@@ -61,6 +67,35 @@ class _Arrived:
 
     def below(self, path: str) -> str:
         return f"{self.at}/{path}" if self.at else path
+
+
+def get_documents(
+    documents: Mapping[str, ResultsDocument],
+    context: TransferContext,
+    servers: ResultServers,
+    job_id: str,
+    to: Path,
+    wish: PublishedWish,
+) -> GetResult:
+    """Bring what result documents tell of: of each execution one result, or all that are raw.
+
+    Args:
+        documents: By execution.
+        context: The services.
+        servers: Where results are asked for.
+        job_id: The job.
+        to: Where the files go; absolute.
+        wish: What is wanted, and how.
+
+    Raises:
+        PropmasterError: As find_published and get_published.
+    """
+    found = [
+        find_published(name, document, result, servers, context)
+        for name, document in documents.items()
+        for result in choose_results(document, every=wish.raw)
+    ]
+    return get_published(found, context, job_id, to, wish)
 
 
 def get_published(

@@ -9,10 +9,12 @@ import binascii
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 from agent_plugin.content.bandwidth import Bandwidth
 from agent_plugin.content.errors import JobInvalidError, UnsafePathError
 from agent_plugin.content.leftovers import is_partial
+from agent_plugin.content.manifest import MAX_ENTRIES
 from agent_plugin.content.objects import ObjectAccess, ObjectInfo
 from agent_plugin.content.retry import RetryPolicy
 from agent_plugin.content.s3_objects import S3Objects, open_objects
@@ -122,10 +124,13 @@ def find_published(
         sha256 = _sha256_of(result)
         archive = PublishedObject(info, name, sha256=sha256, is_archive=True)
         return PublishedResult(execution, result, objects, (archive,))
-    listed = asking.lanes.run(
-        lambda: list(objects.list(params.bucket, params.key, cancellation=asking.cancellation)),
-        asking.cancellation,
-    )
+    found_below = objects.list(params.bucket, params.key, cancellation=asking.cancellation)
+    listed = asking.lanes.run(lambda: [*islice(found_below, MAX_ENTRIES + 1)], asking.cancellation)
+    if len(listed) > MAX_ENTRIES:
+        raise JobInvalidError(
+            f"{result.url}: more than {MAX_ENTRIES} objects are below it",
+            hint="the result document was changed, or others write below that key",
+        )
     keys = [info.key for info in listed if not info.key.endswith("/")]
     asked = [asking.lanes.submit(partial(objects.head, params.bucket, key)) for key in keys]
     found = []

@@ -14,7 +14,7 @@ from typing import Final
 import xxhash
 
 from agent_plugin.content.digest import Digest
-from agent_plugin.content.errors import BlobCorruptError, JobInvalidError
+from agent_plugin.content.errors import BlobCorruptError, JobInvalidError, ObjectNotFoundError
 from agent_plugin.content.manifest import FileEntry
 from agent_plugin.content.store import WHOLE_BLOB_BYTES
 from agent_plugin.publish.clashes import Clash, refuse
@@ -35,7 +35,8 @@ def choose(files: Mapping[str, Mapping[str, FileEntry]], path: str) -> FileEntry
         path: In their results, normalised.
 
     Raises:
-        JobInvalidError: No execution has a file of that path; it may be a directory.
+        ObjectNotFoundError: No execution has anything of that path.
+        JobInvalidError: It is a directory.
         ResultClashError: Several have, and they differ.
     """
     found = {execution: had[path] for execution, had in files.items() if path in had}
@@ -47,7 +48,7 @@ def choose(files: Mapping[str, Mapping[str, FileEntry]], path: str) -> FileEntry
                 f"{path or 'the whole of a job'} is a directory of results, with {shown}",
                 hint="name a file",
             )
-        raise JobInvalidError(
+        raise ObjectNotFoundError(
             f"there is no result {path}", hint="`propmaster ls JOB` lists those that there are"
         )
     digests = {entry.digest for entry in found.values()}

@@ -33,6 +33,9 @@ from agent_plugin.content.parts import write_all
 from agent_plugin.content.safe_path import Root, split
 from agent_plugin.content.store import Cancellation
 
+# What Bacalhau's `get` allows a file, and ten of them.
+FILE_BYTES: Final = 100 * 1024**3
+TOTAL_BYTES: Final = 1024**4
 # Linux's NAME_MAX, of every file system that matters here.
 MAX_NAME_BYTES: Final = 255
 # What a member says of itself besides its content, a long name for example: tarfile reads it into
@@ -81,8 +84,8 @@ class UnpackLimits:
         members: Files, directories and links.
     """
 
-    file_bytes: int
-    total_bytes: int
+    file_bytes: int = FILE_BYTES
+    total_bytes: int = TOTAL_BYTES
     members: int = MAX_ENTRIES
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 
 from agent_plugin.content.leftovers import is_partial
+from agent_plugin.sources.spec import decode_source
 from tests.servers.hooks import FARM, JOB, QUEUE, Host, action
 from tests.servers.s3_server import S3Server
 from tests.servers.sessions import MTIME_NS, Sessions
@@ -157,6 +158,22 @@ def test_o7_published_results_come_by_themselves_when_the_manifests_have_gone(
     p.run("get", JOB[:12], "--to", p.to)
 
     assert p.files() == {"renders/1.exr": b"one"}
+    assert "    3 bytes  renders/1.exr" in p.run("ls", JOB).stdout
+    assert p.run("cat", f"{JOB}/renders/1.exr").stdout == "one"
+
+
+def test_o7_content_that_the_store_has_lost_may_be_published_still(published: Published) -> None:
+    p = published
+    p.ran({"Key": "all"}, {"renders/1.exr": b"one"})
+    client = p.s3.client()
+    prefix = f"{p.user.store_url.partition(p.bucket + '/')[2]}/Data/"
+    for entry in client.list_objects_v2(Bucket=p.bucket, Prefix=prefix)["Contents"]:
+        client.delete_object(Bucket=p.bucket, Key=entry["Key"])
+
+    done = p.run("get", JOB, "--to", p.to, code=69)
+
+    assert "try --published" in done.stderr
+    assert p.get()["files"] == 1
 
 
 # ------------------------------------------------------------ archives
@@ -179,6 +196,7 @@ def test_o7_archives_are_verified_and_unpacked(published: Published, encoding: s
     }
     assert p.files()[f"{two}/renders/2.exr"] == b"two"
     assert result["files"] == 4
+    assert p.run("cat", f"{JOB}/renders/log", "--published", "--execution", two).stdout == "2"
     assert p.get("--execution", one, what=f"{JOB}/renders/log")["files"] == 1
     assert p.files()["renders/log"] == b"1", "one execution has no directory of its own"
 
@@ -302,7 +320,10 @@ def test_o5_results_tells_what_was_published_and_what_is_in_the_store(published:
     assert [each["Params"]["Key"] for each in result["Results"]] == [
         f"{published.prefix}/{one}.tar.gz", f"{published.prefix}/{two}.tar.gz",
     ]  # fmt: skip
-    assert {frozenset(each) for each in result["Results"]} == {frozenset({"Type", "Params"})}
+    sources = [decode_source(each, source="results") for each in result["Results"]]
+    assert [source.key for source in sources] == [
+        each["Params"]["Key"] for each in result["Results"]
+    ]
     assert f"  published: s3://{published.bucket}/{published.prefix}/{one}.tar.gz" in text
 
 

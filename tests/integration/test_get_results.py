@@ -373,10 +373,10 @@ def test_o7_without_to_a_folder_of_the_jobs_name_is_made_where_one_is(
 
 
 REFUSED: list[tuple[list[str], int, str]] = [
-    (["cat", f"{JOB}/renders/none"], 66, "there is no result renders/none"),
+    (["cat", f"{JOB}/renders/none"], 91, "there is no result renders/none"),
     (["cat", f"{JOB}/renders"], 66, "is a directory of results, with renders/1"),
     (["cat", f"{JOB}/renders/log"], 101, "renders/log: sessionaction-"),
-    (["get", f"{JOB}/none"], 66, "there is no result none"),
+    (["get", f"{JOB}/none"], 91, "there is no result none"),
     (["ls", "job-7777/../x"], 73, "below its root"),
     (["ls", "7777"], 66, "nor the beginning of one"),
     (["ls", "job-12345"], 66, "no job with outputs begins with job-12345"),
