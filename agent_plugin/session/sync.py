@@ -6,8 +6,9 @@ several manifests have at one place of this host is the newest's, by the store's
 the jobs that are asked for, and whether that one comes now or has come before.
 
 Job after job is brought and then noted in the checkpoint. A failure that is one job's own (content
-that is missing or damaged, a path that can not be written) leaves the others alone and is tried
-again by the next syncs, MAX_TRIES times in all; any other ends the sync.
+that is missing or damaged, a path that can not be written) leaves the others alone, and keeps back
+the files of the manifests at fault; it is tried again by the next syncs, MAX_TRIES times in all.
+Any other ends the sync.
 """
 
 import os
@@ -148,14 +149,15 @@ class _Job:
     Attributes:
         infos: Its manifests that are new, by their keys.
         told: What will be told of it.
-        files: By the directory they go below, its files that are the newest of their path.
+        files: By manifest, and by the directory they go below, the files that are the newest of
+            their path.
         broken: The keys of manifests that are of no use.
         failure: Why something can not be brought.
     """
 
     infos: dict[str, DocumentInfo]
     told: SyncedJob
-    files: dict[Path, list[FileEntry]] = field(default_factory=dict)
+    files: dict[str, dict[Path, list[FileEntry]]] = field(default_factory=dict)
     broken: set[str] = field(default_factory=set)
     failure: PropmasterError | None = None
 
@@ -319,7 +321,7 @@ class _Sync:
 
     def _share_out(self, manifests: Sequence[tuple[str, OutputManifest]]) -> None:
         """Give each path of this host to the newest manifest that has it."""
-        owners: dict[str, tuple[_Job | None, Path, FileEntry]] = {}
+        owners: dict[str, tuple[_Job | None, str, Path, FileEntry]] = {}
         for job_id, output in manifests:
             job = self.jobs.get(job_id)
             if job is not None and output.key not in job.infos:
@@ -331,10 +333,10 @@ class _Sync:
                     self._break(job, output.key, error)
                 continue
             for root, entry in placed:
-                owners[f"{root}/{entry.path}"] = (job, root, entry)
-        for owner, root, entry in owners.values():
+                owners[f"{root}/{entry.path}"] = (job, output.key, root, entry)
+        for owner, key, root, entry in owners.values():
             if owner is not None:
-                owner.files.setdefault(root, []).append(entry)
+                owner.files.setdefault(key, {}).setdefault(root, []).append(entry)
 
     def _placed(
         self, job: _Job | None, job_id: str, output: OutputManifest
@@ -359,13 +361,7 @@ class _Sync:
         """Place a job's files, and note how far that came."""
         done = job.infos.keys() - job.broken
         if job_id in self._rules:
-            try:
-                self._place(job_id, job)
-            except _END_THE_SYNC:
-                raise
-            except PropmasterError as error:
-                job.fail(error)
-                done = set()
+            done = self._place_all(job_id, job, sorted(done))
         if self._request.dry_run or not job.infos:
             return
         if done:
@@ -377,41 +373,64 @@ class _Sync:
         for tries, marks in by_tries.items():
             self._checkpoint.advance(Advance(job_id, failed=marks, tries=tries))
 
-    def _place(self, job_id: str, job: _Job) -> None:
+    def _place_all(self, job_id: str, job: _Job, keys: Sequence[str]) -> set[str]:
+        """Place the files of a job's manifests; return those whose files are all in place."""
+        try:
+            self._place(job_id, job, keys)
+        except _END_THE_SYNC:
+            raise
+        except PropmasterError as error:
+            job.fail(error)
+        else:
+            return {*keys}
+        # One of them is at fault; what the others' tasks have left is wanted all the same.
+        alone = keys if len(keys) > 1 else ()
+        return {key for each in alone for key in self._place_all(job_id, job, [each])}
+
+    def _place(self, job_id: str, job: _Job, keys: Sequence[str]) -> None:
         told, context = job.told, self._context
-        told.roots = sorted(os.fspath(root) for root in job.files)
+        files: dict[Path, list[FileEntry]] = {}
+        for key in keys:
+            for root, entries in job.files.get(key, {}).items():
+                files.setdefault(root, []).extend(entries)
+        told.roots = sorted({*told.roots, *map(os.fspath, files)})
         # Checked before anything is written: two files may want what only one can have.
         manifests = {
             root: Manifest(entries, source=f"what {job_id} has left")
-            for root, entries in job.files.items()
+            for root, entries in files.items()
         }
         if self._request.dry_run:
-            told.files = sum(len(manifest.entries) for manifest in manifests.values())
-            told.bytes = sum(manifest.total_bytes for manifest in manifests.values())
+            told.files += sum(len(manifest.entries) for manifest in manifests.values())
+            told.bytes += sum(manifest.total_bytes for manifest in manifests.values())
             return
-        plans = [self._planned(told, manifest, root) for root, manifest in manifests.items()]
+        plans = [
+            plan_download(manifest, root, context.index, cancellation=context.cancellation)
+            for root, manifest in manifests.items()
+        ]
+        conflict = self._request.conflict
+        settled = [settle(plan, conflict, context.index, context.cancellation) for plan in plans]
         survey(plans, context.cache, context.cancellation)
         with context.leased(job_id, {digest for plan in plans for digest in plan.wanted}):
             for plan in plans:
-                spec = TransferSpec(
-                    kind="outputs",
-                    source=context.store_url,
-                    destination=os.fspath(plan.root),
-                    session=f"sync {job_id}",
-                    job=job_id,
-                )
-                if plan.wanted or plan.retimed:
-                    told.bytes_fetched += download(plan, context, spec).bytes_fetched
-                told.files += plan.files_to_place + len(plan.kept)
-                told.bytes += plan.bytes_to_place + sum(entry.size for entry in plan.kept)
+                told.bytes_fetched += self._download(job_id, plan)
+        for plan, each in zip(plans, settled, strict=True):
+            told.left += len(each.left)
+            told.copies += [f"{plan.root}/{path}" for path in each.copies]
+            told.files += plan.files_to_place + len(plan.kept)
+            told.bytes += plan.bytes_to_place + sum(entry.size for entry in plan.kept)
 
-    def _planned(self, told: SyncedJob, manifest: Manifest, root: Path) -> DownloadPlan:
-        context = self._context
-        plan = plan_download(manifest, root, context.index, cancellation=context.cancellation)
-        settled = settle(plan, self._request.conflict, context.index, context.cancellation)
-        told.left += len(settled.left)
-        told.copies += [f"{root}/{path}" for path in settled.copies]
-        return plan
+    def _download(self, job_id: str, plan: DownloadPlan) -> int:
+        """Carry a plan out, if there is anything to do; return the bytes that were fetched."""
+        if not plan.wanted and not plan.retimed:
+            return 0
+        spec = TransferSpec(
+            kind="outputs",
+            source=self._context.store_url,
+            destination=os.fspath(plan.root),
+            session=f"sync {job_id}",
+            job=job_id,
+        )
+        return download(plan, self._context, spec).bytes_fetched
 
 
 def _fetch(store: Store, info: DocumentInfo) -> OutputManifest | PropmasterError:

@@ -404,6 +404,25 @@ def test_a_damaged_manifest_keeps_only_itself_back(queue: RenderQueue) -> None:
     assert contents(queue.show) == {"first": b"1", "second": b"2"}
 
 
+def test_content_that_is_missing_keeps_only_its_tasks_files_back(queue: RenderQueue) -> None:
+    for number in range(4):
+        queue.render(1, {f"{number}": b"of %d" % number, f"more {number}": 100}, task=number)
+    blob = blob_of(queue, b"of 1")
+    lost = blob.read_bytes()
+    blob.unlink()
+
+    first = queue.sync()
+
+    assert [type(failure) for failure in first.failures] == [BlobNotFoundError]
+    assert (first.of(1).state, first.of(1).files) == ("failed", 6)
+    assert {"0", "2", "3", "more 0", "more 2", "more 3"} <= contents(queue.show).keys()
+    assert [len(queue.sync().failures) for _ in range(5)] == [1, 1, 1, 1, 0]
+    assert queue.sync().of(1).given_up == 1
+    blob.write_bytes(lost)
+    assert queue.sync(job_id(1)).of(1).files == 2
+    assert len(contents(queue.show)) == 8
+
+
 def test_a_store_that_can_not_be_reached_ends_the_sync(queue: RenderQueue) -> None:
     queue.render(1, {"a": b"1"})
     queue.sync()
