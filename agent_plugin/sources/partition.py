@@ -169,7 +169,8 @@ def _index_of(partition: Partition, index: int | None) -> int:
         return partition.index
     raise SourceInvalidError(
         f"Partition.IndexParameter: the value of {partition.index_parameter} is not known here",
-        hint="it is a parameter of each task; to look at one part, say which",
+        hint="a session does not know the parameters of its tasks: give Index; `propmaster source"
+        " resolve --partition-index` shows any part",
     )
 
 
