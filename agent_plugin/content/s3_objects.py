@@ -7,7 +7,7 @@ is looked at first, and who writes between the look and the request is overwritt
 """
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -19,7 +19,6 @@ from agent_plugin.content.bandwidth import Bandwidth
 from agent_plugin.content.errors import (
     FileChangedError,
     ObjectNotFoundError,
-    StoreProtocolError,
     StoreUnavailableError,
 )
 from agent_plugin.content.objects import (
@@ -32,6 +31,7 @@ from agent_plugin.content.objects import (
 from agent_plugin.content.retry import RetryPolicy
 from agent_plugin.content.s3_access import CONTENT_TYPE, Access
 from agent_plugin.content.s3_buckets import Buckets, checked_seconds
+from agent_plugin.content.s3_delete import delete
 from agent_plugin.content.s3_errors import (
     ConditionRacedError,
     ObjectExistsError,
@@ -49,8 +49,6 @@ __all__ = ["ObjectAccess", "ObjectInfo", "S3Objects", "Unfinished", "open_object
 
 # https://docs.aws.amazon.com/AmazonS3/latest/userguide/ShareObjectPreSignedURL.html
 MAX_LINK_SECONDS: Final = 7 * 86_400
-# https://docs.aws.amazon.com/AmazonS3/latest/API/API_DeleteObjects.html
-DELETED_AT_ONCE: Final = 1000
 
 
 class S3Objects:
@@ -423,9 +421,7 @@ class S3Objects:
         Raises:
             StoreError: Some could not be deleted; others may have been.
         """
-        names = [checked_key(key) for key in keys]
-        for start in range(0, len(names), DELETED_AT_ONCE):
-            self._delete(bucket, names[start : start + DELETED_AT_ONCE])
+        delete(self._buckets, bucket, [checked_key(key) for key in keys])
 
     def presign(self, info: ObjectInfo, seconds: int) -> tuple[str, float]:
         """Return a URL by which anybody may get an object, and when it really ends.
@@ -483,40 +479,6 @@ class S3Objects:
         except ObjectNotFoundError:
             return False
         return info.size == len(data) and self.read(info, 0, info.size) == data
-
-    def _delete(self, bucket: str, keys: Sequence[str]) -> None:
-        # XML can not hold these, and with few keys single requests are as quick.
-        single = [key for key in keys if not key.isprintable()]
-        several = [key for key in keys if key.isprintable()]
-        what = f"delete {len(keys)} objects of {bucket}"
-
-        def ask(client: "S3Client", common: dict[str, Any]) -> list[Any]:
-            answer = client.delete_objects(
-                **common, Delete={"Objects": [{"Key": key} for key in several], "Quiet": True}
-            )
-            return answer.get("Errors", [])
-
-        if several:
-            try:
-                failed = self._buckets.boto(bucket, ask, what)
-            except UnsupportedByStoreError:
-                failed = []
-                single = [*keys]
-            if failed:
-                raise StoreProtocolError(
-                    f"{len(failed)} objects of {bucket} could not be deleted:"
-                    f" {failed[0].get('Key', '')}: {failed[0].get('Code', '')}",
-                    hint="Check the identity's rights (s3:DeleteObject).",
-                )
-        for key in single:
-            self._delete_one(bucket, key)
-
-    def _delete_one(self, bucket: str, key: str) -> None:
-        self._buckets.boto(
-            bucket,
-            lambda client, common: client.delete_object(**common, Key=key),
-            f"delete {object_url(bucket, key)}",
-        )
 
 
 def open_objects(

@@ -7,7 +7,7 @@ A pattern names what the last component of a source has to be, in any case: `w`,
 
 import fnmatch
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Final, Self
 
 import msgspec
@@ -15,8 +15,13 @@ from msgspec import Meta
 
 from agent_plugin.content.errors import JobInvalidError
 from agent_plugin.content.objects import ObjectAccess
+from agent_plugin.content.pattern import (
+    MAX_PATTERN_CHARACTERS,
+    Pattern,
+    PatternInvalidError,
+    PatternTooSlowError,
+)
 
-MAX_PATTERN_CHARACTERS: Final = 200
 _EXPRESSION: Final = re.compile(r"""re\((['"])(.*)\1\)""", re.DOTALL)
 
 
@@ -97,33 +102,43 @@ class NameFilter:
     """
 
     def __init__(self, include: Sequence[str], exclude: Sequence[str]) -> None:
-        self._include = [_compiled(pattern) for pattern in include]
-        self._exclude = [_compiled(pattern) for pattern in exclude]
+        self._include = [_matching(pattern) for pattern in include]
+        self._exclude = [_matching(pattern) for pattern in exclude]
 
     def admits(self, source: str) -> bool:
-        """Return whether what a path or URL leads to is copied."""
+        """Return whether what a path or URL leads to is copied.
+
+        Raises:
+            JobInvalidError: A pattern takes too long to be searched for.
+        """
         name = source.rstrip("/").rpartition("/")[2]
-        if any(pattern.search(name) for pattern in self._include):
-            return True
-        if any(pattern.search(name) for pattern in self._exclude):
-            return False
+        try:
+            if any(matches(name) for matches in self._include):
+                return True
+            if any(matches(name) for matches in self._exclude):
+                return False
+        except PatternTooSlowError as error:
+            raise JobInvalidError(
+                f"a pattern of the transfer: {error}", hint="Write it without nested repetitions."
+            ) from error
         return not self._include or bool(self._exclude)
 
 
-def _compiled(pattern: str) -> re.Pattern[str]:
-    if not pattern or len(pattern) > MAX_PATTERN_CHARACTERS:
+def _matching(pattern: str) -> Callable[[str], bool]:
+    """Return what decides whether a name is as a pattern says."""
+    if not 0 < len(pattern) <= MAX_PATTERN_CHARACTERS:
         raise JobInvalidError(
             f"{pattern[:60]!r} is no pattern of names",
             hint=f"A pattern has 1 to {MAX_PATTERN_CHARACTERS} characters.",
         )
     expression = _EXPRESSION.fullmatch(pattern)
-    try:
-        if expression is not None:
-            return re.compile(expression[2], re.IGNORECASE)
+    if expression is None:
         # Only the asterisk means something; what fnmatch makes of several needs no backtracking.
         literal = pattern.replace("[", "[[]").replace("?", "[?]")
-        return re.compile(rf"\A{fnmatch.translate(literal)}", re.IGNORECASE)
-    except re.error as error:
-        raise JobInvalidError(
-            f"{pattern!r} is no regular expression: {error}", hint="Correct it."
-        ) from error
+        name_of = re.compile(fnmatch.translate(literal), re.IGNORECASE)
+        return lambda name: name_of.match(name) is not None
+    try:
+        searched = Pattern(expression[2], ignore_case=True)
+    except PatternInvalidError as error:
+        raise JobInvalidError(f"{pattern!r}: {error}", hint="Correct it.") from error
+    return lambda name: searched.search(name) is not None
