@@ -34,7 +34,7 @@ Pace = tuple[float, float | None]
 
 @contextmanager
 def viewed(path: Path, schema: Schema = LEDGER) -> Iterator[sqlite3.Connection | None]:
-    """Lend a file, for reading; None if there is none.
+    """Lend a file, for reading; None if there is none, or one in which nothing has been made yet.
 
     Args:
         path: Of the ledger or the archive.
@@ -48,10 +48,15 @@ def viewed(path: Path, schema: Schema = LEDGER) -> Iterator[sqlite3.Connection |
         yield None
         return
     try:
-        with closing(_connected(path, schema)) as connection:
-            prepare(connection)
-            connection.execute("BEGIN")
-            yield connection
+        with closing(_opened_anyhow(path)) as file:
+            connection = _up_to_date(file, schema)
+            if connection is None:
+                yield None
+                return
+            with closing(connection):
+                prepare(connection)
+                connection.execute("BEGIN")
+                yield connection
     except sqlite3.DatabaseError as error:
         for words, message in _OF_THE_QUERY.items():
             if words in str(error):
@@ -62,26 +67,31 @@ def viewed(path: Path, schema: Schema = LEDGER) -> Iterator[sqlite3.Connection |
         ) from error
 
 
-def _connected(path: Path, schema: Schema) -> sqlite3.Connection:
+def _opened_anyhow(path: Path) -> sqlite3.Connection:
     try:
-        connection = _opened(path, "mode=ro")
+        return _opened(path, "mode=ro")
     except sqlite3.OperationalError:
         # Who may not write the directory can not make what readers and writers share. Where there
         # is no log there is no writer either, and the file may be taken as it is.
         if Path(f"{path}-wal").exists():
             raise
-        connection = _opened(path, "immutable=1")
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
+        return _opened(path, "immutable=1")
+
+
+def _up_to_date(file: sqlite3.Connection, schema: Schema) -> sqlite3.Connection | None:
+    """Return the file, or one in memory that has what is in it; None if it is empty."""
+    (version,) = file.execute("PRAGMA user_version").fetchone()
     if version == schema.version:
-        return connection
-    if version not in schema.older:
-        connection.close()
-        raise sqlite3.DatabaseError(f"is of version {version}, not {schema.version}")
-    newer = sqlite3.connect(":memory:", isolation_level=None)
-    with closing(connection):
-        connection.backup(newer)
-    schema.older[version][1](newer)
-    return newer
+        return file
+    if version in schema.older:
+        newer = sqlite3.connect(":memory:", isolation_level=None)
+        file.backup(newer)
+        schema.older[version][1](newer)
+        return newer
+    # Its tables and its version come in one transaction; before that it counts as empty.
+    if version == 0 and not file.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+        return None
+    raise sqlite3.DatabaseError(f"is of version {version}, not {schema.version}")
 
 
 def _opened(path: Path, how: str) -> sqlite3.Connection:

@@ -137,13 +137,27 @@ def as_nobody(tmp_path: Path) -> Callable[[Callable[[], Any]], Any]:
     return run
 
 
-@pytest.mark.parametrize("content", [b"", b"no database at all, and longer than a page header"])
-def test_t3_a_file_that_is_no_ledger_is_told(transfers: Transfers, content: bytes) -> None:
-    transfers.path.write_bytes(content)
+@pytest.mark.parametrize("made_by", ["a text editor", "another program", "a later version"])
+def test_t3_a_file_that_is_no_ledger_is_told(transfers: Transfers, made_by: str) -> None:
+    if made_by == "a text editor":
+        transfers.path.write_bytes(b"no database at all, and longer than the head of a page" * 20)
+    else:
+        with sqlite3.connect(transfers.path) as connection:
+            connection.execute("CREATE TABLE other (x)")
+            if made_by == "a later version":
+                connection.execute("PRAGMA user_version = 99")
+        connection.close()
+    content = transfers.path.read_bytes()
 
     with pytest.raises(LocalReadError, match=str(transfers.path)):
         transfers.find("job")
     assert transfers.path.read_bytes() == content
+
+
+def test_t3_a_ledger_that_is_just_being_made_is_empty(transfers: Transfers) -> None:
+    transfers.path.touch()
+
+    assert transfers.find("job", scopes=EVERYWHERE) == []
 
 
 def test_t3_a_ledger_of_version_1_is_read_and_left_as_it_is(transfers: Transfers) -> None:

@@ -1,0 +1,111 @@
+"""A session that is starting, steered by commands from other processes."""
+
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent_plugin.transfer.api import Session
+from tests.servers.fault_proxy import FaultProxy
+from tests.servers.faults import Fault
+from tests.servers.hooks import Host
+from tests.servers.proxied_object import until
+from tests.servers.s3_server import S3Server
+from tests.servers.sessions import Sessions
+from tests.servers.trees import files_below
+
+# Users are promised one second; the machine may be busy.
+REACTION_SECONDS = 2.0
+FILES: dict[str | bytes, bytes | int] = {f"tex/{at:03}.tx": 5_000 + at for at in range(120)}
+
+
+class Started:
+    """A session whose start takes a while, because the store answers slowly."""
+
+    def __init__(self, tmp_path: Path, s3: S3Server, prefix: str, proxy: FaultProxy) -> None:
+        url = f"s3://{s3.bucket}/{prefix}"
+        self.sessions = Sessions(
+            tmp_path, Host(tmp_path / "artist", url, environment=s3.environment)
+        )
+        job = self.sessions.submitted(dict(FILES))
+        environment = s3.environment_at(proxy.url)
+        self.host = self.sessions.host = Host(tmp_path / "worker", url, environment=environment)
+        self.proxy = proxy
+        proxy.inject(Fault.STALL, key="Data/", seconds=0.4)
+        self.process = self.host.popen(*self.host.start_arguments(job, self.sessions.session_dir))
+
+    def until_running(self) -> None:
+        session = Session(self.host.state_dir / "ledger.db")
+        until(lambda: session.find_one("job WHERE status=running AND done>0") is not None)
+
+    def run(self, *words: str) -> "subprocess.CompletedProcess[str]":
+        return self.host.run(*words, "--json")
+
+    def told(self, *words: str) -> list[dict[str, Any]]:
+        done = self.run(*words)
+        assert done.returncode == 0, done.stderr
+        [found] = json.loads(done.stdout).values()
+        return list(found)
+
+    def ends(self, code: int) -> str:
+        _, errors = self.process.communicate(timeout=100)
+        assert self.process.returncode == code, errors
+        return errors
+
+
+@pytest.fixture
+def started(
+    tmp_path: Path, s3: S3Server, s3_prefix: str, fault_proxy: FaultProxy
+) -> Iterator[Started]:
+    made = Started(tmp_path, s3, s3_prefix, fault_proxy)
+    try:
+        made.until_running()
+        yield made
+    finally:
+        if made.process.poll() is None:
+            made.process.kill()
+            made.process.communicate()
+
+
+def test_t9_t10_a_start_is_paused_relieved_of_a_file_and_resumed_by_commands(
+    started: Started,
+) -> None:
+    [paused] = started.told("transfer", "pause", "--where", "kind=sync-in AND status=running")
+    time.sleep(REACTION_SECONDS)
+    asked = started.proxy.count("GET", "Data/")
+    [one] = started.told("task", "find", "job.id=1 and status=queued", "--limit", "1")
+    [excluded] = started.told("task", "exclude", str(one["id"]))
+    [shown] = started.told("transfer", "find", "parent=job-*", "--attributes", "status,etr,size")
+
+    assert paused["status"] == shown["status"] == "paused"
+    assert (shown["etr"], excluded["status"]) == ("", "excluded")
+    assert started.process.poll() is None, "a start waits while it is paused"
+    assert started.proxy.count("GET", "Data/") == asked < len(FILES)
+    started.proxy.clear()
+    assert started.told("transfer", "resume", "1")[0]["status"] in ("waiting", "running")
+    started.ends(0)
+    left = {path.partition("/")[2] for path in files_below(started.sessions.session_dir)}
+    assert left == {str(name) for name in FILES} - {one["destination"]["path"]}
+    watched = started.host.run("transfer", "watch", "1")
+    assert watched.returncode == 0
+    assert watched.stdout.startswith("transfer 1 done: 100 %, ")
+    assert "119 of 119 files, 1 excluded" in watched.stdout
+
+
+def test_t9_a_start_is_aborted_by_a_command(started: Started) -> None:
+    aborted = time.monotonic()
+    [found] = started.told("transfer", "abort", "1")
+    errors = started.ends(100)
+
+    assert found["status"] == "aborted"
+    assert time.monotonic() - aborted < 3 * REACTION_SECONDS
+    assert "error[transfer-aborted]" in errors
+    whole = files_below(started.sessions.source)
+    for path, found_there in files_below(started.sessions.session_dir).items():
+        assert found_there == whole.get(path.partition("/")[2]), "nothing half-written stays"
+    assert [each["id"] for each in started.told("transfer", "find", "status=aborted")] == [1]
+    assert started.run("transfer", "watch", "1").returncode == 1
