@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from agent_plugin.content import events
+from tests.servers.fault_proxy import FaultProxy
 from tests.servers.hooks import Host
 from tests.servers.local_farm import Farm
+from tests.servers.publishing import Publishing, host_of
 from tests.servers.s3_server import S3Server
 from tests.servers.sessions import Sessions
 
@@ -41,3 +43,19 @@ def open_farm(expected_events: set[str]) -> Iterator[Farm]:
     with tempfile.TemporaryDirectory(prefix="open-farm-") as directory:
         Path(directory).chmod(0o755)
         yield Farm(Path(directory).resolve())
+
+
+@pytest.fixture
+def publishing(s3: S3Server, tmp_path: Path) -> Publishing:
+    return Publishing(s3, tmp_path, host_of(s3, tmp_path / "host"))
+
+
+@pytest.fixture
+def watched(s3: S3Server, tmp_path: Path, fault_proxy: FaultProxy) -> Publishing:
+    """As `publishing`, with every request seen by the proxy."""
+    return Publishing(s3, tmp_path, host_of(s3, tmp_path / "host", fault_proxy.url))
+
+
+@pytest.fixture
+def declined(expected_events: set[str]) -> None:
+    expected_events.add(events.PUBLISH_FAILED)
