@@ -179,7 +179,7 @@ def test_o7_content_that_the_store_has_lost_may_be_published_still(published: Pu
 # ------------------------------------------------------------ archives
 
 
-@pytest.mark.parametrize("encoding", ["gzip", "zstd"])
+@pytest.mark.parametrize("encoding", ["zstd", pytest.param("gzip", marks=pytest.mark.slow)])
 def test_o7_archives_are_verified_and_unpacked(published: Published, encoding: str) -> None:
     p = published
     one, two = p.ran(

@@ -284,6 +284,7 @@ def test_o7_a_job_without_results_has_nothing_to_get(local_user: User) -> None:
     assert not local_user.to.exists()
 
 
+@pytest.mark.slow
 def test_o7_after_a_kill_nothing_looks_finished_and_the_next_get_goes_on(
     s3_sessions: Sessions, s3_user: User
 ) -> None:

@@ -178,6 +178,22 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str, str]] = {
         "f1000",
         "more than 1000 members",
     ),
+    "sparse": (
+        lambda: tar_of(
+            member(
+                "x",
+                b"0\n".ljust(512, b"\0"),
+                pax_headers={
+                    "GNU.sparse.major": "1",
+                    "GNU.sparse.minor": "0",
+                    "GNU.sparse.name": "hole",
+                    "GNU.sparse.realsize": "1000",
+                },
+            )
+        ),
+        "hole",
+        "sparse",
+    ),
     "negative size": (
         lambda: tar_of(member("x", pax_headers={"size": "-512"}), member("y", b"1")),
         "x",
