@@ -55,7 +55,6 @@ def viewed(path: Path, schema: Schema = LEDGER) -> Iterator[sqlite3.Connection |
                 return
             with closing(connection):
                 prepare(connection)
-                connection.execute("BEGIN")
                 yield connection
     except sqlite3.DatabaseError as error:
         for words, message in _OF_THE_QUERY.items():
@@ -102,7 +101,9 @@ def _opened(path: Path, how: str) -> sqlite3.Connection:
         isolation_level=None,
     )
     try:
-        # Opening reads nothing yet.
+        # From now on it is one moment: a maker may commit version and tables in the next.
+        connection.execute("BEGIN")
+        # Opening has read nothing yet.
         connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     except sqlite3.DatabaseError:
         connection.close()

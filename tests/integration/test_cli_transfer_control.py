@@ -19,8 +19,9 @@ from tests.servers.sessions import Sessions
 from tests.servers.trees import files_below
 
 # Users are promised one second; the machine may be busy.
-REACTION_SECONDS = 2.0
-FILES: dict[str | bytes, bytes | int] = {f"tex/{at:03}.tx": 5_000 + at for at in range(120)}
+REACTION_SECONDS = 2.5
+# With what the proxy makes of them, twenty seconds: commands are to come in between.
+FILES: dict[str | bytes, bytes | int] = {f"tex/{at:03}.tx": 5_000 + at for at in range(200)}
 
 
 class Started:
@@ -35,7 +36,7 @@ class Started:
         environment = s3.environment_at(proxy.url)
         self.host = self.sessions.host = Host(tmp_path / "worker", url, environment=environment)
         self.proxy = proxy
-        proxy.inject(Fault.STALL, key="Data/", seconds=0.4)
+        proxy.inject(Fault.STALL, key="Data/", seconds=1.5)
         self.process = self.host.popen(*self.host.start_arguments(job, self.sessions.session_dir))
 
     def until_running(self) -> None:
@@ -93,7 +94,7 @@ def test_t9_t10_a_start_is_paused_relieved_of_a_file_and_resumed_by_commands(
     watched = started.host.run("transfer", "watch", "1")
     assert watched.returncode == 0
     assert watched.stdout.startswith("transfer 1 done: 100 %, ")
-    assert "119 of 119 files, 1 excluded" in watched.stdout
+    assert "199 of 199 files, 1 excluded" in watched.stdout
 
 
 def test_t9_a_start_is_aborted_by_a_command(started: Started) -> None:
