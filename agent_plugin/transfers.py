@@ -1,10 +1,18 @@
 """The transfers of this host, for whoever looks at them, steers them or has something copied."""
 
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from agent_plugin.services import state_directory
+from agent_plugin.content.store import Cancellation
+from agent_plugin.services import OpenObjects, open_copying, state_directory, store_limits
 from agent_plugin.settings import Settings
 from agent_plugin.transfer.api import Session
+from agent_plugin.transfer.ledger import Ledger, TaskSpec
+
+if TYPE_CHECKING:
+    from agent_plugin.transfer.copying import CopyResult
 
 
 def ledger_path(settings: Settings) -> Path:
@@ -12,11 +20,44 @@ def ledger_path(settings: Settings) -> Path:
     return settings.paths.state_dir / "ledger.db"
 
 
-def open_session(settings: Settings) -> Session:
-    """Return the transfers of this host, to be found and changed.
+def open_session(
+    settings: Settings,
+    *,
+    cancellation: Cancellation | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> Session:
+    """Return the transfers of this host, to be found, made and changed.
+
+    Args:
+        settings: The host's.
+        cancellation: Ends the look at what is to be copied.
+        environment: Where credentials and endpoints come from.
 
     Raises:
         LocalWriteError: The state directory can not be made, or others could write to it.
     """
     state_directory(settings)
-    return Session(ledger_path(settings))
+    wish = cancellation or Cancellation()
+
+    def expand(pairs: Iterable[tuple[str, str]], told: Mapping[str, Any]) -> Iterable[TaskSpec]:
+        # Loaded here: most commands copy nothing, and need no S3 client.
+        from agent_plugin.transfer.copy_places import plan_copies  # noqa: PLC0415
+        from agent_plugin.transfer.copy_settings import CopySettings  # noqa: PLC0415
+
+        objects = OpenObjects(store_limits(settings), environment)
+        return plan_copies(pairs, CopySettings.read(told), objects, wish)
+
+    return Session(ledger_path(settings), expand=expand)
+
+
+def run_copies(
+    settings: Settings,
+    *,
+    cancellation: Cancellation,
+    only: Collection[int] | None = None,
+    told: Callable[[int], None] = lambda _bytes: None,
+) -> "CopyResult":
+    """Carry out the copies that wait, or some of them; see Copying.run."""
+    state_directory(settings)
+    with Ledger.open(ledger_path(settings)) as ledger:
+        return open_copying(settings, ledger, cancellation=cancellation, only=only, told=told).run()

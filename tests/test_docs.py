@@ -27,6 +27,7 @@ from agent_plugin.cli import (
     source,
     task,
     transfer,
+    transfer_create,
     worker_serve,
 )
 from agent_plugin.cli.demo_screen import DemoResult
@@ -281,6 +282,9 @@ RESULTS: dict[str, Any] = {
     "source resolve": source.ResolveResult,
     "transfer find": transfer.TransfersResult,
     "transfer show": transfer.ShowResult,
+    "transfer create": transfer_create.CreateResult,
+    "transfer run": transfer_create.RunResult,
+    "task add": task.TasksResult,
     "transfer set": transfer.TransfersResult,
     "transfer pause": transfer.TransfersResult,
     "task find": task.TasksResult,

@@ -12,14 +12,13 @@ import click
 from agent_plugin.cli.options import say
 from agent_plugin.cli.tables import lines, room
 from agent_plugin.content.errors import PropmasterError, QueryInvalidError, TransferStateError
-from agent_plugin.services import state_directory
 from agent_plugin.settings import load
 from agent_plugin.transfer.api import Session
 from agent_plugin.transfer.entities import Found
 from agent_plugin.transfer.find import EVERYWHERE, Scopes
 from agent_plugin.transfer.progress import format_bytes
 from agent_plugin.transfer.query import Place, where
-from agent_plugin.transfers import ledger_path
+from agent_plugin.transfers import ledger_path, open_session
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -41,9 +40,7 @@ def writing(config: Path | None) -> Session:
     Raises:
         LocalWriteError: The state directory can not be made, or others could write to it.
     """
-    settings = load(config)
-    state_directory(settings)
-    return Session(ledger_path(settings))
+    return open_session(load(config))
 
 
 def find_options(command: Callable[P, R]) -> Callable[P, R]:

@@ -9,6 +9,7 @@ import click
 import msgspec
 
 from agent_plugin.cli.options import common_options, print_json, say
+from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.cli.steering import (
     cell,
     chosen,
@@ -24,9 +25,11 @@ from agent_plugin.cli.steering import (
 )
 from agent_plugin.cli.tables import cut, lines, room
 from agent_plugin.content.errors import TransferStateError
+from agent_plugin.settings import load
 from agent_plugin.transfer.entities import Found
 from agent_plugin.transfer.find import EVERYWHERE
 from agent_plugin.transfer.states import SETTABLE_TASK
+from agent_plugin.transfers import open_session
 
 _TITLES: Final = (">ID", ">JOB", "STATUS", ">SIZE", ">TRIES", "SOURCE -> DESTINATION")
 _STATUSES: Final = sorted(status.value for status in SETTABLE_TASK)
@@ -177,6 +180,42 @@ def _change(
     for transfer, each in by_transfer.items():
         changed += session.update_many("task", transfer, each)
     _print_tasks(changed, as_json=as_json)
+
+
+@command.command(name="add")
+@click.argument("transfer", type=int)
+@click.argument("source")
+@click.argument("destination", required=False)
+@click.option("--priority", metavar="N", help="0 to 1000, higher first; or high, medium, low.")
+@click.option("--reject-duplicates", is_flag=True, help="Refuse what is there already.")
+@click.option("--replace-duplicates", is_flag=True, help="Try it again with its new size.")
+@common_options
+def add_command(
+    transfer: int,
+    source: str,
+    destination: str | None,
+    priority: str | None,
+    reject_duplicates: bool,
+    replace_duplicates: bool,
+    as_json: bool,
+    config: Path | None,
+) -> None:
+    """Add SOURCE to a TRANSFER, to go below its destination or to DESTINATION.
+
+    What is there already is tried again. A transfer that had ended is waiting again.
+    """
+    given = {"source": source, "destination": destination, "priority": priority}
+    task = {key: value for key, value in given.items() if value is not None}
+    with cancel_on_signals() as cancellation:
+        session = open_session(load(config), cancellation=cancellation)
+        made = session.create(
+            "task",
+            {"tasks": [task]},
+            transfer,
+            allow_duplicates=not reject_duplicates,
+            replace_duplicates=replace_duplicates,
+        )
+    _print_tasks(made["tasks"], as_json=as_json)
 
 
 def _print_tasks(tasks: list[Found], *, as_json: bool) -> None:

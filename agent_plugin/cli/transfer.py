@@ -24,6 +24,7 @@ from agent_plugin.cli.steering import (
     writing,
 )
 from agent_plugin.cli.tables import cut, lines, room
+from agent_plugin.cli.transfer_create import create_command, run_command
 from agent_plugin.cli.transfer_watch import watch_command
 from agent_plugin.transfer.entities import DERIVED, Found
 from agent_plugin.transfer.query import Entity
@@ -232,4 +233,6 @@ def _say_all(made: list[str]) -> None:
         print(line)
 
 
+command.add_command(create_command)
+command.add_command(run_command)
 command.add_command(watch_command)
