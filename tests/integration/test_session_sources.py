@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import msgspec
@@ -409,3 +410,54 @@ def test_s7_what_does_not_fit_is_refused_before_the_first_byte(
 
     assert fault_proxy.count("GET", "/[ab]$") == 0
     assert not (session_dir / "inputs").exists()
+
+
+@pytest.mark.slow
+def test_t10_a_file_of_a_source_is_excluded_and_a_paused_source_waits(
+    proxied: Host, s3: S3Server, s3_prefix: str, session_dir: Path, fault_proxy: FaultProxy
+) -> None:
+    """Caught: tasks that are looked for by a hash, which a source's have not."""
+    content = store_objects(s3, s3_prefix, {f"{at:02}": 20_000 for at in range(60)})
+    job = job_with_sources(proxied, source_of(s3, s3_prefix))
+    fault_proxy.inject(Fault.DRIP, key="/[0-9]{2}$", bytes_per_second=30_000)
+    process = proxied.popen(*proxied.start_arguments(job, session_dir))
+    until(lambda: fault_proxy.count("GET", "/0[0-9]$") >= 3)
+    with Ledger.open(proxied.state_dir / "ledger.db") as ledger:
+        [row] = [row for row in ledger.transfers() if row.kind == "source"]
+        last = next(task.id for task in ledger.tasks(row.id) if task.destination == "59")
+        ledger.set_tasks(row.id, {last: {"status": "excluded"}}, "0:somebody")
+        ledger.set_transfer(row.id, status=TransferStatus.PAUSED, modifier="0:somebody")
+        # At most a second until it obeys, and what had begun by then ends.
+        time.sleep(2)
+        asked = fault_proxy.count("GET", "/[0-9]{2}$")
+        time.sleep(1)
+
+        assert process.poll() is None
+        assert fault_proxy.count("GET", "/[0-9]{2}$") == asked < 60
+        fault_proxy.clear()
+        ledger.set_transfer(row.id, status=TransferStatus.WAITING, modifier="0:somebody")
+    stdout, stderr = process.communicate(timeout=60)
+
+    assert process.returncode == 0, stderr
+    [told] = msgspec.json.decode(stdout, type=StartResult).sources
+    assert (told.files, told.bytes) == (59, 59 * 20_000)
+    del content["59"]
+    assert content_below(session_dir / "inputs") == content
+
+
+def test_s5_openjd_tasks_find_sources_by_variables(
+    host: Host, s3: S3Server, s3_prefix: str, session_dir: Path
+) -> None:
+    store_objects(s3, s3_prefix, {"a": b"a"})
+    sources = [
+        source_of(s3, f"{s3_prefix}/none", Target="none", Required=False),
+        source_of(s3, s3_prefix, Target="plates"),
+    ]
+    file = host.job_file(job_with_sources(host, *sources))
+
+    entered = host.run("openjd", "enter", "--session-dir", session_dir, "--job", file)
+
+    assert entered.returncode == 0, entered.stdout + entered.stderr
+    assert f"openjd_env: PROPMASTER_SOURCE_1={session_dir}/plates" in entered.stdout
+    assert "PROPMASTER_SOURCE_0" not in entered.stdout
+    assert content_below(session_dir / "plates") == {"a": b"a"}
