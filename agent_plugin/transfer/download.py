@@ -18,7 +18,7 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Final, Self
 
@@ -209,6 +209,7 @@ class _Download:
             owner=plan.owner,
             cancellation=_Boundary(self._steering.tick),
         )
+        self._ended_by_hand = False
         self.counts = _Counts()
 
     def __enter__(self) -> Self:
@@ -226,8 +227,10 @@ class _Download:
 
     def run(self) -> None:
         """Place all that people want placed; what they call done is left as it is."""
-        with suppress(EndedByHandError):
+        try:
             self._place_wanted()
+        except EndedByHandError:
+            self._ended_by_hand = True
 
     def _place_wanted(self) -> None:
         self._keep()
@@ -258,7 +261,7 @@ class _Download:
         plan = self._plan
         distinct = sum(digest.size for digest in plan.wanted)
         excluded: list[FileEntry] = []
-        if self._steering.sets_aside or self._ordered or self._ready:
+        if self._steering.sets_aside or self._ended_by_hand:
             distinct = 0
             for digest, entries in plan.wanted.items():
                 missing = [e for e in entries if not self._steering.is_settled(self._task_of(e))]

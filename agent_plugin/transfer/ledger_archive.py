@@ -191,13 +191,14 @@ class Archive:
 
         Args:
             where: A condition on the columns of `transfer`; whatever varies is a `?` in it.
-            arguments: For the marks.
+            arguments: For the marks, and how many at most (-1: all), and how many to leave out.
         """
         if not self._path.exists():
             return []
         with self.opened() as archive, archive.read() as connection:
             rows = connection.execute(
-                f"SELECT {TRANSFER_COLUMNS} FROM transfer WHERE {where} ORDER BY created, id",  # noqa: S608
+                f"SELECT {TRANSFER_COLUMNS} FROM transfer WHERE {where}"  # noqa: S608
+                " ORDER BY created, id LIMIT ? OFFSET ?",
                 arguments,
             ).fetchall()
         return [transfer_row(row) for row in rows]

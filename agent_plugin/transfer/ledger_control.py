@@ -142,7 +142,8 @@ class ByHand:
             " error_code = '', error = '' WHERE id = ?",
             (wanted, now if wanted in FINISHED else None, transfer_id),
         )
-        if current is not _T.INIT:
+        # Nothing else changes what counts, and counting takes long where there are many tasks.
+        if wanted is _T.DONE or current in FINISHED:
             recount(connection, transfer_id, held=held)
 
     @staticmethod
@@ -275,6 +276,8 @@ def release(connection: sqlite3.Connection, transfer_id: int) -> None:
         " status = CASE status WHEN 'running' THEN 'waiting' ELSE status END WHERE id = ?",
         (transfer_id,),
     )
+    if status_of(connection, transfer_id)[0] is not _T.INIT:
+        recount(connection, transfer_id, held=False)
 
 
 def status_of(connection: sqlite3.Connection, transfer_id: int) -> tuple[TransferStatus, str]:

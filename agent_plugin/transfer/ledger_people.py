@@ -203,7 +203,13 @@ class PeoplesLedger:
         return self.transfer(transfer_id)
 
     def select_transfers(
-        self, where: str, arguments: Sequence[object] = (), *, scope: Scope = "active"
+        self,
+        where: str,
+        arguments: Sequence[object] = (),
+        *,
+        scope: Scope = "active",
+        limit: int | None = None,
+        skip: int = 0,
     ) -> list[TransferRow]:
         """Return the transfers of a scope that meet a condition, oldest first.
 
@@ -211,27 +217,44 @@ class PeoplesLedger:
             where: A condition on the columns of `transfer`; whatever varies is a `?` in it.
             arguments: For the marks.
             scope: Which transfers are looked at.
+            limit: How many at most; None: all.
+            skip: How many are left out before.
         """
+        page = (-1 if limit is None else limit, skip)
         if scope == "archived":
-            return self._archive.transfers(where, arguments)
+            return self._archive.transfers(where, (*arguments, *page))
         in_scope = "(finished IS NULL OR finished > ?)" if scope == "active" else "finished <= ?"
         with self._file.read() as connection:
             rows = connection.execute(
                 f"SELECT {TRANSFER_COLUMNS} FROM transfer WHERE {in_scope} AND ({where})"  # noqa: S608
-                " ORDER BY id",
-                (self._clock() - ACTIVE_SECONDS, *arguments),
+                " ORDER BY id LIMIT ? OFFSET ?",
+                (self._clock() - ACTIVE_SECONDS, *arguments, *page),
             ).fetchall()
         return [transfer_row(row) for row in rows]
 
-    def select_tasks(self, where: str, arguments: Sequence[object] = ()) -> list[TaskRow]:
+    def select_tasks(
+        self,
+        where: str,
+        arguments: Sequence[object] = (),
+        *,
+        limit: int | None = None,
+        skip: int = 0,
+    ) -> list[TaskRow]:
         """Return the tasks that meet a condition, in the order in which they were planned.
 
         Of transfers whose tasks are still in the ledger: those of a done one leave it after a day.
+
+        Args:
+            where: A condition on the columns of `task`; whatever varies is a `?` in it.
+            arguments: For the marks.
+            limit: How many at most; None: all.
+            skip: How many are left out before.
         """
         with self._file.read() as connection:
             rows = connection.execute(
-                f"SELECT {TASK_COLUMNS} FROM task WHERE {where} ORDER BY id",  # noqa: S608
-                arguments,
+                f"SELECT {TASK_COLUMNS} FROM task WHERE {where} ORDER BY id"  # noqa: S608
+                " LIMIT ? OFFSET ?",
+                (*arguments, -1 if limit is None else limit, skip),
             ).fetchall()
         return [task_row(row) for row in rows]
 

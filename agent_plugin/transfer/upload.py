@@ -12,7 +12,6 @@ import os
 import random
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -176,9 +175,12 @@ class _Upload:
 
     def run(self) -> None:
         """Store all that people want stored; what they call done is left as it is."""
-        with suppress(EndedByHandError):
+        ended_by_hand = False
+        try:
             self._store_wanted()
-        if self._steering.sets_aside or self._ordered:
+        except EndedByHandError:
+            ended_by_hand = True
+        if self._steering.sets_aside or ended_by_hand:
             changed = {*self.result.changed}
             self.result.excluded = [
                 path

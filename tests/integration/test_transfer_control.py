@@ -205,6 +205,7 @@ def test_t9_pause_from_another_process_stops_a_download_within_a_second_and_it_g
     assert steered.transfers()[-1].done == steered.transfers()[-1].size
 
 
+@pytest.mark.slow
 def test_t9_a_large_blob_stops_at_a_part_and_goes_on_with_the_next(steered: Steered) -> None:
     job = steered.job({"large.abc": LARGE})
     steered.proxy.inject(Fault.STALL, key="Data/", seconds=0.7)
@@ -225,6 +226,7 @@ def test_t9_a_large_blob_stops_at_a_part_and_goes_on_with_the_next(steered: Stee
     assert files_below(steered.root()) == files_below(steered.source)
 
 
+@pytest.mark.slow
 def test_t9_abort_from_another_process_ends_a_download_and_leaves_no_part_of_a_file(
     steered: Steered,
 ) -> None:
@@ -249,6 +251,7 @@ def test_t9_abort_from_another_process_ends_a_download_and_leaves_no_part_of_a_f
     assert files_below(steered.root()) == files_below(steered.source)
 
 
+@pytest.mark.slow
 def test_t9_a_paused_transfer_can_be_aborted_and_its_action_can_be_cancelled(
     steered: Steered,
 ) -> None:
@@ -293,6 +296,7 @@ def test_t10_a_missing_input_is_excluded_and_the_rest_completes(steered: Steered
     assert files_below(steered.root()) == expected
 
 
+@pytest.mark.slow
 def test_t10_a_missing_input_is_excluded_while_its_transfer_is_paused(steered: Steered) -> None:
     job = steered.job({"a": 1000, "b": 2000, "missing": 3000})
     key = key_of(3000, "missing")
@@ -320,6 +324,7 @@ def test_t10_a_missing_input_is_excluded_while_its_transfer_is_paused(steered: S
     assert steered.proxy.count("GET", key) == asked
 
 
+@pytest.mark.slow
 def test_t10_a_task_on_hold_is_waited_for_and_the_rest_completes(steered: Steered) -> None:
     steered.host = Host(
         steered.tmp_path / "host", steered.url,
@@ -352,6 +357,7 @@ def test_t10_a_task_on_hold_is_waited_for_and_the_rest_completes(steered: Steere
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_t10_a_transfer_that_is_called_done_lets_its_action_go_on(steered: Steered) -> None:
     job = steered.job(SMALL)
     steered.proxy.inject(Fault.STALL, key="Data/", seconds=0.8)
@@ -372,6 +378,7 @@ def test_t10_a_transfer_that_is_called_done_lets_its_action_go_on(steered: Steer
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_t11_task_priorities_change_the_order_of_what_is_asked_for_next(steered: Steered) -> None:
     steered.host = Host(
         steered.tmp_path / "host", steered.url,
@@ -412,6 +419,7 @@ def test_t11_task_priorities_change_the_order_of_what_is_asked_for_next(steered:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_t11_a_transfer_gives_way_to_another_session_of_higher_priority(steered: Steered) -> None:
     low_job = steered.job({f"low/{at:03}": 1000 + at for at in range(150)})
     high_job = steered.job(
@@ -464,6 +472,7 @@ def finish(steered: Steered, number: int = 0) -> "subprocess.Popen[str]":
     return process
 
 
+@pytest.mark.slow
 def test_t9_an_upload_in_parts_is_kept_in_a_pause_and_completed_afterwards(
     steered: Steered, outputs: Path
 ) -> None:
@@ -503,6 +512,7 @@ def test_t9_abort_leaves_no_upload_in_parts_behind(steered: Steered, outputs: Pa
     assert steered.proxy.count("PUT", "Manifests/") == 0
 
 
+@pytest.mark.slow
 def test_t9_an_upload_that_was_killed_in_a_pause_is_aborted_by_the_next_one_after_an_abort(
     steered: Steered, outputs: Path
 ) -> None:
@@ -524,6 +534,7 @@ def test_t9_an_upload_that_was_killed_in_a_pause_is_aborted_by_the_next_one_afte
     assert left
 
 
+@pytest.mark.slow
 def test_t10_an_output_that_is_excluded_is_in_no_manifest(steered: Steered, outputs: Path) -> None:
     steered.host = Host(
         steered.tmp_path / "host", steered.url,

@@ -48,6 +48,10 @@ def test_t1_a_transfer_leaves_the_active_ones_an_hour_after_its_end(
     assert [found.id for found in ledger.select_transfers("1")] == [row.id, live.id]
     assert ledger.select_transfers("1", scope="finished") == []
 
+    assert [found.id for found in ledger.select_transfers("1", limit=1)] == [row.id]
+    assert [found.id for found in ledger.select_transfers("1", skip=1)] == [live.id]
+    assert [task.uri for task in ledger.select_tasks("size > ?", (1,), limit=1, skip=1)] == ["1"]
+
     now[0] += 3601
 
     assert [found.id for found in ledger.select_transfers("1")] == [live.id]
@@ -74,6 +78,7 @@ def test_t1_after_two_weeks_a_transfer_is_found_in_the_archive_whole(
     assert ledger.transfers() == []
     assert ledger.select_transfers("1", scope="archived") == [done, failed]
     assert ledger.select_transfers("status = ?", ("failed",), scope="archived") == [failed]
+    assert ledger.select_transfers("1", scope="archived", limit=1, skip=1) == [failed]
     assert {row.id: ledger.packed_tasks(row) for row in (done, failed)} == tasks
     [result] = ledger.results("job-done")
     assert (result.transfer, result.spec, result.step) == (done.id, {"Type": "s3"}, "step-1")

@@ -1,0 +1,145 @@
+"""What the ledger takes for a large transfer, and how soon a transfer in flight obeys.
+
+A transfer of 100,000 tasks is created; then transfers are found by their status, its failed tasks
+are found and excluded, and it is archived. A session start of 400 blobs, whose store answers each
+request after 0.3 s, is paused, resumed and aborted by another process: measured is how long after
+the change was written the last request began (pause), the first one began (resume), and the process
+was gone (abort, which includes the end of the interpreter).
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from agent_plugin.cli.demo_store import DemoStore
+from agent_plugin.transfer.ledger import Ledger, TaskSpec, TransferSpec
+from agent_plugin.transfer.states import TransferStatus
+from tests.benchmarks.farm import BUCKET, ROUNDS
+from tests.benchmarks.rounds import lines
+from tests.servers.fault_proxy import FaultProxy
+from tests.servers.faults import Fault
+from tests.servers.hooks import Host, job_of
+from tests.servers.trees import write_files
+
+TASKS: Final = 100_000
+BLOBS: Final = 400
+ANSWER_SECONDS: Final = 0.3
+# After a pause nothing further is asked for; longer than a reaction may take.
+WATCH_SECONDS: Final = 2.5
+WHO: Final = "0:bench"
+
+STEER = """
+import sys, time
+from pathlib import Path
+from agent_plugin.transfer.ledger import Ledger
+from agent_plugin.transfer.states import TransferStatus
+with Ledger.open(Path(sys.argv[1])) as ledger:
+    ledger.set_transfer(int(sys.argv[2]), status=TransferStatus(sys.argv[3]))
+    print(time.monotonic())
+"""
+
+
+def run() -> Iterator[dict[str, object]]:
+    """Yield what the ledger takes, then how soon a session start obeys."""
+    measured: dict[str, list[float]] = {}
+    for _ in range(ROUNDS):
+        with tempfile.TemporaryDirectory() as directory:
+            for name, seconds in _ledger(Path(directory)):
+                measured.setdefault(name, []).append(seconds)
+    yield from lines("ledger, 100,000 tasks", measured, reference="create")
+    reactions: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as directory, DemoStore(Path(directory) / "s3") as store:
+        store.create_bucket(BUCKET)
+        credentials = (store.access_key, store.secret_key)
+        with FaultProxy(store.endpoint_url, seed=0, credentials=credentials) as proxy:
+            for number in range(ROUNDS):
+                home = Path(directory) / f"round-{number}"
+                for name, seconds in _steer(home, store, proxy):
+                    reactions.setdefault(name, []).append(seconds)
+            proxy.clear()
+    yield from lines("steered from another process", reactions, reference="pause")
+
+
+def _ledger(directory: Path) -> Iterator[tuple[str, float]]:
+    tasks = [
+        TaskSpec(f"{at:032x}", f"textures/set-{at % 100}/{at}.tx", 1000 + at) for at in range(TASKS)
+    ]
+    with Ledger.open(directory / "ledger.db") as ledger:
+        for at in range(200):
+            ledger.create(TransferSpec("copy", "/from", f"/to/{at}"), tasks[:1])
+        begun = time.perf_counter()
+        row = ledger.create(TransferSpec("copy", "/from", "/to"), tasks)
+        yield "create", time.perf_counter() - begun
+        begun = time.perf_counter()
+        assert len(ledger.select_transfers("status = ?", ("waiting",))) == 201
+        yield "find transfers by status", time.perf_counter() - begun
+        begun = time.perf_counter()
+        found = ledger.select_tasks("transfer = ? AND status = ?", (row.id, "failed"))
+        yield "find failed tasks, none", time.perf_counter() - begun
+        ids = [task.id for task in ledger.select_tasks("transfer = ?", (row.id,), limit=1000)]
+        assert (found, len(ids)) == ([], 1000)
+        begun = time.perf_counter()
+        ledger.set_tasks(row.id, {task: {"status": "excluded"} for task in ids}, WHO)
+        yield "exclude 1,000 tasks", time.perf_counter() - begun
+        begun = time.perf_counter()
+        ledger.set_transfer(row.id, status=TransferStatus.PAUSED, modifier=WHO)
+        yield "pause", time.perf_counter() - begun
+        ledger.set_transfer(row.id, status=TransferStatus.ABORTED, modifier=WHO)
+        begun = time.perf_counter()
+        ledger.archive(row.id)
+        yield "archive", time.perf_counter() - begun
+
+
+def _steer(home: Path, store: DemoStore, proxy: FaultProxy) -> Iterator[tuple[str, float]]:
+    url = f"s3://{BUCKET}/{home.name}"
+    write_files(home / "source", {str(at): 1000 + at for at in range(BLOBS)}, mtime_ns=10**18)
+    submitter = Host(home / "submitter", url, environment=store.environment)
+    job = job_of(submitter.submit(home / "source")[0])
+    host = Host(
+        home / "host", url, environment={**store.environment, "AWS_ENDPOINT_URL_S3": proxy.url}
+    )
+    proxy.clear()
+    proxy.inject(Fault.STALL, key="Data/", seconds=ANSWER_SECONDS)
+    process = host.popen(*host.start_arguments(job, home / "session"))
+    ledger = host.state_dir / "ledger.db"
+    while not (ledger.exists() and any(row.done for row in host.transfers())):
+        time.sleep(0.02)
+    [row] = host.transfers()
+    written = _set(host, ledger, row.id, "paused")
+    yield "pause", max(0.0, _last_request(proxy, written) - written)
+    before = proxy.count("GET", "Data/")
+    written = _set(host, ledger, row.id, "waiting")
+    while proxy.count("GET", "Data/") == before:
+        time.sleep(0.005)
+    yield "resume", time.monotonic() - written
+    written = _set(host, ledger, row.id, "aborted")
+    process.communicate(timeout=60)
+    yield "abort, until the process is gone", time.monotonic() - written
+    assert process.returncode == 100
+
+
+def _set(host: Host, ledger: Path, transfer: int, status: str) -> float:
+    """Set a state by another process; return when it was written."""
+    done = subprocess.run(
+        [sys.executable, "-c", STEER, ledger, str(transfer), status],
+        env={**os.environ, **host.process_environment()},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return float(done.stdout)
+
+
+def _last_request(proxy: FaultProxy, written: float) -> float:
+    """Return when the last request arrived, of those that come within WATCH_SECONDS."""
+    count, last = proxy.count("GET", "Data/"), written
+    while time.monotonic() < written + WATCH_SECONDS:
+        time.sleep(0.005)
+        if (now := proxy.count("GET", "Data/")) != count:
+            count, last = now, time.monotonic()
+    return last
