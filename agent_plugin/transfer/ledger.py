@@ -33,12 +33,10 @@ from agent_plugin.transfer.ledger_file import BUSY_TIMEOUT_SECONDS, LedgerBusyEr
 from agent_plugin.transfer.ledger_finish import end, go_on, let_go
 from agent_plugin.transfer.ledger_news import News, read_news
 from agent_plugin.transfer.ledger_notes import Notes
-from agent_plugin.transfer.ledger_people import PeoplesLedger, Scope
+from agent_plugin.transfer.ledger_people import PeoplesLedger
 from agent_plugin.transfer.ledger_rows import (
     TASK_COLUMNS,
     TRANSFER_COLUMNS,
-    EventRow,
-    ResultSpec,
     TaskRow,
     TaskSpec,
     TransferRow,
@@ -54,11 +52,8 @@ __all__ = [
     "LEASE_SECONDS",
     "NOTES_AT_ONCE",
     "SAMPLE_WINDOW_SECONDS",
-    "EventRow",
     "Ledger",
     "News",
-    "ResultSpec",
-    "Scope",
     "TaskRow",
     "TaskSpec",
     "TransferRow",

@@ -23,7 +23,6 @@ from agent_plugin.transfer.ledger_rows import (
     TaskRow,
     TransferRow,
     task_row,
-    transfer_row,
 )
 from agent_plugin.transfer.states import FINISHED, TransferStatus
 
@@ -184,25 +183,6 @@ class Archive:
             connection.execute("DELETE FROM event WHERE transfer = ?", (transfer_id,))
             connection.execute("DELETE FROM transfer WHERE id = ?", (transfer_id,))
 
-    # ------------------------------------------------------------------------- finding them
-
-    def transfers(self, where: str, arguments: Sequence[object]) -> list[TransferRow]:
-        """Return what was archived, oldest first.
-
-        Args:
-            where: A condition on the columns of `transfer`; whatever varies is a `?` in it.
-            arguments: For the marks, and how many at most (-1: all), and how many to leave out.
-        """
-        if not self._path.exists():
-            return []
-        with self.opened() as archive, archive.read() as connection:
-            rows = connection.execute(
-                f"SELECT {TRANSFER_COLUMNS} FROM transfer WHERE {where}"  # noqa: S608
-                " ORDER BY created, id LIMIT ? OFFSET ?",
-                arguments,
-            ).fetchall()
-        return [transfer_row(row) for row in rows]
-
     def tasks(self, row: TransferRow) -> list[TaskRow]:
         """Return the tasks of a transfer that were packed; none if there are none."""
         if not self._path.exists():
@@ -213,17 +193,6 @@ class Archive:
                 (row.id, row.created),
             ).fetchone()
         return [task_row(task) for task in unpack(found[0])] if found is not None else []
-
-    def results(self, job: str) -> list[tuple[Any, ...]]:
-        """Return what was archived of a job's results, oldest first."""
-        if not self._path.exists():
-            return []
-        with self.opened() as archive, archive.read() as connection:
-            return connection.execute(
-                "SELECT transfer, job, step, task, spec, created FROM result WHERE job = ?"
-                " ORDER BY created, id",
-                (job,),
-            ).fetchall()
 
 
 def _pack(rows: Sequence[Sequence[Any]]) -> bytes:

@@ -1,37 +1,28 @@
-"""What people ask of the ledger, and what they want of it: find, make, steer, put away.
+"""What people want of the ledger: to make transfers, steer them and put them away.
 
 May be used from any process, whoever carries a transfer out.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from agent_plugin.content.errors import TransferStateError
 from agent_plugin.content.store import Cancellation
-from agent_plugin.transfer.ledger_archive import ACTIVE_SECONDS, Archive
+from agent_plugin.transfer.ledger_archive import Archive
 from agent_plugin.transfer.ledger_control import ByHand
 from agent_plugin.transfer.ledger_create import Duplicates, New
-from agent_plugin.transfer.ledger_file import LedgerFile, from_sql
+from agent_plugin.transfer.ledger_file import LedgerFile
 from agent_plugin.transfer.ledger_rows import (
-    TASK_COLUMNS,
     TRANSFER_COLUMNS,
-    EventRow,
-    ResultSpec,
     TaskRow,
     TaskSpec,
     TransferRow,
     TransferSpec,
-    from_json,
-    task_row,
     to_json,
     transfer_row,
 )
 from agent_plugin.transfer.states import DEFAULT_PRIORITY, TransferStatus
-
-# `active`: live, or ended within the hour; `finished`: ended before that; `archived`: gone from the
-# ledger.
-Scope = Literal["active", "finished", "archived"]
 
 
 class PeoplesLedger:
@@ -202,74 +193,9 @@ class PeoplesLedger:
         self._by_hand.set_tasks(transfer_id, changes, modifier)
         return self.transfer(transfer_id)
 
-    def select_transfers(
-        self,
-        where: str,
-        arguments: Sequence[object] = (),
-        *,
-        scope: Scope = "active",
-        limit: int | None = None,
-        skip: int = 0,
-    ) -> list[TransferRow]:
-        """Return the transfers of a scope that meet a condition, oldest first.
-
-        Args:
-            where: A condition on the columns of `transfer`; whatever varies is a `?` in it.
-            arguments: For the marks.
-            scope: Which transfers are looked at.
-            limit: How many at most; None: all.
-            skip: How many are left out before.
-        """
-        page = (-1 if limit is None else limit, skip)
-        if scope == "archived":
-            return self._archive.transfers(where, (*arguments, *page))
-        in_scope = "(finished IS NULL OR finished > ?)" if scope == "active" else "finished <= ?"
-        with self._file.read() as connection:
-            rows = connection.execute(
-                f"SELECT {TRANSFER_COLUMNS} FROM transfer WHERE {in_scope} AND ({where})"  # noqa: S608
-                " ORDER BY id LIMIT ? OFFSET ?",
-                (self._clock() - ACTIVE_SECONDS, *arguments, *page),
-            ).fetchall()
-        return [transfer_row(row) for row in rows]
-
-    def select_tasks(
-        self,
-        where: str,
-        arguments: Sequence[object] = (),
-        *,
-        limit: int | None = None,
-        skip: int = 0,
-    ) -> list[TaskRow]:
-        """Return the tasks that meet a condition, in the order in which they were planned.
-
-        Of transfers whose tasks are still in the ledger: those of a done one leave it after a day.
-
-        Args:
-            where: A condition on the columns of `task`; whatever varies is a `?` in it.
-            arguments: For the marks.
-            limit: How many at most; None: all.
-            skip: How many are left out before.
-        """
-        with self._file.read() as connection:
-            rows = connection.execute(
-                f"SELECT {TASK_COLUMNS} FROM task WHERE {where} ORDER BY id"  # noqa: S608
-                " LIMIT ? OFFSET ?",
-                (*arguments, -1 if limit is None else limit, skip),
-            ).fetchall()
-        return [task_row(row) for row in rows]
-
     def packed_tasks(self, row: TransferRow) -> list[TaskRow]:
         """Return the tasks of a transfer that have left the ledger."""
         return self._archive.tasks(row)
-
-    def events(self, transfer_id: int) -> list[EventRow]:
-        """Return who changed what of a transfer, oldest first."""
-        with self._file.read() as connection:
-            rows = connection.execute(
-                "SELECT time, transfer, task, what, who FROM event WHERE transfer = ? ORDER BY id",
-                (transfer_id,),
-            ).fetchall()
-        return [EventRow(row[0], row[1], row[2], from_sql(row[3]), row[4]) for row in rows]
 
     def archive(self, transfer_id: int) -> None:
         """Put a transfer that has ended into the archive, with its tasks; they are never deleted.
@@ -311,16 +237,3 @@ class PeoplesLedger:
                 " VALUES (?, ?, ?, ?, ?, ?)",
                 (transfer_id, job, step, task, to_json(spec), self._clock()),
             )
-
-    def results(self, job: str) -> list[ResultSpec]:
-        """Return what was published of a job, oldest first, archived transfers included."""
-        with self._file.read() as connection:
-            rows = connection.execute(
-                "SELECT transfer, job, step, task, spec, created FROM result WHERE job = ?"
-                " ORDER BY created, id",
-                (job,),
-            ).fetchall()
-        return [
-            ResultSpec(row[0], row[1], row[2], row[3], from_json(row[4]), row[5])
-            for row in (*self._archive.results(job), *rows)
-        ]

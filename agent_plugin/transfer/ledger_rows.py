@@ -48,42 +48,6 @@ class TaskSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class ResultSpec:
-    """Where something was published.
-
-    Attributes:
-        transfer: The transfer that did it.
-        job, step, task: Of the farm; empty where it does not apply.
-        spec: The result document (docs/PROTOCOL.md).
-        created: Seconds since the epoch.
-    """
-
-    transfer: int
-    job: str
-    step: str
-    task: str
-    spec: Mapping[str, Any]
-    created: float
-
-
-@dataclass(frozen=True, slots=True)
-class EventRow:
-    """Who changed what: an attribute of a transfer, or of a task, by hand.
-
-    Attributes:
-        task: The task's id; None for the transfer itself.
-        what: `attribute=value`.
-        who: `uid:name`.
-    """
-
-    time: float
-    transfer: int
-    task: int | None
-    what: str
-    who: str
-
-
-@dataclass(frozen=True, slots=True)
 class TransferRow:
     """A transfer as the ledger has it; sizes in bytes, times in seconds since the epoch.
 

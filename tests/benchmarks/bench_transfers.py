@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Final
 
 from agent_plugin.cli.demo_store import DemoStore
+from agent_plugin.transfer.entities import Found
+from agent_plugin.transfer.find import Search, find
 from agent_plugin.transfer.ledger import Ledger, TaskSpec, TransferSpec
+from agent_plugin.transfer.query import parse
 from agent_plugin.transfer.states import TransferStatus
 from tests.benchmarks.farm import BUCKET, ROUNDS
 from tests.benchmarks.rounds import lines
@@ -27,6 +30,8 @@ from tests.servers.hooks import Host, job_of
 from tests.servers.trees import write_files
 
 TASKS: Final = 100_000
+TRANSFERS: Final = 200
+EXCLUDED: Final = 1000
 BLOBS: Final = 400
 ANSWER_SECONDS: Final = 0.3
 # After a pause nothing further is asked for; longer than a reaction may take.
@@ -69,20 +74,20 @@ def _ledger(directory: Path) -> Iterator[tuple[str, float]]:
     tasks = [
         TaskSpec(f"{at:032x}", f"textures/set-{at % 100}/{at}.tx", 1000 + at) for at in range(TASKS)
     ]
-    with Ledger.open(directory / "ledger.db") as ledger:
-        for at in range(200):
+    path = directory / "ledger.db"
+    with Ledger.open(path) as ledger:
+        for at in range(TRANSFERS):
             ledger.create(TransferSpec("copy", "/from", f"/to/{at}"), tasks[:1])
         begun = time.perf_counter()
         row = ledger.create(TransferSpec("copy", "/from", "/to"), tasks)
         yield "create", time.perf_counter() - begun
         begun = time.perf_counter()
-        assert len(ledger.select_transfers("status = ?", ("waiting",))) == 201
+        assert len(_find(path, "transfer WHERE status=waiting")) == TRANSFERS + 1
         yield "find transfers by status", time.perf_counter() - begun
         begun = time.perf_counter()
-        found = ledger.select_tasks("transfer = ? AND status = ?", (row.id, "failed"))
+        assert _find(path, f"task WHERE job.id={row.id} AND status=failed") == []
         yield "find failed tasks, none", time.perf_counter() - begun
-        ids = [task.id for task in ledger.select_tasks("transfer = ?", (row.id,), limit=1000)]
-        assert (found, len(ids)) == ([], 1000)
+        ids = [*ledger.news(row.id).tasks][:EXCLUDED]
         begun = time.perf_counter()
         ledger.set_tasks(row.id, {task: {"status": "excluded"} for task in ids}, WHO)
         yield "exclude 1,000 tasks", time.perf_counter() - begun
@@ -93,6 +98,10 @@ def _ledger(directory: Path) -> Iterator[tuple[str, float]]:
         begun = time.perf_counter()
         ledger.archive(row.id)
         yield "archive", time.perf_counter() - begun
+
+
+def _find(ledger: Path, text: str) -> list[Found]:
+    return find(ledger, Search(query=parse(text), now=time.time()))
 
 
 def _steer(home: Path, store: DemoStore, proxy: FaultProxy) -> Iterator[tuple[str, float]]:
