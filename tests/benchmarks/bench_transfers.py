@@ -36,6 +36,7 @@ BLOBS: Final = 400
 ANSWER_SECONDS: Final = 0.3
 # After a pause nothing further is asked for; longer than a reaction may take.
 WATCH_SECONDS: Final = 2.5
+POLL_SECONDS: Final = 0.005
 WHO: Final = "0:bench"
 
 STEER = """
@@ -120,7 +121,8 @@ def _steer(home: Path, store: DemoStore, proxy: FaultProxy) -> Iterator[tuple[st
         time.sleep(0.02)
     [row] = host.transfers()
     written = _set(host, ledger, row.id, "paused")
-    yield "pause", max(0.0, _last_request(proxy, written) - written)
+    # None may have begun after it; what is looked at this often can not be told to be less.
+    yield "pause", max(POLL_SECONDS, _last_request(proxy, written) - written)
     before = proxy.count("GET", "Data/")
     written = _set(host, ledger, row.id, "waiting")
     while proxy.count("GET", "Data/") == before:
@@ -148,7 +150,7 @@ def _last_request(proxy: FaultProxy, written: float) -> float:
     """Return when the last request arrived, of those that come within WATCH_SECONDS."""
     count, last = proxy.count("GET", "Data/"), written
     while time.monotonic() < written + WATCH_SECONDS:
-        time.sleep(0.005)
+        time.sleep(POLL_SECONDS)
         if (now := proxy.count("GET", "Data/")) != count:
             count, last = now, time.monotonic()
     return last
