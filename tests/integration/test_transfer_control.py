@@ -472,7 +472,6 @@ def finish(steered: Steered, number: int = 0) -> "subprocess.Popen[str]":
     return process
 
 
-@pytest.mark.slow
 def test_t9_an_upload_in_parts_is_kept_in_a_pause_and_completed_afterwards(
     steered: Steered, outputs: Path
 ) -> None:
@@ -512,7 +511,6 @@ def test_t9_abort_leaves_no_upload_in_parts_behind(steered: Steered, outputs: Pa
     assert steered.proxy.count("PUT", "Manifests/") == 0
 
 
-@pytest.mark.slow
 def test_t9_an_upload_that_was_killed_in_a_pause_is_aborted_by_the_next_one_after_an_abort(
     steered: Steered, outputs: Path
 ) -> None:
@@ -534,7 +532,6 @@ def test_t9_an_upload_that_was_killed_in_a_pause_is_aborted_by_the_next_one_afte
     assert left
 
 
-@pytest.mark.slow
 def test_t10_an_output_that_is_excluded_is_in_no_manifest(steered: Steered, outputs: Path) -> None:
     steered.host = Host(
         steered.tmp_path / "host", steered.url,
