@@ -331,13 +331,13 @@ class _Download:
 
     def _tick(self) -> None:
         """Stop or wait if that is wished, and say now and then how far it is."""
-        self._tell_seen()
+        if self._steering.beats_now:
+            self._tell_seen()
         self._steering.tick()
 
     def _tell_seen(self) -> None:
-        if self.counts.seen and self._steering.beats_now:
-            seen, self.counts.seen = self.counts.seen, []
-            self._context.remember_present(seen)
+        seen, self.counts.seen = self.counts.seen, []
+        self._context.remember_present(seen)
 
     def _crew(self, digest: Digest) -> Crew[Digest, _Obtained]:
         return self._small if digest.size <= WHOLE_BLOB_BYTES else self._large
