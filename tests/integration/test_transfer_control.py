@@ -476,7 +476,7 @@ def test_t9_an_upload_in_parts_is_kept_in_a_pause_and_completed_afterwards(
     steered: Steered, outputs: Path
 ) -> None:
     write_files(outputs, {"beauty.exr": LARGE}, mtime_ns=1_600_000_000 * 10**9)
-    steered.proxy.inject(Fault.STALL, methods={"PUT"}, key="Data/", seconds=0.7)
+    steered.proxy.inject(Fault.STALL, methods={"PUT"}, key="Data/", seconds=2.0)
     process = finish(steered)
     row = steered.until_running("sync-out", PART_BYTES)
     steered.set(row.id, "paused")
@@ -498,7 +498,7 @@ def test_t9_an_upload_in_parts_is_kept_in_a_pause_and_completed_afterwards(
 
 def test_t9_abort_leaves_no_upload_in_parts_behind(steered: Steered, outputs: Path) -> None:
     write_files(outputs, {"beauty.exr": LARGE}, mtime_ns=1_600_000_000 * 10**9)
-    steered.proxy.inject(Fault.STALL, methods={"PUT"}, key="Data/", seconds=0.7)
+    steered.proxy.inject(Fault.STALL, methods={"PUT"}, key="Data/", seconds=2.0)
     process = finish(steered)
     row = steered.until_running("sync-out", PART_BYTES)
 
@@ -515,7 +515,7 @@ def test_t9_an_upload_that_was_killed_in_a_pause_is_aborted_by_the_next_one_afte
     steered: Steered, outputs: Path
 ) -> None:
     write_files(outputs, {"beauty.exr": LARGE}, mtime_ns=1_600_000_000 * 10**9)
-    steered.proxy.inject(Fault.STALL, methods={"PUT"}, key="Data/", seconds=0.7)
+    steered.proxy.inject(Fault.STALL, methods={"PUT"}, key="Data/", seconds=2.0)
     process = finish(steered)
     row = steered.until_running("sync-out", PART_BYTES)
     steered.set(row.id, "paused")
