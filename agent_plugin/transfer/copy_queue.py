@@ -23,6 +23,8 @@ KIND: Final = "copy"
 
 _T = TransferStatus
 _K = TaskStatus
+# Of a task whose transfer another engine may have taken over, while this process stood still.
+_OURS: Final = "(SELECT lease_owner FROM transfer WHERE id = task.transfer) = ?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +104,16 @@ class CopyQueue:
         document: Mapping[str, Any] = json.loads(text)
         return document
 
-    def claim(self, most: int) -> list[CopyTask]:
-        """Return the tasks whose turn it is; they are executing from now on."""
+    def claim(self, most: int, executing: Collection[int]) -> list[CopyTask]:
+        """Return the tasks whose turn it is; they are executing from now on.
+
+        Args:
+            most: How many at most.
+            executing: Tasks of which an attempt is under way; a person may have queued them again.
+        """
         now = self._clock()
         claimed: list[CopyTask] = []
+        marks = ", ".join("?" * len(executing))
         with self._file.write() as connection:
             transfers = connection.execute(
                 "SELECT id FROM transfer WHERE kind = ? AND status = 'running' AND lease_owner = ?"
@@ -116,10 +124,10 @@ class CopyQueue:
                 if len(claimed) == most:
                     break
                 rows = connection.execute(
-                    "SELECT id, transfer, source, destination, size, upload_id, parts FROM task"
+                    "SELECT id, transfer, source, destination, size, upload_id, parts FROM task"  # noqa: S608 - question marks
                     " WHERE transfer = ? AND status = 'queued' AND not_before <= ?"
-                    " ORDER BY priority DESC, id LIMIT ?",
-                    (transfer_id, now, most - len(claimed)),
+                    f" AND id NOT IN ({marks}) ORDER BY priority DESC, id LIMIT ?",
+                    (transfer_id, now, *executing, most - len(claimed)),
                 )
                 claimed += [
                     CopyTask(
@@ -151,14 +159,27 @@ class CopyQueue:
         """Write down what there is of a task, so that another attempt can go on from there."""
         with self._file.write() as connection:
             connection.execute(
-                "UPDATE task SET upload_id = ?, parts = ?, done = min(size, ?) WHERE id = ?",
-                (upload_id, json.dumps(kept) if kept else "[]", done, task_id),
+                "UPDATE task SET upload_id = ?, parts = ?, done = min(size, ?)"  # noqa: S608 - constant
+                f" WHERE id = ? AND {_OURS}",
+                (upload_id, json.dumps(kept) if kept else "[]", done, task_id, lease_owner()),
+            )
+
+    def forget(self, task_id: int) -> None:
+        """Write down that nothing is left of a task that nobody goes on with."""
+        with self._file.write() as connection:
+            connection.execute(
+                "UPDATE task SET upload_id = '', parts = '[]', done = 0 WHERE id = ?"
+                " AND status NOT IN ('booting', 'executing')",
+                (task_id,),
             )
 
     def measured(self, task_id: int, size: int) -> None:
         """Write down how large the source turned out to be."""
         with self._file.write() as connection:
-            connection.execute("UPDATE task SET size = ? WHERE id = ?", (size, task_id))
+            connection.execute(
+                f"UPDATE task SET size = ? WHERE id = ? AND {_OURS}",  # noqa: S608 - constant
+                (size, task_id, lease_owner()),
+            )
 
     def settle(
         self,
@@ -170,6 +191,8 @@ class CopyQueue:
     ) -> None:
         """Write what has become of a task, unless a person has said something else meanwhile.
 
+        Nothing is written either when the transfer is another engine's by now.
+
         Args:
             task_id: The task, which was executing.
             status: Done, failed, excluded, or queued again.
@@ -178,12 +201,12 @@ class CopyQueue:
         """
         with self._file.write() as connection:
             connection.execute(
-                "UPDATE task SET status = ?1, error_code = ?2, error = ?3, not_before = ?4,"
+                "UPDATE task SET status = ?1, error_code = ?2, error = ?3, not_before = ?4,"  # noqa: S608 - constant
                 " finished = CASE WHEN ?1 IN ('done', 'failed') THEN ?5 END,"
                 " done = CASE ?1 WHEN 'done' THEN size ELSE done END,"
                 " upload_id = CASE ?1 WHEN 'done' THEN '' ELSE upload_id END,"
                 " parts = CASE ?1 WHEN 'done' THEN '[]' ELSE parts END"
-                " WHERE id = ?6 AND status IN ('booting', 'executing')",
+                f" WHERE id = ?6 AND status IN ('booting', 'executing') AND {_OURS}7",
                 (
                     status,
                     error.code if error else "",
@@ -191,6 +214,7 @@ class CopyQueue:
                     not_before,
                     self._clock(),
                     task_id,
+                    lease_owner(),
                 ),
             )
 

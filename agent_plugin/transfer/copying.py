@@ -167,7 +167,7 @@ class Copying:
             except PropmasterError as error:
                 extra = {"object": task.destination, "reason": error.message}
                 log.warning(events.UPLOAD_LEFT, extra=extra)
-            self._queue.keep(task.id, "", {}, 0)
+            self._queue.forget(task.id)
 
     # ------------------------------------------------------------------------------ one turn
 
@@ -183,7 +183,7 @@ class Copying:
             self._look()
             if self._leaves:
                 self.clear()
-        for task in self._queue.claim(self._concurrency - len(self._active)):
+        for task in self._queue.claim(self._concurrency - len(self._active), self._active):
             self._start(task)
         if self._active:
             self._await(self._next_beat - time.monotonic())
@@ -239,9 +239,10 @@ class Copying:
         transfers, tasks = self._queue.beat(moved, list(self._active))
         self._told(sum(moved.values()))
         for task_id, active in self._active.items():
-            transfer = transfers.get(active.task.transfer, TransferStatus.ABORTED)
-            task = tasks.get(task_id, TaskStatus.EXCLUDED)
-            if transfer in _DROPPING or task in _DROPPED:
+            # Absent: another engine has taken it over, and goes on with what there is.
+            transfer = transfers.get(active.task.transfer)
+            task = tasks.get(task_id)
+            if transfer in _DROPPING or (transfer and task in _DROPPED):
                 active.halt.stop(drops=True)
             elif transfer is not TransferStatus.RUNNING or task not in _BEGUN:
                 active.halt.stop(drops=False)

@@ -32,7 +32,7 @@ from agent_plugin.settings import Settings, load
 from agent_plugin.transfer.copy_places import Place, plan_copies
 from agent_plugin.transfer.copy_settings import CopySettings, NameFilter
 from agent_plugin.transfer.copying import Copying, CopyResult, retry_wait
-from agent_plugin.transfer.ledger import Ledger, TaskSpec, TransferSpec
+from agent_plugin.transfer.ledger import Ledger, TaskSpec, TransferSpec, lease_owner
 from agent_plugin.transfer.states import TaskStatus, TransferStatus
 from tests.servers.fault_proxy import FaultProxy
 from tests.servers.faults import Fault
@@ -482,6 +482,51 @@ def test_t9_a_run_that_is_stopped_goes_on_in_the_next(farm: Farm) -> None:
     farm.proxy.clear()
     farm.run()
     assert farm.ledger.transfer(transfer).status is TransferStatus.DONE
+
+
+def test_t10_a_task_under_way_that_is_queued_by_hand_begins_anew_when_it_has_stopped(
+    farm: Farm, running: Callable[[], threading.Thread]
+) -> None:
+    """And not beside itself: the engine had two attempts of one task, and fell over the second."""
+    transfer, method = _slow(farm, "up")
+    engine = running()
+    until(lambda: _moved(farm, method))
+
+    farm.tell_task(transfer, "a", TaskStatus.QUEUED)
+
+    until(lambda: farm.ledger.tasks(transfer)[0].tries > 1)
+    farm.proxy.clear()
+    engine.join(20)
+    [task] = farm.ledger.tasks(transfer)
+    assert (task.status, task.tries) == (TaskStatus.DONE, 2)
+    assert farm.stored("a") == (farm.directory / "files/a").read_bytes()
+    assert farm.uploads() == []
+
+
+def test_t1_an_engine_that_has_lost_its_transfer_leaves_it_to_the_other(
+    farm: Farm, running: Callable[[], threading.Thread]
+) -> None:
+    """Neither what was sent nor a row of it: the other one goes on with both."""
+    transfer, method = _slow(farm, "up")
+    engine = running()
+    until(lambda: _moved(farm, method))
+
+    def kept() -> list[tuple[str, str]]:
+        with farm.ledger.file.read() as connection:
+            return connection.execute("SELECT status, upload_id FROM task").fetchall()
+
+    until(lambda: kept()[0][1])
+    before = kept()
+    # As whoever takes over does, when this process stood still for longer than its lease.
+    with farm.ledger.file.write() as connection:
+        connection.execute("UPDATE transfer SET lease_owner = ?", (lease_owner(os.getppid()),))
+
+    engine.join(20)
+
+    assert not engine.is_alive()
+    assert farm.ledger.transfer(transfer).status is TransferStatus.RUNNING
+    assert len(farm.uploads()) == 1
+    assert kept() == before
 
 
 def _moved(farm: Farm, method: str) -> bool:
