@@ -24,13 +24,25 @@ from agent_plugin.content.errors import (
     ReadOnlyAttributeError,
     TransferStateError,
 )
-from agent_plugin.transfer.create import Expand, TaskDocument, TransferDocument, task_specs
+from agent_plugin.transfer.create import (
+    Expand,
+    TaskDocument,
+    TransferDocument,
+    as_before,
+    redirected,
+    task_specs,
+)
 from agent_plugin.transfer.entities import Found
 from agent_plugin.transfer.find import EVERYWHERE, Scopes, Search, count_tasks, find
-from agent_plugin.transfer.ledger import Ledger
+from agent_plugin.transfer.ledger import Ledger, TaskSpec
 from agent_plugin.transfer.query import ENTITY_WORDS, Entity, nearest, parse
 from agent_plugin.transfer.query_attributes import ATTRIBUTES, named
-from agent_plugin.transfer.states import TaskStatus, TransferStatus
+from agent_plugin.transfer.states import (
+    SETTABLE_TRANSFER,
+    TaskStatus,
+    TransferStatus,
+    check_settable,
+)
 
 Id = int | str
 Data = Mapping[str, Any] | str | Path
@@ -270,6 +282,10 @@ class Session:
         before = self._transfer(transfer_id)
         if "status" in changes:
             changes["status"] = _status(changes["status"])
+            # Before anything is changed for the sake of a new destination.
+            check_settable(changes["status"], SETTABLE_TRANSFER)
+        if not isinstance(changes.get("destination", ""), str):
+            raise JobInvalidError("the destination of a transfer has to be a text")
         with Ledger.open(self._path, clock=self._clock) as ledger:
             if "destination" in changes and before["status"] == TransferStatus.PENDING:
                 self._redirect(ledger, before, changes["destination"])
@@ -279,13 +295,28 @@ class Session:
     def _redirect(self, ledger: Ledger, transfer: Found, destination: str) -> None:
         """Have what is not done go to another place, while nobody carries the transfer out."""
         entry = TaskDocument(transfer["source"])
-        tasks = list(task_specs([entry], destination, transfer["settings"], self._expand))
         left = self.find("task WHERE status IN (pending, failed)", entityid=transfer["id"])
+        known = {task["source"]["path"]: task for task in left}
+        tasks = []
+        for spec in task_specs([entry], destination, transfer["settings"], self._expand):
+            found = known.get(spec.source)
+            tasks.append(as_before(spec, found) if found else spec)
+        sources = {task.source for task in tasks}
+        own = set()
+        for task in left:
+            source, place = task["source"]["path"], task["destination"]["path"]
+            if source in sources:
+                continue
+            if (target := redirected(place, transfer["destination"], destination)) is None:
+                own.add(task["id"])
+            else:
+                tasks.append(as_before(TaskSpec(source, target, task["size"]), task))
         pairs = {(task.source, task.destination) for task in tasks}
         others = [
             task["id"]
             for task in left
-            if (task["source"]["path"], task["destination"]["path"]) not in pairs
+            if task["id"] not in own
+            and (task["source"]["path"], task["destination"]["path"]) not in pairs
         ]
         ledger.add_tasks(transfer["id"], tasks, modifier=self._user)
         excluded = {task_id: {"status": TaskStatus.EXCLUDED} for task_id in others}
@@ -439,6 +470,10 @@ def _changes(entity: Entity, data: Mapping[str, Any]) -> dict[str, Any]:
             raise ReadOnlyAttributeError(
                 f'"{name}" of a {entity} {what}', hint=f"what can be changed: {', '.join(can)}"
             )
+    if not isinstance(data.get("metadata", {}), Mapping):
+        raise JobInvalidError(
+            f"the metadata of a {entity} has to be an object", hint='give something like {"a": 1}'
+        )
     return dict(data)
 
 

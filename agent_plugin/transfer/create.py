@@ -5,6 +5,7 @@ here; what is below a source, and how large it is, is found by whoever copies (c
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Self
 
@@ -16,6 +17,7 @@ from agent_plugin.content.errors import (
     LocalReadError,
     ReadOnlyAttributeError,
 )
+from agent_plugin.transfer.copy_places import Place
 from agent_plugin.transfer.ledger import TaskSpec, TransferSpec
 from agent_plugin.transfer.query import Entity, nearest
 from agent_plugin.transfer.query_attributes import named
@@ -143,6 +145,36 @@ def task_specs(
         number = priority_of(entry.priority)
         for spec in expand([(entry.source, target)], settings):
             yield TaskSpec(spec.source, spec.destination, spec.size, number, entry.metadata)
+
+
+def as_before(spec: TaskSpec, task: Mapping[str, Any]) -> TaskSpec:
+    """Return a task with what people have said of the one in whose place it comes."""
+    return replace(spec, priority=task["priority"], metadata=task["metadata"])
+
+
+def redirected(place: str, before: str, after: str) -> str | None:
+    """Return where something goes that was to go below one place, and is to go below another.
+
+    Returns:
+        None if it was to go somewhere else.
+
+    Raises:
+        JobInvalidError: There is nothing below that.
+    """
+    # The ledger has them as URLs, whatever was said.
+    for old, new in ((before, after), (_url(before), _url(after))):
+        if old.endswith("/") and place.startswith(old):
+            if not new.endswith("/"):
+                raise JobInvalidError(
+                    f"several things can not all go to {after}",
+                    hint="end the destination with a slash",
+                )
+            return new + place.removeprefix(old)
+    return None
+
+
+def _url(place: str) -> str:
+    return Place.parse(place).url if place else ""
 
 
 def _decoded(data: Mapping[str, Any] | str | Path) -> dict[str, Any]:

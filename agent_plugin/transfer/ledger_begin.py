@@ -137,10 +137,12 @@ class Beginning:
         self, tasks: Iterable[TaskSpec], known: dict[tuple[object, object], int]
     ) -> Iterable[tuple[Any, ...]]:
         now = self._clock()
+        with self._file.read() as connection:
+            first = next_number(connection, self._id)
         new = (
             task for task in tasks if (to_sql(task.source), to_sql(task.destination)) not in known
         )
-        for number, task in enumerate(new, start=len(known)):
+        for number, task in enumerate(new, start=first):
             yield task_values(self._id, number, TaskStatus.QUEUED, task, now)
 
     def _claim(self) -> int | None:
@@ -264,6 +266,14 @@ INSERT_TASK: Final = (
     "INSERT INTO task (transfer, uri, status, source, destination, size, priority, metadata,"
     " created) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
 )
+
+
+def next_number(connection: sqlite3.Connection, transfer_id: int) -> int:
+    """Return the number of a transfer's next task; a pair that came twice has left a gap."""
+    (last,) = connection.execute(
+        "SELECT max(CAST(uri AS INTEGER)) FROM task WHERE transfer = ?", (transfer_id,)
+    ).fetchone()
+    return 0 if last is None else int(last) + 1
 
 
 def task_values(

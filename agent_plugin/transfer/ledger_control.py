@@ -149,18 +149,20 @@ class ByHand:
     @staticmethod
     def _resume(connection: sqlite3.Connection, transfer_id: int, current: TransferStatus) -> None:
         """Let a transfer that was held, or had ended, go on: what failed is tried again."""
-        if current is _T.PENDING:
-            (destination,) = connection.execute(
-                "SELECT destination FROM transfer WHERE id = ?", (transfer_id,)
-            ).fetchone()
-            if not destination:
-                raise TransferStateError(
-                    f"transfer {transfer_id} has no destination", hint="give it one first"
-                )
-            connection.execute(
-                "UPDATE task SET status = 'queued' WHERE transfer = ? AND status = 'pending'",
-                (transfer_id,),
+        (destination,) = connection.execute(
+            "SELECT destination FROM transfer WHERE id = ?", (transfer_id,)
+        ).fetchone()
+        if not destination:
+            pending = current is _T.PENDING
+            raise TransferStateError(
+                f"transfer {transfer_id} has no destination",
+                hint="give it one first" if pending else "make a new one that has",
             )
+        # It may have been aborted while it was pending.
+        connection.execute(
+            "UPDATE task SET status = 'queued' WHERE transfer = ? AND status = 'pending'",
+            (transfer_id,),
+        )
         if current in FINISHED:
             connection.execute(
                 f"UPDATE task SET {QUEUED_ANEW} WHERE transfer = ? AND status = 'failed'",  # noqa: S608

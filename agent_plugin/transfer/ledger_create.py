@@ -14,6 +14,7 @@ from agent_plugin.transfer.ledger_begin import (
     INSERT_TASK,
     TASKS_PER_PIECE,
     insert_transfer,
+    next_number,
     renew_lease,
     task_values,
 )
@@ -119,6 +120,7 @@ class New:
                 (transfer_id,),
             )
             pairs = {(row[0], row[1]): (row[2], TaskStatus(row[3])) for row in known}
+            number = next_number(connection, transfer_id)
             changed: list[int] = []
             for task in tasks:
                 pair = (to_sql(task.source), to_sql(task.destination))
@@ -126,7 +128,8 @@ class New:
                     task_id = self._again(connection, pairs[pair], task, duplicates, new)
                 else:
                     _refuse_fixed(transfer_id, kind, task)
-                    row = task_values(transfer_id, len(pairs), new, task, now)
+                    row = task_values(transfer_id, number, new, task, now)
+                    number += 1
                     task_id = connection.execute(INSERT_TASK, row).lastrowid or 0
                     pairs[pair] = (task_id, new)
                 changed.append(task_id)
@@ -135,6 +138,11 @@ class New:
                 connection.execute(
                     "UPDATE transfer SET status = 'waiting', finished = NULL, error_code = '',"
                     " error = '' WHERE id = ?",
+                    (transfer_id,),
+                )
+                # It may have been aborted while it was pending.
+                connection.execute(
+                    "UPDATE task SET status = 'queued' WHERE transfer = ? AND status = 'pending'",
                     (transfer_id,),
                 )
             connection.execute(

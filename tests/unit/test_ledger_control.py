@@ -96,6 +96,31 @@ def test_t4_a_transfer_without_a_destination_is_pending_until_it_has_one(ledger:
     assert (row.status, states(ledger, row.id)) == (TransferStatus.WAITING, ["queued"] * 3)
 
 
+def test_t5_what_was_aborted_while_it_was_pending_can_be_tried_again(ledger: Ledger) -> None:
+    row = ledger.create(SPEC, TASKS, status=TransferStatus.PENDING)
+    other = ledger.create(SPEC, TASKS, status=TransferStatus.PENDING)
+    nowhere = ledger.create(TransferSpec("copy", "/from", ""), TASKS)
+    for each in (row, other, nowhere):
+        ledger.set_transfer(each.id, status=TransferStatus.ABORTED)
+
+    ledger.set_transfer(row.id, status=TransferStatus.WAITING)
+    ledger.add_tasks(other.id, [TaskSpec("d", "four", 4)])
+
+    assert states(ledger, row.id) == ["queued"] * 3
+    assert states(ledger, other.id) == ["queued"] * 4
+    with pytest.raises(TransferStateError, match="has no destination"):
+        ledger.set_transfer(nowhere.id, status=TransferStatus.WAITING)
+
+
+def test_t6_no_two_tasks_have_the_same_uri(ledger: Ledger) -> None:
+    """Whatever came twice when the transfer was made."""
+    row = ledger.create(SPEC, [TASKS[0], TASKS[0], TASKS[1]])
+    ledger.add_tasks(row.id, [TASKS[2]])
+    ledger.begin(SPEC, [*TASKS, TaskSpec("d", "four", 4)])
+
+    assert [task.uri for task in ledger.tasks(row.id)] == ["0", "2", "3", "4"]
+
+
 @pytest.mark.parametrize("status", ["init", "running", "failed", "aborted", "done"])
 def test_t4_a_new_transfer_can_not_be_anything_else(ledger: Ledger, status: str) -> None:
     with pytest.raises(TransferStateError, match=f"a new transfer can not be {status}"):

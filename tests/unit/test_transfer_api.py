@@ -127,6 +127,47 @@ def test_t4_without_a_destination_it_is_pending_until_it_has_one(session: Sessio
         session.update("job", job["id"], {"destination": "/elsewhere/"})
 
 
+def test_t5_a_new_destination_is_for_all_that_was_to_go_below_the_old_one(
+    session: Session,
+) -> None:
+    """And what was to go to a place of its own goes there."""
+    own = {"source": "/in/c", "destination": "/own/c"}
+    first = {"source": "/in/a", "priority": 7}
+    second = {"source": "/in/b", "priority": 9, "metadata": {"shot": "sc010"}}
+    job = session.create(
+        "job",
+        {"tasks": [first, second, "/in/deep/", own], "destination": "/out/", "status": "pending"},
+    )
+
+    session.update("job", job["id"], {"destination": "/new/"})
+
+    found = session.find("task WHERE status=pending", entityid=job["id"])
+    assert sorted((each["destination"]["path"], each["priority"]) for each in found) == [
+        ("/new/a", 7),
+        ("/new/b", 9),
+        ("/new/one.exr", 500),
+        ("/new/two.exr", 500),
+        ("/own/c", 500),
+    ]
+    with pytest.raises(JobInvalidError, match="several things"):
+        session.update("job", job["id"], {"destination": "/one-file"})
+
+
+def test_t5_a_destination_that_comes_with_what_is_not_allowed_changes_nothing(
+    session: Session,
+) -> None:
+    job = session.create("job", {"source": "/in/a"})
+
+    with pytest.raises(TransferStateError, match="not for people"):
+        session.update("job", job["id"], {"destination": "/out/a", "status": "running"})
+    with pytest.raises(JobInvalidError, match="has to be a text"):
+        session.update("job", job["id"], {"destination": 5})
+    with pytest.raises(JobInvalidError, match="has to be an object"):
+        session.update("job", job["id"], {"metadata": 5})
+
+    assert tasks(session, job) == []
+
+
 @pytest.mark.parametrize(
     ("document", "error", "words"),
     [
