@@ -40,6 +40,8 @@ _OF_LIBFUSE = {
     "fallocate": "libfuse 2 does not know it",
     "renameat2": "libfuse 2 knows no flags of rename",
     "O_TMPFILE": "libfuse 2 does not know it",
+    "open below what was removed": "libfuse 2 knows files by their paths; of these the"
+    " attributes are not found",
     "speed": "each level of a path costs a message each time, as the kernel may keep no attributes"
     " of files that have several names",
 }

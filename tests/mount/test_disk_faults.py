@@ -145,8 +145,18 @@ def test_a_read_only_cache_is_done_without_and_what_it_has_is_used(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["mode", "link", "owner", "file"])
-def test_a_cache_that_others_could_write_is_not_mounted_from(disks: Disks, how: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("mode", r"can be written by others \(mode 0777\)"),
+        ("link", "is a link or no directory"),
+        ("owner", f"belongs to user {NOBODY}, we are 0"),
+        ("file", "is a link or no directory"),
+    ],
+)
+def test_a_cache_that_others_could_write_is_not_mounted_from(
+    disks: Disks, how: str, reason: str
+) -> None:
     manifest = disks.stored(FILES)
     mounter = disks.mounter()
     cache = mounter.host.cache_dir
@@ -163,7 +173,7 @@ def test_a_cache_that_others_could_write_is_not_mounted_from(disks: Disks, how: 
         case _:
             cache.write_bytes(b"")
 
-    with pytest.raises(MountFailedError, match="cache-unsafe"):
+    with pytest.raises(MountFailedError, match=f"could not be mounted: {cache} {reason}"):
         mounter.mount(manifest)
     mounter.assert_nothing_is_left()
     assert list(disks.home.glob("elsewhere/*")) == []

@@ -362,6 +362,7 @@ def test_a_hostile_manifest_is_not_mounted(mounter: Mounter, how: str) -> None:
     manifest = mounter.home / "hostile.manifest"
     manifest.write_bytes(HOSTILE[how])
     host = mounter.host
+    Path(host.store_url.removeprefix("file://")).mkdir(parents=True, exist_ok=True)
     done = host.run("mount", manifest, mounter.home / "mnt", "--store", host.store_url)
     assert done.returncode == 65, done.stderr
     assert "Traceback" not in done.stderr

@@ -376,7 +376,8 @@ LASTING_ON_PARTS = [
     (Fault.FORBIDDEN, "E_ACCESS", "403 AccessDenied"),
     (Fault.EXPIRED_TOKEN, "E_ACCESS", "400 ExpiredToken"),
     (Fault.NOT_FOUND, "E_NOT_FOUND", "404 NoSuchKey"),
-    (Fault.RANGE_NOT_SATISFIABLE, "E_CHECKSUM", "is stored as 0 bytes or less"),
+    # How many is where the part begins that was refused first.
+    (Fault.RANGE_NOT_SATISFIABLE, "E_CHECKSUM", " bytes or less"),
     (Fault.REDIRECT_307, "E_PROTOCOL", "another region"),
     (Fault.EMPTY_OK, "E_PROTOCOL", "non-partial response"),
     (Fault.XML_OK, "E_PROTOCOL", "non-partial response"),

@@ -228,6 +228,10 @@ class TwinMachine(RuleBasedStateMachine):
         if any(isinstance(argument, Existing) for argument in arguments):
             arguments = self.found(arguments)
         mounted, twin = self.twins.workers[user]
+        if what.endswith("_open") and self.lacks("open below what was removed"):
+            mounted.ask("stat_open", arguments[0])
+            if (answer := mounted.answer()) == ("stat_open", "ENOENT"):
+                return answer
         for worker in (mounted, twin):
             worker.ask(what, *arguments, **named)
         here, there = mounted.answer(), twin.answer()
