@@ -148,7 +148,8 @@ class ObjectSnapshot:
         UnsafePathError: On creation, when a path would leave its directory or can not be a name on
             Linux. It names the object.
         PathClashError: Two objects become one file, or one a file where another needs a directory.
-        SourceInvalidError: They are more than MAX_OBJECTS or too many bytes, or a key is no text.
+        SourceInvalidError: They are more than MAX_OBJECTS or too many bytes, a key is no text, or
+            of one that is not empty nothing tells its state.
     """
 
     access: ObjectAccess
@@ -162,6 +163,7 @@ class ObjectSnapshot:
             raise too_many(bucket)
         _check_paths(bucket, ordered)
         _check_clashes(bucket, ordered)
+        _check_states(bucket, ordered)
         total_bytes = sum(entry.size for entry in ordered)
         if total_bytes > rules.MAX_SIZE_BYTES:
             raise SourceInvalidError(
@@ -262,7 +264,9 @@ class ObjectSnapshot:
 
 # Made here, by one thread: msgspec crashes when two are the first to decode a type.
 _DECODER: Final = msgspec.json.Decoder(SnapshotDocument)
-_DAMAGED_HINT: Final = "start the session again, which resolves its sources anew"
+_DAMAGED_HINT: Final = (
+    "end the session (`propmaster session end`) and start it again, which resolves its sources anew"
+)
 
 
 def too_many(bucket: str) -> SourceInvalidError:
@@ -314,6 +318,16 @@ def _check_clashes(bucket: str, ordered: Sequence[SnapshotEntry]) -> None:
             f" {_shown(bucket, by_path[below])} needs a directory",
             hint=_RENAME_HINT,
         )
+
+
+def _check_states(bucket: str, entries: Sequence[SnapshotEntry]) -> None:
+    for entry in entries:
+        if entry.size and not entry.etag and not entry.version:
+            raise SourceInvalidError(
+                f"the server tells neither ETag nor version of {_shown(bucket, entry)}",
+                hint="without one nobody notices when an object changes: use a server that has"
+                " ETags",
+            )
 
 
 def _shown(bucket: str, entry: SnapshotEntry) -> str:

@@ -99,10 +99,14 @@ def _remove_roots(session_dir: Path, state: SessionState, *, but: Container[str]
         local = Path(root.local_root)
         if root.local_root in but or not state.owns(root):
             continue
+        if root.source is not None and not root.snapshot:
+            # Nothing of it was ever brought: what is there is the job's.
+            continue
         stood = os.path.lexists(local) or os.path.lexists(hidden_root(local))
         try:
             # Only an input source may be further down.
-            above = local.parent.relative_to(session_dir).parts if root.source is not None else ()
+            further = root.source is not None
+            above = local.parent.relative_to(state.session_dir).parts if further else ()
             _remove(inside, above, local.name, hidden_root(local).name, work_dir_name(local))
             if stood:
                 removed.append(root.local_root)
@@ -132,7 +136,8 @@ def _remove(directory: str, above: Sequence[str], *names: str) -> None:
             fds = [_opened(opened, directory, _OPEN_PATH)]
             for name in above:
                 fds.append(_opened(opened, name, _OPEN_PATH | os.O_NOFOLLOW, dir_fd=fds[-1]))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
+            # What a job has put there instead of a directory is the job's.
             return
         for name in names:
             remove_tree(fds[-1], name)

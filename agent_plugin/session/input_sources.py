@@ -123,6 +123,8 @@ def source_roots(
     """
     made = []
     known = {root.local_root: root for root in before.roots} if before is not None else {}
+    # What these put where a source was done without is kept, and the source comes in beside it.
+    had_tasks = before is not None and (before.ready or before.was_ready)
     for source in job.input_sources:
         local = session_dir / source.target_path
         _refuse_clash(source, local, session_dir, roots)
@@ -135,7 +137,7 @@ def source_roots(
             source=source,
         )
         same = known.get(root.local_root)
-        if same is None:
+        if same is None or not (same.snapshot or had_tasks):
             _refuse_what_is_there(source, local, session_dir)
         elif same.snapshot and same.source != source:
             raise SessionStateError(

@@ -24,7 +24,6 @@ from agent_plugin.content.writes_probe import AUTO as WRITES_AUTO
 from agent_plugin.content.writes_probe import choose_writes
 from agent_plugin.session.mounts import FailedRead, MountRequest, Mounts, ask_mount
 from agent_plugin.session.state import COPIED, VIRTUAL, RootState, SessionState
-from agent_plugin.sources.sizing import fit
 from agent_plugin.transfer.context import TransferContext
 from agent_plugin.transfer.plan import SPARE_BYTES
 
@@ -82,9 +81,8 @@ def choose(wished: str, root: RootState, manifest: Manifest | None, state: Sessi
         return Choice(VIRTUAL)
     filesystem = os.statvfs(state.session_dir)
     free = filesystem.f_bavail * filesystem.f_frsize
-    fits = fit("AUTO", manifest.total_bytes, free=free, reserve=SPARE_BYTES, where=root.local_root)
-    if fits.file_system == VIRTUAL:
-        return Choice(VIRTUAL, fits.reason)
+    if manifest.total_bytes and manifest.total_bytes + SPARE_BYTES > free:
+        return Choice(VIRTUAL, f"{manifest.total_bytes} bytes do not fit where {free} are free")
     if manifest.total_bytes <= AUTO_COPIED_BYTES and len(manifest) <= AUTO_COPIED_FILES:
         return Choice(COPIED, f"{len(manifest)} files of {manifest.total_bytes} bytes are few")
     return Choice(VIRTUAL, f"{len(manifest)} files of {manifest.total_bytes} bytes are many")

@@ -17,6 +17,7 @@ from agent_plugin.content.errors import (
     PathClashError,
     SessionStateError,
     SourceEmptyError,
+    SourceInvalidError,
     StoreUnavailableError,
     UnsafePathError,
 )
@@ -113,6 +114,82 @@ def test_s5_what_an_end_leaves_is_what_others_have_beside_a_source(
     host.end(session_dir)
 
     assert content_below(session_dir) == {"in/notes": b"the job's own"}
+
+
+def test_s5_a_session_ends_whatever_a_job_put_on_the_way_to_a_source(
+    host: Host, s3: S3Server, s3_prefix: str, session_dir: Path
+) -> None:
+    """Caught: an end that never comes to one, since a file is where a directory was."""
+    store_objects(s3, s3_prefix, {"a": b"a"})
+    host.start(job_with_sources(host, source_of(s3, s3_prefix, Target="in/shots")), session_dir)
+    (session_dir / "in").rename(session_dir / "moved")
+    (session_dir / "in").write_bytes(b"the job's own")
+
+    host.end(session_dir)
+
+    assert (session_dir / "in").read_bytes() == b"the job's own"
+    assert list(host.state_dir.glob("sessions/*.json")) == []
+
+
+def test_s5_a_session_is_ended_by_another_spelling_of_its_directory(
+    host: Host, s3: S3Server, s3_prefix: str, session_dir: Path, tmp_path: Path
+) -> None:
+    store_objects(s3, s3_prefix, {"a": b"a"})
+    host.start(job_with_sources(host, source_of(s3, s3_prefix, Target="in/shots")), session_dir)
+    link = tmp_path / "link"
+    link.symlink_to(session_dir)
+
+    host.end(link)
+
+    assert list(session_dir.iterdir()) == []
+
+
+def test_s5_a_damaged_snapshot_says_what_helps(
+    host: Host, s3: S3Server, s3_prefix: str, session_dir: Path, expected_events: set[str]
+) -> None:
+    """Caught: the advice to start the session again, which reads the same file again."""
+    expected_events.add(events.SESSION_START_FAILED)
+    store_objects(s3, s3_prefix, {"a": b"a"})
+    job = job_with_sources(host, source_of(s3, s3_prefix))
+    host.start(job, session_dir)
+    [snapshot] = host.state_dir.glob("sessions/*.sources/*")
+    snapshot.write_bytes(snapshot.read_bytes()[:-9])
+
+    with pytest.raises(SourceInvalidError, match="not the snapshot of a source") as caught:
+        host.start(job, session_dir)
+
+    assert caught.value.hint is not None
+    assert "session end" in caught.value.hint
+    host.end(session_dir)
+    host.start(job, session_dir)
+    assert content_below(session_dir / "inputs") == {"a": b"a"}
+
+
+def test_s5_an_end_leaves_what_others_put_where_a_source_was_never_brought(
+    host: Host, s3: S3Server, s3_prefix: str, session_dir: Path, expected_events: set[str]
+) -> None:
+    """Caught: an end that removes the place of a source of which nothing was ever there."""
+    expected_events |= {events.SOURCE_SKIPPED, events.SESSION_START_FAILED}
+    host.start(
+        job_with_sources(host, source_of(s3, s3_prefix, Target="in/shots", Required=False)),
+        session_dir,
+    )
+    (session_dir / "in/shots").mkdir(parents=True)
+    (session_dir / "in/shots/own").write_bytes(b"the job's own")
+
+    host.end(session_dir)
+
+    assert content_below(session_dir) == {"in/shots/own": b"the job's own"}
+    job = job_with_sources(host, source_of(s3, s3_prefix))
+    with pytest.raises(SourceEmptyError):
+        host.start(job, session_dir)
+    (session_dir / "inputs").mkdir()
+    (session_dir / "inputs/a").write_bytes(b"somebody's")
+    store_objects(s3, s3_prefix, {"a": b"a"})
+    with pytest.raises(PathClashError, match="is there already, and not empty"):
+        host.start(job, session_dir)
+    host.end(session_dir)
+    assert (session_dir / "inputs/a").read_bytes() == b"somebody's"
 
 
 def test_s5_nothing_of_a_source_gets_into_the_cache_or_is_remembered_of_a_store(

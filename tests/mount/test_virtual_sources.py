@@ -48,10 +48,27 @@ def host(tmp_path: Path, s3: S3Server, transport: str) -> Iterator[Host]:
         settings={"mounts": {"transport": transport}},
     )
     yield host
+    end_mounts(host, tmp_path)
+
+
+@pytest.fixture
+def proxied(tmp_path: Path, s3: S3Server, fault_proxy: FaultProxy) -> Iterator[Host]:
+    """A host that reaches the objects by way of the proxy."""
+    host = Host(
+        tmp_path / "host",
+        f"file://{tmp_path}/store",
+        environment=s3.environment_at(fault_proxy.url),
+    )
+    yield host
+    end_mounts(host, tmp_path)
+
+
+def end_mounts(host: Host, directory: Path) -> None:
+    """End what a test has mounted below a directory, also one that failed."""
     for mount in reversed(read_mounts()):
-        if mount.mountpoint.startswith(f"{tmp_path}/"):
+        if mount.mountpoint.startswith(f"{directory}/"):
             host.mounts.end(Path(mount.mountpoint))
-    assert [m for m in read_mounts() if m.mountpoint.startswith(f"{tmp_path}/")] == []
+    assert [m for m in read_mounts() if m.mountpoint.startswith(f"{directory}/")] == []
 
 
 @pytest.fixture
@@ -157,11 +174,9 @@ def test_s6_an_object_that_is_overwritten_is_an_error_and_the_task_has_failed(
 
 @pytest.mark.expected_events(events.MOUNT_READ_FAILED)
 def test_s6_an_object_whose_sha256_is_demanded_is_read_when_all_of_it_is_verified(
-    tmp_path: Path, s3: S3Server, s3_prefix: str, session_dir: Path, fault_proxy: FaultProxy
+    proxied: Host, s3: S3Server, s3_prefix: str, session_dir: Path, fault_proxy: FaultProxy
 ) -> None:
     """Caught: an object of 3 MiB that is given out part by part, and so unverified."""
-    environment = s3.environment_at(fault_proxy.url)
-    host = Host(tmp_path / "host", f"file://{tmp_path}/store", environment=environment)
     data = bytes(3 * MIB)
     answer = s3.client().put_object(
         Bucket=s3.bucket, Key=f"{s3_prefix}/one", Body=data, ChecksumAlgorithm="SHA256"
@@ -171,19 +186,18 @@ def test_s6_an_object_whose_sha256_is_demanded_is_read_when_all_of_it_is_verifie
         "Key": f"{s3_prefix}/one",
         "ChecksumSHA256": answer["ChecksumSHA256"],
     }
-    [told] = mounted(host, session_dir, source)
+    [told] = mounted(proxied, session_dir, source)
     path = Path(told.local_root) / "one"
     fault_proxy.inject(Fault.WRONG_BYTES, key="/one$")
 
     with path.open("rb") as file, pytest.raises(OSError, match="Input/output error"):
         file.read(10)
 
-    [error] = host.mounts.errors(path.parent)
+    [error] = proxied.mounts.errors(path.parent)
     assert error.code == "E_CHECKSUM"
     fault_proxy.clear()
     until(lambda: readable(path))
     assert path.read_bytes() == data
-    host.mounts.end(path.parent)
 
 
 def readable(path: Path) -> bool:

@@ -46,6 +46,17 @@ def test_s2_a_snapshot_reads_back_as_it_was() -> None:
     assert (len(again), again.total_bytes, again.access) == (3, 9, access)
 
 
+def test_s2_an_object_without_etag_and_version_is_refused() -> None:
+    """Caught: requests without a condition, which give whatever the object is by then."""
+    with pytest.raises(SourceInvalidError, match="neither ETag nor version of s3://show/d/a"):
+        ObjectSnapshot(ACCESS, "show", [entry("a", etag=""), entry("b")])
+
+    snapshot = ObjectSnapshot(
+        ACCESS, "show", [entry("a", etag="", version="v1"), entry("b", etag="", size=0)]
+    )
+    assert len(snapshot) == 2
+
+
 def test_s2_the_order_in_which_objects_came_is_not_in_a_snapshot() -> None:
     entries = [entry("c"), entry("a"), entry("b")]
 
