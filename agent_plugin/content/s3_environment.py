@@ -329,14 +329,23 @@ def locate(bucket: str, prefix: str, environment: Mapping[str, str]) -> Location
     if endpoint is None:
         bucket_url = _aws_bucket_url(bucket, region, environment)
     else:
-        parts = urlsplit(endpoint)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
+        if not _is_endpoint(endpoint):
             raise SettingsInvalidError(
                 f"{endpoint[:200]!r} is not an endpoint",
                 hint="AWS_ENDPOINT_URL_S3 is like https://s3.example.com:9000",
             )
         bucket_url = f"{endpoint.rstrip('/')}/{bucket}"
     return Location(bucket, prefix, region, endpoint, bucket_url)
+
+
+def _is_endpoint(endpoint: str) -> bool:
+    try:
+        parts = urlsplit(endpoint)
+        # Reading the port is what checks it.
+        is_sound = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+    return is_sound and parts.scheme in ("http", "https") and not parts.query
 
 
 def resolve_account_id(

@@ -200,8 +200,16 @@ def _read(store: Store, key: str) -> ResultsDocument | None:
     except msgspec.DecodeError as error:
         reason = str(error)
     else:
-        if document.version == VERSION and document.key == key:
+        if document.version == VERSION and _is_at(document, key):
             return document
         reason = "its name is not that of the execution which it tells of"
     log.warning(events.RESULTS_SKIPPED, extra={"key": key, "reason": reason})
     return None
+
+
+def _is_at(document: ResultsDocument, key: str) -> bool:
+    try:
+        return document.key == key
+    except (OverflowError, ValueError, OSError):
+        # An instant that no calendar has.
+        return False

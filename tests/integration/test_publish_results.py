@@ -196,6 +196,10 @@ def test_o5_what_somebody_put_among_the_results_hides_none(publishing: Publishin
         store.put_document(f"{prefix}a.json", b"{}", {})
         store.put_document(f"{prefix}b.json", data, {})
         store.put_document(f"{prefix}c.json", b"\xff" * 100, {})
+        # An instant that no calendar has.
+        store.put_document(
+            f"{prefix}d.json", re.sub(rb'(?<="publishedAt":)[^,]*', b"1e300", data), {}
+        )
 
     assert len(documents(publishing)) == 1
 

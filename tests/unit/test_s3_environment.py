@@ -83,7 +83,10 @@ def test_a_profile_says_where_a_bucket_is(config: Path) -> None:
         at(AWS_PROFILE="nobody")
 
 
-@pytest.mark.parametrize("endpoint", ["127.0.0.1:9000", "ftp://x", "http://", "http://x/?a=b"])
+@pytest.mark.parametrize(
+    "endpoint",
+    ["127.0.0.1:9000", "ftp://x", "http://", "http://x/?a=b", "http://[::1", "http://x:70000"],
+)
 def test_an_endpoint_that_is_none_is_refused(endpoint: str) -> None:
     with pytest.raises(SettingsInvalidError, match="endpoint"):
         locate("bucket", "p", {"AWS_ENDPOINT_URL_S3": endpoint})
