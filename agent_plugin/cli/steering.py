@@ -170,17 +170,17 @@ def merged(old: Mapping[str, Any], new: Mapping[str, str]) -> dict[str, Any]:
     return {key: value for key, value in both.items() if key not in new or value}
 
 
-def chosen(session: Session, noun: str, ids: Sequence[int], condition: str | None) -> list[int]:
-    """Return the ids of what a command is about: those given, and those that a query finds.
+def chosen(session: Session, ids: Sequence[int], condition: str | None) -> list[int]:
+    """Return the ids of the transfers that a command is about: those given, and those found.
 
     Raises:
         click.UsageError: Neither was given.
     """
     if condition is None:
         if not ids:
-            raise click.UsageError(f"name a {noun} by its id, or several by --where")
+            raise click.UsageError("name a transfer by its id, or several by --where")
         return list(dict.fromkeys(ids))
-    found = found_by(session, noun, [condition], scopes=Scopes(), attributes=["id"])
+    found = found_by(session, "transfer", [condition], scopes=Scopes(), attributes=["id"])
     return list(dict.fromkeys([*ids, *(each["id"] for each in found)]))
 
 

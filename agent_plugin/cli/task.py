@@ -12,7 +12,6 @@ from agent_plugin.cli.options import common_options, print_json, say
 from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.cli.steering import (
     cell,
-    chosen,
     find_options,
     found_by,
     merged,
@@ -26,8 +25,9 @@ from agent_plugin.cli.steering import (
 from agent_plugin.cli.tables import cut, lines, room
 from agent_plugin.content.errors import TransferStateError
 from agent_plugin.settings import load
+from agent_plugin.transfer.api import Session
 from agent_plugin.transfer.entities import Found
-from agent_plugin.transfer.find import EVERYWHERE
+from agent_plugin.transfer.find import EVERYWHERE, Scopes
 from agent_plugin.transfer.states import SETTABLE_TASK
 from agent_plugin.transfers import open_session
 
@@ -165,14 +165,8 @@ def _change(
 ) -> None:
     session = writing(config)
     by_transfer: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    for task_id in chosen(session, "task", ids, condition):
-        task = session.get("task", task_id, ["job", "metadata"])
-        if task is None:
-            raise TransferStateError(
-                f"there is no task {task_id}",
-                hint="`propmaster task find` lists those that there are",
-            )
-        change = {"id": task_id, **changes}
+    for task in _chosen(session, ids, condition):
+        change = {"id": task["id"], **changes}
         if metadata:
             change["metadata"] = merged(task["metadata"], metadata)
         by_transfer[task["job"]].append(change)
@@ -180,6 +174,32 @@ def _change(
     for transfer, each in by_transfer.items():
         changed += session.update_many("task", transfer, each)
     _print_tasks(changed, as_json=as_json)
+
+
+def _chosen(session: Session, ids: Sequence[int], condition: str | None) -> list[Found]:
+    """Return what a change has to know of each task that is meant.
+
+    Raises:
+        click.UsageError: None is named.
+        TransferStateError: There is none of that id.
+    """
+    if condition is None and not ids:
+        raise click.UsageError("name a task by its id, or several by --where")
+    known = ["id", "job", "metadata"]
+    tasks: dict[int, Found] = {}
+    if condition is not None:
+        # Together, since there may be a hundred thousand.
+        found = found_by(session, "task", [condition], scopes=Scopes(), attributes=known)
+        tasks = {task["id"]: task for task in found}
+    for task_id in ids:
+        task = tasks.get(task_id) or session.get("task", task_id, known)
+        if task is None:
+            raise TransferStateError(
+                f"there is no task {task_id}",
+                hint="`propmaster task find` lists those that there are",
+            )
+        tasks[task_id] = task
+    return list(tasks.values())
 
 
 @command.command(name="add")

@@ -195,7 +195,7 @@ def _steering(name: str, status: str, text: str) -> None:
         transfers: tuple[int, ...], condition: str | None, as_json: bool, config: Path | None
     ) -> None:
         session = writing(config)
-        ids = chosen(session, "transfer", transfers, condition)
+        ids = chosen(session, transfers, condition)
         changed = each_of(ids, lambda id_: session.update("transfer", id_, {"status": status}))
         _print_changed(changed, as_json=as_json)
 

@@ -74,7 +74,7 @@ def watch_command(
     session = reading(config)
     ids: list[int] | None = None
     if transfers or condition is not None:
-        ids = chosen(session, "transfer", transfers, condition)
+        ids = chosen(session, transfers, condition)
     for transfer in transfers:
         if session.get("transfer", transfer, ["id"]) is None:
             raise absent(transfer)

@@ -13,7 +13,7 @@ import json
 import os
 import pwd
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -48,6 +48,8 @@ Id = int | str
 Data = Mapping[str, Any] | str | Path
 
 _SQLITE_INTEGERS: Final = 2**63
+# A query has 8 KiB.
+_ASKED_FOR_BY_NAME: Final = 200
 
 
 def _no_expansion(pairs: Iterable[tuple[str, str]], settings: Mapping[str, Any]) -> NoReturn:
@@ -367,8 +369,8 @@ class Session:
     def _task_changes(
         self, transfer_id: int, data: Sequence[Mapping[str, Any]]
     ) -> dict[int, dict[str, Any]]:
-        uris = {each["uri"] for each in data if "id" not in each and "uri" in each}
-        ids = self._ids_of(transfer_id) if uris else {}
+        uris = {str(each["uri"]) for each in data if "id" not in each and "uri" in each}
+        ids = self._ids_of(transfer_id, uris) if uris else {}
         changes: dict[int, dict[str, Any]] = {}
         for each in data:
             named_by = {key: value for key, value in each.items() if key in ("id", "uri")}
@@ -415,11 +417,12 @@ class Session:
 
     def _tasks(self, transfer_id: int, ids: Sequence[int]) -> list[Found]:
         wanted = set(ids)
-        tasks = self.find("task", entityid=transfer_id)
+        tasks = self.find(_few("id", ids), entityid=transfer_id)
         return [task for task in tasks if task["id"] in wanted]
 
-    def _ids_of(self, transfer_id: int) -> dict[str, int]:
-        tasks = self.find("task", entityid=transfer_id, attributes=["id", "uri"])
+    def _ids_of(self, transfer_id: int, uris: Collection[str]) -> dict[str, int]:
+        query = _few("uri", [uri for uri in uris if uri.isascii() and uri.isdigit()])
+        tasks = self.find(query, entityid=transfer_id, attributes=["id", "uri"])
         return {task["uri"]: task["id"] for task in tasks}
 
     @staticmethod
@@ -445,6 +448,13 @@ def _number(entityid: Id) -> int:
             f"{text[:40]!r} is no id of a transfer or task", hint="ids are numbers"
         )
     return int(text)
+
+
+def _few(attribute: str, values: Collection[object]) -> str:
+    """Return a query for these tasks if they are few, else for all: reading them takes seconds."""
+    if not 0 < len(values) <= _ASKED_FOR_BY_NAME:
+        return "task"
+    return f"task WHERE {attribute} IN ({', '.join(map(str, values))})"
 
 
 def _status(word: object) -> TransferStatus:

@@ -7,6 +7,7 @@ leaves something that is in both, and the next one does it again.
 """
 
 import json
+import sqlite3
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -106,7 +107,11 @@ class Archive:
                 hint="abort it first",
             )
         with self.opened() as archive:
-            self._move(archive, transfer_id)
+            if not self._move(archive, transfer_id):
+                raise TransferStateError(
+                    f"transfer {transfer_id} was taken up again meanwhile",
+                    hint="archive it when it has ended",
+                )
 
     def _ids(self, sql: str, before: float) -> list[int]:
         with self._ledger.read() as connection:
@@ -124,7 +129,10 @@ class Archive:
                 settle_lease(connection, transfer_id, now)
 
     def _pack(self, archive: LedgerFile, transfer_id: int) -> None:
-        """Put a transfer's tasks and events there, and remove them from the ledger."""
+        """Put a transfer's tasks and events there, and remove them from the ledger.
+
+        Somebody may try it again meanwhile; then the tasks stay.
+        """
         with self._ledger.read() as connection:
             found = connection.execute(
                 "SELECT created FROM transfer WHERE id = ?", (transfer_id,)
@@ -148,13 +156,19 @@ class Archive:
         removed = ROWS_REMOVED_AT_ONCE
         while removed == ROWS_REMOVED_AT_ONCE:
             with self._ledger.write() as connection:
+                if not _has_ended(connection, transfer_id):
+                    return
                 removed = connection.execute(
                     "DELETE FROM task WHERE id IN (SELECT id FROM task WHERE transfer = ? LIMIT ?)",
                     (transfer_id, ROWS_REMOVED_AT_ONCE),
                 ).rowcount
 
-    def _move(self, archive: LedgerFile, transfer_id: int) -> None:
-        """Put a transfer there with all that belongs to it, and remove it from the ledger."""
+    def _move(self, archive: LedgerFile, transfer_id: int) -> bool:
+        """Put a transfer there with all that belongs to it, and remove it from the ledger.
+
+        Returns:
+            False if it stays, since somebody has taken it up again meanwhile.
+        """
         self._pack(archive, transfer_id)
         with self._ledger.read() as connection:
             row = connection.execute(
@@ -167,7 +181,7 @@ class Archive:
                 (transfer_id,),
             ).fetchall()
         if row is None:
-            return
+            return True
         with archive.write() as connection:
             marks = ", ".join("?" * (len(row) + 1))
             connection.execute(
@@ -179,9 +193,12 @@ class Archive:
                 "INSERT OR REPLACE INTO result VALUES (?, ?, ?, ?, ?, ?, ?)", results
             )
         with self._ledger.write() as connection:
+            if not _has_ended(connection, transfer_id):
+                return False
             connection.execute("DELETE FROM result WHERE transfer = ?", (transfer_id,))
             connection.execute("DELETE FROM event WHERE transfer = ?", (transfer_id,))
             connection.execute("DELETE FROM transfer WHERE id = ?", (transfer_id,))
+        return True
 
     def tasks(self, row: TransferRow) -> list[TaskRow]:
         """Return the tasks of a transfer that were packed; none if there are none."""
@@ -193,6 +210,13 @@ class Archive:
                 (row.id, row.created),
             ).fetchone()
         return [task_row(task) for task in unpack(found[0])] if found is not None else []
+
+
+def _has_ended(connection: sqlite3.Connection, transfer_id: int) -> bool:
+    found = connection.execute(
+        "SELECT status FROM transfer WHERE id = ?", (transfer_id,)
+    ).fetchone()
+    return found is not None and TransferStatus(found[0]) in FINISHED
 
 
 def _pack(rows: Sequence[Sequence[Any]]) -> bytes:

@@ -278,6 +278,30 @@ def test_t10_tasks_are_excluded_held_and_retried(filled: Here) -> None:
         statuses("exclude", "999")
 
 
+def test_t10_many_tasks_are_changed_as_few_are(
+    filled: Here, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the ledger opened as often: one by one, a hundred thousand took minutes."""
+    opened: list[object] = []
+    connect = sqlite3.connect
+
+    def counting(*words: Any, **more: Any) -> sqlite3.Connection:
+        opened.append(words)
+        return connect(*words, **more)
+
+    monkeypatch.setattr(sqlite3, "connect", counting)
+    filled("task", "hold", "--where", "job.id=1")
+    few = len(opened)
+    tasks = [TaskSpec(f"/{at}", f"/to/{at}", 1) for at in range(400)]
+    many = ledger.create(TransferSpec(kind="copy", source="/", destination="/to/"), tasks).id
+    opened.clear()
+
+    held = filled("task", "hold", "--where", f"job.id={many}")["tasks"]
+
+    assert len(opened) == few
+    assert [task["status"] for task in held] == ["onhold"] * 400
+
+
 # ------------------------------------------------------------------------------------------ watch
 
 

@@ -6,12 +6,15 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from agent_plugin.content.errors import StoreUnavailableError, TransferStateError
 from agent_plugin.transfer.ledger import Ledger, TaskSpec, TransferRow, TransferSpec
+from agent_plugin.transfer.ledger_archive import Archive
+from agent_plugin.transfer.ledger_file import LedgerFile
 from agent_plugin.transfer.states import TaskStatus, TransferStatus
 from tests.unit.ledger_reads import archived, published
 
@@ -115,6 +118,32 @@ def test_t7_only_a_transfer_that_has_ended_goes_to_the_archive(
     assert [task.destination for task in ledger.packed_tasks(row)] == ["b"]
     with pytest.raises(TransferStateError, match=f"there is no transfer {live.id}"):
         ledger.archive(live.id)
+
+
+@pytest.mark.parametrize("days", [0, 15])
+def test_t7_what_is_tried_again_while_it_is_put_away_stays(
+    ledger: Ledger, now: list[float], monkeypatch: pytest.MonkeyPatch, days: int
+) -> None:
+    row = carried_out(ledger, "a", fail=True)
+    now[0] += days * DAY
+    opened = Archive.opened
+
+    @contextmanager
+    def slowly(self: Archive) -> Iterator[LedgerFile]:
+        with opened(self) as file:
+            ledger.set_transfer(row.id, status=TransferStatus.WAITING)
+            yield file
+
+    monkeypatch.setattr(Archive, "opened", slowly)
+
+    if days:
+        ledger.housekeep()
+    else:
+        with pytest.raises(TransferStateError, match="taken up again"):
+            ledger.archive(row.id)
+
+    assert ledger.transfer(row.id).status is TransferStatus.WAITING
+    assert [task.status for task in ledger.tasks(row.id)] == [TaskStatus.QUEUED] * 2
 
 
 def test_t1_no_archive_is_made_to_look_into_it(ledger: Ledger, tmp_path: Path) -> None:

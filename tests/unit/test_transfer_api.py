@@ -15,8 +15,11 @@ from agent_plugin.content.errors import (
     ReadOnlyAttributeError,
     TransferStateError,
 )
+from agent_plugin.transfer import find
 from agent_plugin.transfer.api import Session
+from agent_plugin.transfer.entities import value_of
 from agent_plugin.transfer.ledger import TaskSpec
+from agent_plugin.transfer.query_attributes import Attribute
 
 NOON = 1_772_366_400.0
 HOUR = 3600.0
@@ -166,6 +169,29 @@ def test_t5_a_destination_that_comes_with_what_is_not_allowed_changes_nothing(
         session.update("job", job["id"], {"metadata": 5})
 
     assert tasks(session, job) == []
+
+
+@pytest.mark.parametrize("name", ["id", "uri"])
+def test_t6_a_change_of_one_task_reads_no_others(
+    session: Session, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Of a hundred thousand it would take seconds."""
+    names = [{"source": f"/in/{at}", "destination": f"/out/{at}"} for at in range(50)]
+    job = session.create("job", {"tasks": names})
+    [task] = session.find("task WHERE uri=30", entityid=job["id"])
+    read: list[object] = []
+
+    def reading(attribute: Attribute, raw: object) -> object:
+        if attribute.name == "id":
+            read.append(raw)
+        return value_of(attribute, raw)
+
+    monkeypatch.setattr(find, "value_of", reading)
+
+    [changed] = session.update_many("task", job["id"], [{name: task[name], "priority": 9}])
+
+    assert (changed["id"], changed["priority"]) == (task["id"], 9)
+    assert len(read) < 10
 
 
 @pytest.mark.parametrize(
