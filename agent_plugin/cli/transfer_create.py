@@ -76,8 +76,8 @@ def create_command(
     told = {
         "include": include,
         "exclude": exclude,
-        "ignoreExisting": ignore_existing,
-        "speedLimit": speed_limit,
+        "ignore_existing": ignore_existing,
+        "speed_limit": speed_limit,
     }
     given = {
         "source": source,

@@ -287,7 +287,8 @@ def test_t10_many_tasks_are_changed_as_few_are(
 
     def counting(*words: Any, **more: Any) -> sqlite3.Connection:
         opened.append(words)
-        return connect(*words, **more)
+        opening: sqlite3.Connection = connect(*words, **more)
+        return opening
 
     monkeypatch.setattr(sqlite3, "connect", counting)
     filled("task", "hold", "--where", "job.id=1")

@@ -59,6 +59,21 @@ def test_t4_a_tree_goes_to_a_bucket_and_back_again(copies: Copies) -> None:
     assert found == wanted
 
 
+def test_t15_what_is_told_by_options_is_heeded(copies: Copies) -> None:
+    copies.outputs.mkdir()
+    (copies.outputs / "a.exr").write_bytes(b"was there")
+
+    made = copies.run(
+        *("transfer", "create", f"{copies.inputs}/", f"{copies.outputs}/"),
+        *("--include", "*.exr", "--ignore-existing", "--speed-limit", "10MB"),
+    )["transfer"]
+    copies.run("transfer", "run")
+
+    assert made["settings"]["speed_limit"] == 10_000_000
+    assert (copies.outputs / "a.exr").read_bytes() == b"was there"
+    assert sorted(files_below(copies.outputs)) == ["a.exr", "sub/b.exr"]
+
+
 def test_t4_t8_t10_what_is_missing_is_excluded_and_what_was_forgotten_is_added(
     copies: Copies,
 ) -> None:
