@@ -48,8 +48,9 @@ def test_s2_a_snapshot_reads_back_as_it_was() -> None:
 
 def test_s2_an_object_without_etag_and_version_is_refused() -> None:
     """Caught: requests without a condition, which give whatever the object is by then."""
-    with pytest.raises(SourceInvalidError, match="neither ETag nor version of s3://show/d/a"):
-        ObjectSnapshot(ACCESS, "show", [entry("a", etag=""), entry("b")])
+    for version in ("", "null"):
+        with pytest.raises(SourceInvalidError, match="neither ETag nor version of s3://show/d/a"):
+            ObjectSnapshot(ACCESS, "show", [entry("a", etag="", version=version), entry("b")])
 
     snapshot = ObjectSnapshot(
         ACCESS, "show", [entry("a", etag="", version="v1"), entry("b", etag="", size=0)]
