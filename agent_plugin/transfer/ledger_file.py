@@ -329,8 +329,15 @@ def ledger_error(path: Path, error: sqlite3.Error) -> PropmasterError:
     # A full disk is an input/output error to who maps the shared-memory file.
     if code == sqlite3.SQLITE_FULL or (code == sqlite3.SQLITE_IOERR and _is_full(path)):
         return NoSpaceError(f"{path}: {error}", hint="free some space in the state directory")
-    kind = LedgerBusyError if code == sqlite3.SQLITE_BUSY else LocalWriteError
-    return kind(f"{path}: {error}", hint="check the state directory's owner, mode and free space")
+    if code == sqlite3.SQLITE_BUSY:
+        return LedgerBusyError(
+            f"{path}: {error}",
+            hint="another process is writing to it: try again, and if it lasts, look for one that"
+            " was stopped",
+        )
+    return LocalWriteError(
+        f"{path}: {error}", hint="check the state directory's owner, mode and free space"
+    )
 
 
 def _is_full(path: Path) -> bool:

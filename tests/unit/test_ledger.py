@@ -963,8 +963,9 @@ def test_a_ledger_that_stays_busy_until_the_lease_runs_out_is_an_error(
     ledger.beat(row.id, 1)
     clock.now += 6
 
-    with pytest.raises(LocalWriteError, match="database is locked"):
+    with pytest.raises(LocalWriteError, match="database is locked") as caught:
         ledger.beat(row.id, 1)
+    assert "another process is writing to it" in caught.value.hint
     other.close()
 
 
