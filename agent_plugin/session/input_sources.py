@@ -219,14 +219,30 @@ def open_sources(
         if snapshot is not None:
             root.snapshot = state_file.keep_snapshot(snapshot.encode())
             found.new.add(root.local_root)
-        elif root.snapshot:
-            snapshot = _read(root.snapshot)
-        if snapshot is not None:
-            store = SnapshotStore(snapshot, asking.objects(snapshot.access))
-            found.opened[root.local_root] = OpenSource(snapshot, manifest_of(snapshot), store)
+        try:
+            opened = _open(root, snapshot, asking)
+        except PropmasterError as error:
+            if is_required(root):
+                raise
+            found.skip(root, error)
+            continue
+        if opened is not None:
+            found.opened[root.local_root] = opened
     if snapshots:
         state_file.write(state)
     return found
+
+
+def _open(
+    root: RootState, snapshot: ObjectSnapshot | None, servers: "SourceServers"
+) -> OpenSource | None:
+    """Return a source by its snapshot, or by the one that is kept; None if it has neither."""
+    if snapshot is None:
+        if not root.snapshot:
+            return None
+        snapshot = _read(root.snapshot)
+    store = SnapshotStore(snapshot, servers.objects(snapshot.access))
+    return OpenSource(snapshot, manifest_of(snapshot), store)
 
 
 def _resolve(

@@ -414,6 +414,24 @@ def test_s5_a_source_that_is_not_required_is_done_without_and_its_reason_is_told
     assert "done without" in told.stdout + told.stderr
 
 
+def test_s5_a_source_that_is_not_required_is_done_without_also_when_started_again(
+    host: Host, s3: S3Server, s3_prefix: str, session_dir: Path, expected_events: set[str]
+) -> None:
+    """Caught: a start that fails for a snapshot that it could have done without."""
+    expected_events.add(events.SOURCE_SKIPPED)
+    content = store_objects(s3, s3_prefix, {"a": b"a"})
+    job = job_with_sources(host, source_of(s3, s3_prefix, Required=False))
+    host.start(job, session_dir)
+    [snapshot] = host.state_dir.glob("sessions/*.sources/*")
+    snapshot.unlink()
+
+    [told] = host.start(job, session_dir).sources
+
+    assert told.file_system == ""
+    assert "No such file" in told.reason
+    assert content_below(session_dir / "inputs") == content
+
+
 def test_s5_a_source_that_may_be_empty_is_an_empty_directory(
     host: Host, s3: S3Server, s3_prefix: str, session_dir: Path
 ) -> None:
