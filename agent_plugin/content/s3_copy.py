@@ -210,7 +210,7 @@ class _Copy:
             # Raises if it is the source that was meant.
             self._head_of_source()
             if isinstance(error, ObjectExistsError) and condition:
-                if tries > 1 and (copied := self._copied()) is not None:
+                if tries > 1 and (copied := self._copied(changes.get("Metadata"))) is not None:
                     return copied
                 raise key_exists(object_url(self._bucket, self._key)) from error
             raise
@@ -232,13 +232,20 @@ class _Copy:
             raise changed(info)
         return head
 
-    def _copied(self) -> "CopyObjectOutputTypeDef | None":
-        """Return what an answer that got lost must have said, if what is there is the copy."""
+    def _copied(self, metadata: Mapping[str, str] | None) -> "CopyObjectOutputTypeDef | None":
+        """Return what an answer that got lost must have said, if what is there is the copy.
+
+        Args:
+            metadata: What the copy has been given; None if it has the source's. By it the copy is
+                told from one that somebody else made of the same content.
+        """
         try:
             head = self._buckets.head(self._bucket, self._key, cancellation=self._cancellation)
         except ObjectNotFoundError:
             return None
         if head["ETag"] != self._info.etag or head["ContentLength"] != self._info.size:
+            return None
+        if metadata is not None and not has_metadata(head.get("Metadata", {}), metadata):
             return None
         answer: Any = {
             "CopyObjectResult": {"ETag": head["ETag"], "LastModified": head["LastModified"]},
@@ -249,6 +256,15 @@ class _Copy:
 
 def _type(content_type: str) -> dict[str, str]:
     return {"ContentType": content_type} if content_type else {}
+
+
+def has_metadata(found: Mapping[str, str], given: Mapping[str, str]) -> bool:
+    """Tell whether an object has the metadata that it was given, in whatever case of the names."""
+    return _folded(found) == _folded(given)
+
+
+def _folded(metadata: Mapping[str, str]) -> dict[str, str]:
+    return {name.lower(): value for name, value in metadata.items()}
 
 
 def info_of_head(bucket: str, key: str, head: Mapping[str, Any]) -> ObjectInfo:
@@ -267,6 +283,6 @@ def info_of_head(bucket: str, key: str, head: Mapping[str, Any]) -> ObjectInfo:
         "" if is_of_parts else checksum,
         str(head.get("ContentType", "")),
         # S3 folds names to lower case; other servers need not.
-        {name.lower(): value for name, value in head.get("Metadata", {}).items()},
+        _folded(head.get("Metadata", {})),
         checksum if is_of_parts else "",
     )

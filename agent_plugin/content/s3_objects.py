@@ -469,16 +469,18 @@ class S3Objects:
             return self._buckets.boto(bucket, ask, what, cancellation, sends=len(data))
         except ObjectExistsError:
             # It may be ours, if the answer to an earlier attempt got lost.
-            if tries == 1 or not self._holds(bucket, key, data):
+            if tries == 1 or not self._holds(bucket, key, data, headers.get("Metadata", {})):
                 raise
             return None
 
-    def _holds(self, bucket: str, key: str, data: bytes) -> bool:
+    def _holds(self, bucket: str, key: str, data: bytes, metadata: Mapping[str, str]) -> bool:
         try:
             info = self.head(bucket, key)
         except ObjectNotFoundError:
             return False
-        return info.size == len(data) and self.read(info, 0, info.size) == data
+        # Somebody else may have stored the same bytes.
+        is_like = info.size == len(data) and s3_copy.has_metadata(info.metadata, metadata)
+        return is_like and self.read(info, 0, info.size) == data
 
 
 def open_objects(

@@ -9,7 +9,7 @@ import unicodedata
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -432,6 +432,27 @@ def test_o4_an_answer_that_got_lost_is_no_clash_with_oneself(
         seen.put_file(
             s3.bucket, f"{s3_prefix}/a", file, overwrite=False, cancellation=Cancellation()
         )
+
+
+@pytest.mark.parametrize("way", ["put", "copy"])
+def test_o4_what_somebody_else_made_of_the_same_bytes_is_not_taken_for_ones_own(
+    seen: S3Objects, s3: S3Server, s3_prefix: str, fault_proxy: FaultProxy, way: str
+) -> None:
+    source = seen.put(s3.bucket, f"{s3_prefix}/source", b"same", overwrite=False)
+    seen.put(s3.bucket, f"{s3_prefix}/a", b"same", overwrite=False, metadata={"run": "other"})
+    # As an answer that got lost, it is asked for twice.
+    fault_proxy.inject(Fault.UNAVAILABLE, methods={"PUT"}, times=1)
+
+    key, own = f"{s3_prefix}/a", {"run": "own"}
+    calls: dict[str, Callable[[], ObjectInfo]] = {
+        "put": lambda: seen.put(s3.bucket, key, b"same", overwrite=False, metadata=own),
+        "copy": lambda: seen.copy(
+            source, s3.bucket, key, overwrite=False, metadata=own, cancellation=Cancellation()
+        ),
+    }
+
+    with pytest.raises(KeyExistsError):
+        calls[way]()
 
 
 def test_o4_a_store_without_conditions_is_looked_at_first(
