@@ -558,10 +558,12 @@ def test_who_answers_goes_before_others_and_who_fetches_does_not(
     server = mounter.status(at)["pid"]
     threads = [int(thread.name) for thread in Path(f"/proc/{server}/task").iterdir()]
     niceness = {thread: os.getpriority(os.PRIO_PROCESS, thread) for thread in threads}
+    ours = os.nice(0)
     assert niceness.pop(server) == -10
     assert len(niceness) > 1
-    assert set(niceness.values()) == {0}
-    assert os.getpriority(os.PRIO_PROCESS, mounter.status(at)["supervisor"]) == 0
+    # What it starts does not even have the priority that the tests have.
+    assert set(niceness.values()) <= {ours, max(ours, 0)}
+    assert os.getpriority(os.PRIO_PROCESS, mounter.status(at)["supervisor"]) == ours
 
 
 # ------------------------------------------------------------------ how it ends

@@ -24,6 +24,7 @@ from agent_plugin.content.errors import (
 )
 from agent_plugin.content.s3_environment import boto_errors
 from agent_plugin.content.s3_errors import (
+    BucketAbsentError,
     ConditionRacedError,
     DamagedAnswerError,
     ExpiredCredentialsError,
@@ -95,7 +96,7 @@ def error_of_boto_get(url: str) -> PropmasterError:
 
 ANSWERS: list[tuple[int, str, type[PropmasterError]]] = [
     (404, "NoSuchKey", ObjectAbsentError),
-    (404, "NoSuchBucket", StoreAccessError),
+    (404, "NoSuchBucket", BucketAbsentError),
     (404, "NoSuchUpload", UploadGoneError),
     (404, "SomethingElse", StoreProtocolError),
     (403, "AccessDenied", StoreAccessError),
