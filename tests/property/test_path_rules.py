@@ -11,13 +11,10 @@ from agent_plugin.content.errors import PathMappingError, UnsafePathError
 from agent_plugin.session.job import PathMappingRule
 from agent_plugin.session.path_rules import PathRules, checked_rules, format_of
 
-NAMES = st.sampled_from(["a", "A", "b", "show", "..", ".", "C:", "x\\y", "..\\..", "é", ""])
-# Absolute ones are refused where manifests are decoded.
-ENTRIES = (
-    st.lists(NAMES, min_size=1, max_size=4)
-    .map("/".join)
-    .filter(lambda path: not path.startswith("/"))
-)
+# Absolute paths, `.` and empty names are refused where manifests are decoded; so is `..`, which is
+# here nevertheless.
+NAMES = st.sampled_from(["a", "A", "b", "show", "..", "C:", "x\\y", "..\\..", "é"])
+ENTRIES = st.lists(NAMES, min_size=1, max_size=4).map("/".join)
 POSIX = st.lists(st.sampled_from(["a", "A", "b", "show"]), max_size=3).map(
     lambda parts: "/" + "/".join(parts)
 )
