@@ -17,19 +17,14 @@ from agent_plugin.cli.job_results import (
     published_option,
     result_servers,
 )
+from agent_plugin.cli.options import config_option
 from agent_plugin.content.errors import JobInvalidError
 from agent_plugin.content.safe_path import split
 from agent_plugin.content.store import Cancellation
 from agent_plugin.publish.get_published import PublishedWish, get_documents
 from agent_plugin.publish.reading import choose, read_out
 from agent_plugin.publish.result_documents import ResultsDocument
-from agent_plugin.publish.results import (
-    check_only,
-    files_of,
-    find_documents,
-    find_executions,
-    find_job,
-)
+from agent_plugin.publish.results import check_only, files_of, find_either, find_job
 from agent_plugin.publish.unpack import UnpackLimits
 from agent_plugin.services import ask_store, open_services
 from agent_plugin.settings import Settings, load
@@ -39,11 +34,7 @@ from agent_plugin.settings import Settings, load
 @of_a_job("JOB/PATH")
 @by_root_option
 @published_option
-@click.option(
-    "--config",
-    type=click.Path(path_type=Path, dir_okay=False, exists=True),
-    help="Settings file; otherwise PROPMASTER_CONFIG or /etc/propmaster/config.toml.",
-)
+@config_option
 def command(
     job: str,
     store_url: str,
@@ -68,10 +59,9 @@ def command(
     try:
         job_id = find_job(asking, *where, name)
         of_job = (*where, job_id)
-        executions = find_executions(asking, of_job, step_id=step_id, task_id=task_id)
-        documents: Mapping[str, ResultsDocument] = {}
-        if published or not executions:
-            documents = find_documents(asking, of_job, step_id=step_id, task_id=task_id)
+        executions, documents = find_either(
+            asking, of_job, published=published, step_id=step_id, task_id=task_id
+        )
         if documents or published:
             check_only(job_id, documents, only)
             chosen = {n: d for n, d in documents.items() if not only or n in only}

@@ -1,6 +1,6 @@
 """`propmaster get`: the result files of a job, on this host."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -22,8 +22,7 @@ from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.content.errors import BlobNotFoundError
 from agent_plugin.publish.get_published import PublishedWish, get_documents
 from agent_plugin.publish.getting import GetResult, get
-from agent_plugin.publish.result_documents import ResultsDocument
-from agent_plugin.publish.results import check_only, find_documents, find_executions, find_job
+from agent_plugin.publish.results import check_only, find_documents, find_either, find_job
 from agent_plugin.publish.unpack import FILE_BYTES, TOTAL_BYTES, UnpackLimits
 from agent_plugin.services import open_services
 from agent_plugin.settings import load
@@ -126,10 +125,9 @@ def command(
         job_id = find_job(context, farm_id, queue_id, name)
         where = (farm_id, queue_id, job_id)
         place = to or Path.cwd() / job_id
-        executions = find_executions(context, where, step_id=step_id, task_id=task_id)
-        documents: Mapping[str, ResultsDocument] = {}
-        if published or raw or not executions:
-            documents = find_documents(context, where, step_id=step_id, task_id=task_id)
+        executions, documents = find_either(
+            context, where, published=published or raw, step_id=step_id, task_id=task_id
+        )
         if documents or published or raw:
             check_only(job_id, documents, only)
             limits = UnpackLimits(max_file_size, max_total_size)

@@ -1,6 +1,5 @@
 """`propmaster ls`: the result files of a job."""
 
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,13 +22,7 @@ from agent_plugin.content.manifest import FileEntry
 from agent_plugin.content.safe_path import split
 from agent_plugin.publish.published import ResultServers, choose_results, find_published
 from agent_plugin.publish.result_documents import ResultsDocument
-from agent_plugin.publish.results import (
-    check_only,
-    files_of,
-    find_documents,
-    find_executions,
-    find_job,
-)
+from agent_plugin.publish.results import check_only, files_of, find_either, find_job
 from agent_plugin.services import ask_store
 from agent_plugin.settings import load
 from agent_plugin.transfer.asking import Asking
@@ -86,11 +79,9 @@ def command(
         asking = ask_store(settings, store_url, cancellation=cancellation, queue_id=queue_id)
         job_id = find_job(asking, farm_id, queue_id, name)
         where = (farm_id, queue_id, job_id)
-        executions = find_executions(asking, where, step_id=step_id, task_id=task_id)
-        documents: Mapping[str, ResultsDocument] = {}
-        if published or not executions:
-            documents = find_documents(asking, where, step_id=step_id, task_id=task_id)
-            executions = []
+        executions, documents = find_either(
+            asking, where, published=published, step_id=step_id, task_id=task_id
+        )
         check_only(job_id, [*(each.id for each in executions), *documents], only)
         servers = result_servers(settings, queue_id)
         listed = [

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from agent_plugin.cli.options import escaped, session_dir_option
+from agent_plugin.cli.options import config_option, escaped, session_dir_option
 from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.content import events
 from agent_plugin.content.errors import JobInvalidError, LocalReadError, PropmasterError
@@ -19,11 +19,6 @@ from agent_plugin.workers.openjd import hooks
 from agent_plugin.workers.openjd.document import complete, is_named_by_service
 from agent_plugin.workers.openjd.wrapped_command import Ended, run_wrapped
 
-_config_option = click.option(
-    "--config",
-    type=click.Path(path_type=Path, dir_okay=False, exists=True),
-    help="Settings file; otherwise PROPMASTER_CONFIG or /etc/propmaster/config.toml.",
-)
 # What an expression without a value is in a format string.
 _NO_VALUE = ("", "null", "None")
 
@@ -64,7 +59,7 @@ def command() -> None:
     type=click.Path(path_type=Path),
     help="The runtime's path mapping rules, pathmapping-1.0.",
 )
-@_config_option
+@config_option
 def enter_command(
     session_dir: Path,
     job_file: Path | None,
@@ -104,7 +99,7 @@ def enter_command(
     metavar="SECONDS",
     help="What it has between SIGTERM and SIGKILL when it is cancelled; empty: SIGKILL at once.",
 )
-@_config_option
+@config_option
 @click.argument("argv", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- COMMAND...")
 def run_command(
     step_name: str,
@@ -170,7 +165,7 @@ def run_command(
     show_default=True,
     help="SESSION: first store what stands in output directories and no `openjd run` has stored.",
 )
-@_config_option
+@config_option
 def exit_command(session_dir: Path, outputs: str, config: Path | None) -> None:
     """End the session: unmount, remove, forget. Without one, nothing."""
     with _told(), cancel_on_signals() as cancellation:

@@ -37,15 +37,18 @@ session_dir_option = click.option(
 )
 
 
+config_option = click.option(
+    "--config",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="Settings file; otherwise PROPMASTER_CONFIG or /etc/propmaster/config.toml.",
+)
+
+
 def common_options(command: Callable[P, R]) -> Callable[P, R]:
     """Give a command --json (as `as_json`) and --config (as `config`)."""
 
     @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-    @click.option(
-        "--config",
-        type=click.Path(path_type=Path, dir_okay=False, exists=True),
-        help="Settings file; otherwise PROPMASTER_CONFIG or /etc/propmaster/config.toml.",
-    )
+    @config_option
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         return command(*args, **kwargs)

@@ -2,8 +2,8 @@
 
 import shutil
 import sys
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 from agent_plugin.cli.options import escaped
 
@@ -43,6 +43,27 @@ def lines(titles: Sequence[str], rows: Sequence[Sequence[str]], *, width: int | 
             for cell, size, title in zip(row, widths, titles, strict=True)
         ]
         made.append(_GAP.join(parts).rstrip())
+    return made
+
+
+def with_errors(
+    titles: Sequence[str], rows: Sequence[Sequence[str]], found: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Return a table as wide as the screen, with the error of a row below it.
+
+    Args:
+        titles: As for `lines`.
+        rows: As for `lines`.
+        found: What the rows are of, with `error` and `error_code`; an empty `error` is none.
+    """
+    width = room()
+    table = lines(titles, rows, width=width)
+    made = table[:1]
+    for line, each in zip(table[1:], found, strict=True):
+        made.append(line)
+        if each["error"]:
+            why = escaped(f"      {each['error_code']}: {each['error']}")
+            made.append(why if width is None else cut(why, width))
     return made
 
 

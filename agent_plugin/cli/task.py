@@ -22,7 +22,7 @@ from agent_plugin.cli.steering import (
     table_of,
     writing,
 )
-from agent_plugin.cli.tables import cut, lines, room
+from agent_plugin.cli.tables import with_errors
 from agent_plugin.content.errors import TransferStateError
 from agent_plugin.settings import load
 from agent_plugin.transfer.api import Session
@@ -86,21 +86,12 @@ def find_command(
     if not found:
         say("no task was found; `--all` looks at finished and archived transfers as well")
         return
-    for line in _task_lines(found) if names is None else table_of(found, names):
+    for line in (
+        with_errors(_TITLES, [_cells(each) for each in found], found)
+        if names is None
+        else table_of(found, names)
+    ):
         print(line)
-
-
-def _task_lines(found: Sequence[Found]) -> list[str]:
-    """Return tasks as a table, each with its error below it."""
-    width = room()
-    table = lines(_TITLES, [_cells(each) for each in found], width=width)
-    made = table[:1]
-    for line, each in zip(table[1:], found, strict=True):
-        made.append(line)
-        if each["error"]:
-            why = f"      {each['error_code']}: {each['error']}"
-            made.append(why if width is None else cut(why, width))
-    return made
 
 
 def _cells(each: Found) -> list[str]:

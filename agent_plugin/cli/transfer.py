@@ -23,7 +23,7 @@ from agent_plugin.cli.steering import (
     table_of,
     writing,
 )
-from agent_plugin.cli.tables import cut, lines, room
+from agent_plugin.cli.tables import with_errors
 from agent_plugin.cli.transfer_create import create_command, run_command
 from agent_plugin.cli.transfer_watch import watch_command
 from agent_plugin.transfer.entities import DERIVED, Found
@@ -96,21 +96,7 @@ def find_command(
     elif names is not None:
         _say_all(table_of(found, names))
     else:
-        _say_all(transfer_lines(found))
-
-
-def transfer_lines(found: list[Found]) -> list[str]:
-    """Return transfers as a table, each with its error below it."""
-    width = room()
-    rows = [transfer_cells(each) for each in found]
-    table = lines(_TITLES, rows, width=width)
-    made = table[:1]
-    for line, each in zip(table[1:], found, strict=True):
-        made.append(line)
-        if each["error"]:
-            why = f"      {each['error_code']}: {each['error']}"
-            made.append(why if width is None else cut(why, width))
-    return made
+        _say_all(with_errors(_TITLES, [transfer_cells(each) for each in found], found))
 
 
 def transfer_cells(each: Found) -> list[str]:

@@ -144,6 +144,35 @@ def check_only(job_id: str, there: Collection[str], only: Collection[str]) -> No
         )
 
 
+def find_either(
+    asking: Asking,
+    job: tuple[str, str, str],
+    *,
+    published: bool,
+    step_id: str | None = None,
+    task_id: str | None = None,
+) -> tuple[list[JobExecution], dict[str, ResultsDocument]]:
+    """Return a job's executions in the store, or what publishers made of them; one is empty.
+
+    What publishers made is taken if that is wished, or if the store has no outputs of the job.
+
+    Args:
+        asking: Of the job's store.
+        job: Its farm id, queue id and job id.
+        published: What publishers made is wished.
+        step_id: Only of this step.
+        task_id: Only of this task; needs the step.
+
+    Raises:
+        ManifestInvalidError, StoreAccessError, StoreUnavailableError: As for `find_executions`.
+    """
+    if not published:
+        executions = find_executions(asking, job, step_id=step_id, task_id=task_id)
+        if executions:
+            return executions, {}
+    return [], find_documents(asking, job, step_id=step_id, task_id=task_id)
+
+
 def find_documents(
     asking: Asking,
     job: tuple[str, str, str],
