@@ -282,6 +282,8 @@ class Host:
             "PATH": "/usr/bin:/bin:/usr/sbin:/sbin",
             "HOME": str(self.home),
             "AWS_EC2_METADATA_DISABLED": "true",
+            # What hangs and is ended by SIGABRT tells where it was.
+            "PYTHONFAULTHANDLER": "1",
             # Known, so that nobody asks STS.
             "AWS_ACCOUNT_ID": "000000000000",
             "PYTHONPATH": str(REPOSITORY),

@@ -1,7 +1,11 @@
 """What has to move is what is not in place already, proven by its bytes."""
 
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -157,7 +161,7 @@ def test_a_root_on_a_full_disk_is_told_by_name(tmp_path: Path) -> None:
                 plan_download(manifest(a=b"same"), root, None)
 
 
-@pytest.mark.parametrize("name", [".propmaster-Fold-probe", ".propmaster-fOLD-probe"])
+@pytest.mark.parametrize("name", [".propmaster-Fold.partial", ".propmaster-fOLD.partial"])
 def test_no_link_that_was_planted_makes_planning_write_outside(tmp_path: Path, name: str) -> None:
     outside = tmp_path / "outside"
     root = tmp_path / "root"
@@ -168,6 +172,44 @@ def test_no_link_that_was_planted_makes_planning_write_outside(tmp_path: Path, n
 
     assert not outside.exists()
     assert [found.name for found in root.iterdir()] == [name]
+
+
+def test_what_a_kill_has_left_of_asking_the_file_system_is_gone_after_the_next_plan(
+    tmp_path: Path,
+) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    program = """if True:
+        import os, sys
+        from pathlib import Path
+        from tests.unit.test_plan import manifest, plan_download
+        os.unlink = lambda *_, **__: os.kill(os.getpid(), 9)
+        plan_download(manifest(a=b""), Path(sys.argv[1]), None)
+    """
+    killed = subprocess.run([sys.executable, "-c", program, root], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert [found.name for found in root.iterdir()] == [".propmaster-Fold.partial"]
+
+    plan_download(manifest(a=b"same"), root, None)
+
+    assert list(root.iterdir()) == []
+
+
+def test_runs_that_ask_the_file_system_at_once_answer_the_same(tmp_path: Path) -> None:
+    """Seen to fail when the name is not locked."""
+    with image_mounted("exfat", tmp_path / "image", tmp_path / "disk") as disk:
+        root = disk / "root"
+        root.mkdir()
+        clashing = manifest(a=b"same", A=b"same")
+
+        def refused(_number: int) -> bool:
+            with pytest.raises(PathClashError, match="one name on the file system"):
+                plan_download(clashing, root, None)
+            return True
+
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(refused, range(400)))
+        assert list(root.iterdir()) == []
 
 
 @pytest.mark.parametrize("there", ["nothing", "a file"])
