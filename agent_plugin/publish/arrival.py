@@ -2,8 +2,9 @@
 
 A directory that is not there yet is built beside its place and renamed when it is complete. Into
 one that is there, files are moved one by one, after all of them have come and none of them would
-take the place of something else. So neither a failure nor a kill leaves what looks finished and is
-not; only a kill while files are being moved leaves some of them moved, and the next run moves the
+take the place of something else; what comes to such a place meanwhile stays, and those that were
+moved before are moved back. So neither a failure nor a kill leaves what looks finished and is not;
+only a kill while files are being moved leaves some of them moved, and the next run moves the
 others.
 
 What has come is kept under the hidden name, and a next run goes on with it. Whoever fills it holds
@@ -22,10 +23,12 @@ from agent_plugin.content.digest import hash_name
 from agent_plugin.content.errors import (
     LocalReadError,
     PathClashError,
+    PropmasterError,
     TransferStateError,
     local_write_error,
 )
 from agent_plugin.content.leftovers import lock_partial, partial_name, prune, remove_tree
+from agent_plugin.content.rename import rename_new
 from agent_plugin.content.safe_path import Root
 from agent_plugin.publish.clashes import Clash, refuse
 
@@ -84,10 +87,16 @@ class Arrival:
         """Give the hidden directory its name, with all that is in it.
 
         Raises:
-            PathClashError, LocalWriteError: Something has come there meanwhile, or it can not be.
+            PathClashError: Something has come there meanwhile.
+            LocalWriteError: It can not be renamed.
         """
         try:
-            self.hidden.rename(self.target)
+            with Root(self.hidden.parent) as above:
+                rename_new((above.fd, self.hidden.name), (above.fd, self.target.name))
+        except FileExistsError as error:
+            raise PathClashError(
+                f"{self.target} has come into being meanwhile", hint="run the same command again"
+            ) from error
         except OSError as error:
             raise local_write_error(error, os.fspath(self.target)) from error
 
@@ -105,7 +114,11 @@ class Arrival:
         self.refuse_standing(moves, overwrite=overwrite)
         try:
             with Root(self.hidden, follow=False) as source, Root(self.target) as root:
-                move(moves, source, root)
+                move(moves, source, root, replace=overwrite)
+        except FileExistsError as error:
+            # It has come between the look and the move.
+            self.refuse_standing(moves, overwrite=overwrite)
+            raise local_write_error(error, os.fspath(self.target)) from error
         except OSError as error:
             raise local_write_error(error, os.fspath(self.target)) from error
 
@@ -151,23 +164,68 @@ class Arrival:
             raise local_write_error(error, os.fspath(self.hidden)) from error
 
 
-def move(moves: Mapping[str, str], source: Root, root: Root) -> None:
+def move(moves: Mapping[str, str], source: Root, root: Root, *, replace: bool = False) -> None:
     """Rename files from below one directory to below another on the same file system.
+
+    All of them have moved, or none has, unless what stood there was replaced.
 
     Args:
         moves: By the new path, the old one.
         source: Where the old paths are.
         root: Where the new ones are; missing directories are made.
+        replace: Whether files that have a new name give way.
 
     Raises:
-        OSError: A file can not be renamed; those before it are.
+        FileExistsError: Something has a new name, and may not be replaced.
+        OSError: A file can not be renamed.
         UnsafePathError, PathClashError: A link or a file stands where a directory must be.
     """
-    for path, old in moves.items():
-        parent, _, name = path.rpartition("/")
-        above, _, old_name = old.rpartition("/")
-        with source.holding(above, create=False) as there, root.holding(parent) as here:
+    missing = [] if replace else _missing(moves, root)
+    moved: list[tuple[str, str]] = []
+    try:
+        for path, old in moves.items():
+            _rename(source, old, root, path, replace=replace)
+            moved.append((old, path))
+    except (OSError, PropmasterError):
+        if not replace:
+            for old, path in reversed(moved):
+                with suppress(OSError, PropmasterError):
+                    _rename(root, path, source, old, replace=False)
+            for directory in missing:
+                parent, _, name = directory.rpartition("/")
+                with suppress(OSError), root.holding(parent, create=False) as above:
+                    os.rmdir(name, dir_fd=above)
+        raise
+
+
+def _rename(source: Root, old: str, root: Root, path: str, *, replace: bool) -> None:
+    parent, _, name = path.rpartition("/")
+    above, _, old_name = old.rpartition("/")
+    with source.holding(above, create=False) as there, root.holding(parent) as here:
+        if replace:
             os.rename(old_name, name, src_dir_fd=there, dst_dir_fd=here)
+        else:
+            rename_new((there, old_name), (here, name))
+
+
+def _missing(paths: Collection[str], root: Root) -> list[str]:
+    """Return the directories that the paths need and the root lacks, the deepest first."""
+    needed: set[str] = set()
+    for path in paths:
+        above = path.rpartition("/")[0]
+        while above and above not in needed:
+            needed.add(above)
+            above = above.rpartition("/")[0]
+    missing = set()
+    for directory in sorted(needed):
+        if directory.rpartition("/")[0] in missing:
+            missing.add(directory)
+            continue
+        try:
+            root.directory(directory, create=False)
+        except FileNotFoundError:
+            missing.add(directory)
+    return sorted(missing, reverse=True)
 
 
 @contextmanager
