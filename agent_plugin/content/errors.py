@@ -13,7 +13,7 @@
     │   ├── BlobNotFoundError           DocumentNotFoundError    StoreAccessError
     │   ├── StoreUnavailableError       StoreThrottledError      BlobCorruptError
     │   ├── StoreProtocolError          ObjectNotFoundError      ObjectChangedError
-    │   └── KeyExistsError
+    │   └── KeyExistsError              ObjectArchivedError      ObjectRestoringError
     ├── LocalError             this host
     │   ├── NoSpaceError                LocalWriteError          LocalReadError
     │   ├── CacheUnsafeError            FileChangedError
@@ -224,6 +224,18 @@ class KeyExistsError(StoreError):
     """Something is stored at a key already, and overwriting was not allowed."""
 
     reference, code, exit_code, errno = "key-exists", "E_KEY_EXISTS", 93, errno.EEXIST
+
+
+class ObjectArchivedError(StoreError):
+    """An object is in an archive class: it has to be restored before anybody can read it."""
+
+    reference, code, exit_code, errno = "object-archived", "E_ARCHIVED", 102, errno.EIO
+
+
+class ObjectRestoringError(StoreError):
+    """An object in an archive class is being restored, and can be read when that has ended."""
+
+    reference, code, exit_code, errno = "object-restoring", "E_RESTORING", 103, errno.EIO
 
 
 class LocalError(PropmasterError):

@@ -12,6 +12,11 @@ MAX_KEY_BYTES: Final = 1024
 # S3 keeps of an upload in parts is none of the content, and other servers keep none at all.
 SHA256: Final = "propmaster-sha256"
 _SCHEME: Final = "s3://"
+# Those whose objects have to be restored before they are read; GLACIER_IR is read as it is:
+# https://docs.aws.amazon.com/AmazonS3/latest/userguide/storage-class-intro.html
+ARCHIVE_CLASSES: Final = frozenset({"GLACIER", "DEEP_ARCHIVE"})
+ARCHIVED: Final = "archived"
+RESTORING: Final = "restoring"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,8 @@ class ObjectInfo:
         metadata: Of the user; names are lower case. Empty for what was listed.
         checksum_of_parts: Of an object made of parts, the SHA-256 of the parts' SHA-256s, in
             base64, with `-` and their number; no hash of the content. Empty for what was listed.
+        archive: Why it can not be read as it is: ARCHIVED, or RESTORING while it is being restored;
+            empty if it can. What was listed as ARCHIVED may be one of the others.
     """
 
     bucket: str
@@ -62,6 +69,7 @@ class ObjectInfo:
     content_type: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict, compare=False)
     checksum_of_parts: str = ""
+    archive: str = field(default="", compare=False)
 
     @property
     def url(self) -> str:
@@ -97,6 +105,23 @@ class Unfinished:
         """Take down that the store has a part."""
         self.parts[number] = etag
         self.changed(self)
+
+
+def archive_of(storage_class: str, restore: str, tier: str) -> str:
+    """Return `ObjectInfo.archive` of what the answer to HEAD says.
+
+    Args:
+        storage_class: `x-amz-storage-class`.
+        restore: `x-amz-restore`: empty unless somebody has had it restored.
+        tier: `x-amz-archive-status`, of INTELLIGENT_TIERING: empty unless it is in an archive.
+
+    Source: https://docs.aws.amazon.com/AmazonS3/latest/API/API_HeadObject.html
+    """
+    if 'ongoing-request="true"' in restore:
+        return RESTORING
+    if 'ongoing-request="false"' in restore:
+        return ""
+    return ARCHIVED if tier or storage_class in ARCHIVE_CLASSES else ""
 
 
 def object_url(bucket: str, key: str) -> str:

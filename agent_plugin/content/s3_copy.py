@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from agent_plugin.content.errors import ObjectNotFoundError, StoreUnavailableError
-from agent_plugin.content.objects import ObjectInfo, Unfinished, object_url
+from agent_plugin.content.objects import ObjectInfo, Unfinished, archive_of, object_url
 from agent_plugin.content.s3_access import CONTENT_TYPE
 from agent_plugin.content.s3_buckets import Buckets
 from agent_plugin.content.s3_errors import (
@@ -272,6 +272,7 @@ def info_of_head(bucket: str, key: str, head: Mapping[str, Any]) -> ObjectInfo:
     checksum = str(head.get("ChecksumSHA256", ""))
     # That of an object made of parts is a hash of hashes, and ends in their number.
     is_of_parts = "-" in checksum
+    storage_class = str(head.get("StorageClass", ""))
     return ObjectInfo(
         bucket,
         key,
@@ -279,10 +280,11 @@ def info_of_head(bucket: str, key: str, head: Mapping[str, Any]) -> ObjectInfo:
         str(head.get("ETag", "")),
         str(head.get("VersionId", "")),
         head["LastModified"].timestamp(),
-        str(head.get("StorageClass", "")),
+        storage_class,
         "" if is_of_parts else checksum,
         str(head.get("ContentType", "")),
         # S3 folds names to lower case; other servers need not.
         _folded(head.get("Metadata", {})),
         checksum if is_of_parts else "",
+        archive_of(storage_class, str(head.get("Restore", "")), str(head.get("ArchiveStatus", ""))),
     )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from agent_plugin.content.errors import (
+    ObjectArchivedError,
     PropmasterError,
     SettingsInvalidError,
     StoreAccessError,
@@ -246,11 +247,15 @@ _FORBIDDEN: Final = (
     " belongs to the expected account; without s3:ListBucket S3 also answers so for what is absent."
 )
 
+RESTORE_HINT: Final = (
+    "Restore it first (`aws s3api restore-object`, or an S3 Batch Operations job), or leave it out."
+)
 _BY_CODE: Final[dict[str, Callable[[str], PropmasterError]]] = {
     "NoSuchBucket": lambda reason: BucketAbsentError(
         f"{reason} (the bucket itself is missing)", hint="Check the queue's bucket name."
     ),
     "NoSuchUpload": UploadGoneError,
+    "InvalidObjectState": lambda reason: ObjectArchivedError(reason, hint=RESTORE_HINT),
     "ConditionalRequestConflict": ConditionRacedError,
     "NotImplemented": UnsupportedByStoreError,
     "RequestTimeTooSkewed": lambda reason: StoreAccessError(

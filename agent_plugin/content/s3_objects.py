@@ -7,7 +7,8 @@ is looked at first, and who writes between the look and the request is overwritt
 """
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -22,6 +23,8 @@ from agent_plugin.content.errors import (
     StoreUnavailableError,
 )
 from agent_plugin.content.objects import (
+    ARCHIVE_CLASSES,
+    ARCHIVED,
     ObjectAccess,
     ObjectInfo,
     Unfinished,
@@ -30,7 +33,7 @@ from agent_plugin.content.objects import (
 )
 from agent_plugin.content.retry import RetryPolicy
 from agent_plugin.content.s3_access import CONTENT_TYPE, Access
-from agent_plugin.content.s3_buckets import Buckets, checked_seconds
+from agent_plugin.content.s3_buckets import REQUESTS, Buckets, checked_seconds
 from agent_plugin.content.s3_delete import delete
 from agent_plugin.content.s3_errors import (
     ConditionRacedError,
@@ -117,6 +120,24 @@ class S3Objects:
         head = self._buckets.head(bucket, key, version=version, cancellation=cancellation)
         return s3_copy.info_of_head(bucket, key, head)
 
+    def look_again(
+        self, infos: Iterable[ObjectInfo], *, cancellation: Cancellation | None = None
+    ) -> Iterator[ObjectInfo]:
+        """Yield what the store says of each object, in their order; many are asked for at once.
+
+        Raises:
+            ObjectNotFoundError: One is not there any more.
+            CancelledError: Cancellation was wished.
+        """
+        cancellation = cancellation or Cancellation()
+        tasks = (
+            (0, partial(self.head, info.bucket, info.key, cancellation=cancellation))
+            for info in infos
+        )
+        lanes, window = self._buckets.lanes, REQUESTS
+        for _, info in parts.in_order(tasks, lanes, cancellation, window, deque()):
+            yield info
+
     def list(
         self, bucket: str, prefix: str, *, cancellation: Cancellation | None = None
     ) -> Iterator[ObjectInfo]:
@@ -135,6 +156,7 @@ class S3Objects:
                 "",
                 entry["LastModified"].timestamp(),
                 _class(entry.get("StorageClass", "")),
+                archive=ARCHIVED if entry.get("StorageClass") in ARCHIVE_CLASSES else "",
             )
             for entry in requests.list_below(prefix, cancellation)
         )

@@ -29,6 +29,7 @@ from agent_plugin.content.pattern import Pattern, PatternTooSlowError
 from agent_plugin.content.s3_objects import S3Objects
 from agent_plugin.content.store import Cancellation
 from agent_plugin.sources.access import SourceServers
+from agent_plugin.sources.archives import refuse_archived
 from agent_plugin.sources.mapping import path_of, prefix_of
 from agent_plugin.sources.partition import Share
 from agent_plugin.sources.spec import InputSource
@@ -72,6 +73,7 @@ def resolve(
         SourceInvalidError: The partition has no such part, a pattern takes too long, S3 has no
             SHA-256 to compare, or there are more than MAX_OBJECTS objects.
         UnsafePathError, PathClashError: What would come of the objects can not be files together.
+        ObjectArchivedError, ObjectRestoringError: Objects have to be restored before they are read.
         StoreError: Any other that a request ended with.
         CancelledError: Cancellation was wished.
     """
@@ -83,9 +85,11 @@ def resolve(
     objects = servers.objects(access)
     found = _Found()
     single = _head(source, objects)
+    archived = []
     if single is not None:
         found.listed = found.matching = 1
         entries = [_single_entry(source, single)] if share.has(single.key) else []
+        archived = [single] if entries and single.archive else []
     else:
         entries = []
         for info in _matching(source, objects, found, cancellation):
@@ -94,9 +98,12 @@ def resolve(
             if len(entries) == MAX_OBJECTS:
                 raise too_many(source.bucket)
             entries.append(SnapshotEntry.of(info, path_of(info.key, share.prefix)))
+            if info.archive:
+                archived.append(info)
     snapshot = ObjectSnapshot(access, source.bucket, entries)
     if not len(snapshot) and source.on_empty == "error":
         raise _empty(source, found, share)
+    refuse_archived(source.name, archived, objects, cancellation)
     log.info(
         events.SOURCE_RESOLVED,
         extra={

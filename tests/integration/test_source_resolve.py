@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,10 @@ import pytest
 
 from agent_plugin.content.errors import (
     CancelledError,
+    ObjectArchivedError,
     ObjectChangedError,
     ObjectNotFoundError,
+    ObjectRestoringError,
     PathClashError,
     PropmasterError,
     SourceEmptyError,
@@ -35,6 +37,7 @@ from tests.servers.s3_server import S3Server
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
+    from mypy_boto3_s3.literals import StorageClassType
 
 SET = {
     "set1/001.txt": b"001\n",
@@ -514,3 +517,83 @@ def test_s9_a_bucket_that_is_open_to_everybody_needs_no_credentials(
         resolve(InputSource(bucket, "d/"), SourceServers(environment, policy=ONCE))
     snapshot = resolve(InputSource(bucket, "d/", no_sign=True), SourceServers(environment))
     assert (paths(snapshot), snapshot.access.anonymous) == (["a"], True)
+
+
+# ------------------------------------------------------------------------------- archive classes
+
+
+@pytest.fixture
+def restoring() -> Iterator[None]:
+    """Restores of moto take some looks, and not none."""
+    from moto.moto_api import state_manager  # noqa: PLC0415 - seconds that few tests need
+
+    state_manager.set_transition("s3::keyrestore", {"progression": "manual", "times": 3})
+    yield
+    state_manager.unset_transition("s3::keyrestore")
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_s2_objects_in_archive_classes_are_refused_by_name_before_anything_is_fetched(
+    moto_client: "S3Client", moto_servers: SourceServers, bucket: str, listed: bool
+) -> None:
+    """The mutation that was caught: no look at the class, so that the first read fails."""
+    key = "d/" if listed else "d/cold.exr"
+    classes: dict[str, StorageClassType] = {
+        "cold.exr": "GLACIER",
+        "deep.exr": "DEEP_ARCHIVE",
+        "instant.exr": "GLACIER_IR",
+        "warm.exr": "STANDARD_IA",
+    }
+    for name, storage_class in classes.items():
+        moto_client.put_object(
+            Bucket=bucket, Key=f"d/{name}", Body=b"x", StorageClass=storage_class
+        )
+    # Nothing of it is ever read.
+    moto_client.put_object(Bucket=bucket, Key="d/empty", StorageClass="GLACIER")
+
+    with pytest.raises(ObjectArchivedError, match=rf"s3://{bucket}/d/cold\.exr") as caught:
+        resolve(InputSource(bucket, key), moto_servers)
+
+    assert (caught.value.code, caught.value.exit_code) == ("E_ARCHIVED", 102)
+    assert f"s3://{bucket}/d/deep.exr" in caught.value.message or not listed
+    assert not {"instant", "warm", "empty"} & set(caught.value.message.replace("/", ".").split("."))
+    if listed:
+        left = resolve(InputSource(bucket, key, filter="instant|warm|empty"), moto_servers)
+        assert paths(left) == ["empty", "instant.exr", "warm.exr"]
+
+
+@pytest.mark.usefixtures("restoring")
+def test_s2_objects_that_were_restored_are_taken_and_those_that_are_being_restored_are_not(
+    moto_client: "S3Client", moto_servers: SourceServers, bucket: str
+) -> None:
+    for name in ("a", "b"):
+        moto_client.put_object(Bucket=bucket, Key=f"d/{name}", Body=b"x", StorageClass="GLACIER")
+        moto_client.restore_object(Bucket=bucket, Key=f"d/{name}", RestoreRequest={"Days": 1})
+
+    with pytest.raises(ObjectRestoringError, match=f"s3://{bucket}/d/a, s3://{bucket}/d/b") as told:
+        resolve(InputSource(bucket, "d/"), moto_servers)
+    for _ in range(3):
+        for name in ("a", "b"):
+            moto_client.head_object(Bucket=bucket, Key=f"d/{name}")
+
+    assert (told.value.code, told.value.exit_code) == ("E_RESTORING", 103)
+    snapshot = resolve(InputSource(bucket, "d/"), moto_servers)
+    assert paths(snapshot) == ["a", "b"]
+    objects = moto_servers.objects(snapshot.access)
+    assert objects.read(snapshot.info(snapshot.entries[0]), 0, 1) == b"x"
+
+
+def test_s2_an_object_that_is_archived_after_it_was_listed_is_told_as_such(
+    moto_client: "S3Client", moto_servers: SourceServers, bucket: str
+) -> None:
+    """A lifecycle rule may do it at any time, and the ETag stays.
+
+    The mutation that was caught: what the store calls InvalidObjectState taken for a lack of
+    rights, since its status is 403.
+    """
+    moto_client.put_object(Bucket=bucket, Key="a", Body=b"x")
+    snapshot = resolve(InputSource(bucket, "a"), moto_servers)
+    moto_client.put_object(Bucket=bucket, Key="a", Body=b"x", StorageClass="GLACIER")
+
+    with pytest.raises(ObjectArchivedError, match="InvalidObjectState"):
+        moto_servers.objects(snapshot.access).read(snapshot.info(snapshot.entries[0]), 0, 1)

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -17,7 +18,8 @@ from agent_plugin.content.errors import (
     UnsafePathError,
 )
 from agent_plugin.content.object_snapshot import ObjectIdentity, ObjectSnapshot, SnapshotEntry
-from agent_plugin.content.objects import ObjectAccess, ObjectInfo
+from agent_plugin.content.objects import ARCHIVED, RESTORING, ObjectAccess, ObjectInfo
+from agent_plugin.content.s3_copy import info_of_head
 
 ACCESS = ObjectAccess(endpoint="http://127.0.0.1:9000", region="eu-west-1")
 
@@ -182,3 +184,31 @@ def test_more_objects_than_a_root_can_have_are_refused(monkeypatch: pytest.Monke
 
     with pytest.raises(SourceInvalidError, match="more than 1 objects"):
         ObjectSnapshot(ACCESS, "show", [entry("a"), entry("b")])
+
+
+@pytest.mark.parametrize(
+    ("head", "expected"),
+    [
+        ({}, ""),
+        ({"StorageClass": "GLACIER_IR"}, ""),
+        ({"StorageClass": "INTELLIGENT_TIERING"}, ""),
+        ({"StorageClass": "INTELLIGENT_TIERING", "ArchiveStatus": "DEEP_ARCHIVE_ACCESS"}, ARCHIVED),
+        ({"StorageClass": "GLACIER"}, ARCHIVED),
+        ({"StorageClass": "DEEP_ARCHIVE", "Restore": 'ongoing-request="true"'}, RESTORING),
+        (
+            {
+                "StorageClass": "GLACIER",
+                "Restore": 'ongoing-request="false", expiry-date="Fri, 21 Dec 2012 00:00:00 GMT"',
+            },
+            "",
+        ),
+    ],
+)
+def test_s2_what_head_says_of_archives_is_understood(head: dict[str, str], expected: str) -> None:
+    """As the API reference has the headers; moto knows no tiers of INTELLIGENT_TIERING.
+
+    The mutation that was caught: the tier overlooked.
+    """
+    answer = {"ContentLength": 1, "LastModified": datetime.now(UTC), **head}
+
+    assert info_of_head("bucket", "key", answer).archive == expected
