@@ -15,6 +15,7 @@ import pwd
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -28,21 +29,15 @@ from agent_plugin.transfer.create import (
     Expand,
     TaskDocument,
     TransferDocument,
-    as_before,
     redirected,
     task_specs,
 )
 from agent_plugin.transfer.entities import Found
 from agent_plugin.transfer.find import EVERYWHERE, Scopes, Search, count_tasks, find
-from agent_plugin.transfer.ledger import Ledger, TaskSpec
+from agent_plugin.transfer.ledger import Ledger
 from agent_plugin.transfer.query import ENTITY_WORDS, Entity, nearest, parse
 from agent_plugin.transfer.query_attributes import ATTRIBUTES, named
-from agent_plugin.transfer.states import (
-    SETTABLE_TRANSFER,
-    TaskStatus,
-    TransferStatus,
-    check_settable,
-)
+from agent_plugin.transfer.states import TransferStatus
 
 Id = int | str
 Data = Mapping[str, Any] | str | Path
@@ -284,45 +279,23 @@ class Session:
         before = self._transfer(transfer_id)
         if "status" in changes:
             changes["status"] = _status(changes["status"])
-            # Before anything is changed for the sake of a new destination.
-            check_settable(changes["status"], SETTABLE_TRANSFER)
-        if not isinstance(changes.get("destination", ""), str):
-            raise JobInvalidError("the destination of a transfer has to be a text")
+        if "destination" in changes:
+            becomes = changes.get("status", TransferStatus.PENDING)
+            if TransferStatus.PENDING in (before["status"], becomes):
+                changes |= self._redirection(before, changes["destination"])
         with Ledger.open(self._path, clock=self._clock) as ledger:
-            if "destination" in changes and before["status"] == TransferStatus.PENDING:
-                self._redirect(ledger, before, changes["destination"])
             ledger.set_transfer(transfer_id, modifier=self._user, **changes)
         return self._transfer(transfer_id)
 
-    def _redirect(self, ledger: Ledger, transfer: Found, destination: str) -> None:
-        """Have what is not done go to another place, while nobody carries the transfer out."""
+    def _redirection(self, transfer: Found, destination: object) -> dict[str, Any]:
+        """Return what the ledger has to know to have a transfer go to another place."""
+        if not isinstance(destination, str) or not destination:
+            raise JobInvalidError("the destination of a transfer has to be a text")
+        redirect = partial(redirected, before=transfer["destination"], after=destination)
+        if self.find_one("task", transfer["id"], ["id"]) is not None:
+            return {"redirect": redirect}
         entry = TaskDocument(transfer["source"])
-        left = self.find("task WHERE status IN (pending, failed)", entityid=transfer["id"])
-        known = {task["source"]["path"]: task for task in left}
-        tasks = []
-        for spec in task_specs([entry], destination, transfer["settings"], self._expand):
-            found = known.get(spec.source)
-            tasks.append(as_before(spec, found) if found else spec)
-        sources = {task.source for task in tasks}
-        own = set()
-        for task in left:
-            source, place = task["source"]["path"], task["destination"]["path"]
-            if source in sources:
-                continue
-            if (target := redirected(place, transfer["destination"], destination)) is None:
-                own.add(task["id"])
-            else:
-                tasks.append(as_before(TaskSpec(source, target, task["size"]), task))
-        pairs = {(task.source, task.destination) for task in tasks}
-        others = [
-            task["id"]
-            for task in left
-            if task["id"] not in own
-            and (task["source"]["path"], task["destination"]["path"]) not in pairs
-        ]
-        ledger.add_tasks(transfer["id"], tasks, modifier=self._user)
-        excluded = {task_id: {"status": TaskStatus.EXCLUDED} for task_id in others}
-        ledger.set_tasks(transfer["id"], excluded, self._user)
+        return {"tasks": list(task_specs([entry], destination, transfer["settings"], self._expand))}
 
     def update_many(
         self,
@@ -348,7 +321,7 @@ class Session:
         Raises:
             ReadOnlyAttributeError: Another attribute.
             TransferStateError: There is no such transfer or task, or a state does not allow it.
-            JobInvalidError: An argument makes no sense.
+            JobInvalidError: An argument makes no sense, or a task is named twice.
         """
         if _entity(entitytype) is not Entity.TASK:
             raise JobInvalidError(f"only tasks are changed together, not a {entitytype}")
@@ -382,6 +355,10 @@ class Session:
                 raise TransferStateError(
                     f"transfer {transfer_id} has no task {named_by.get('uri', '')!r}",
                     hint="each change names its task by id or by uri",
+                )
+            if task_id in changes:
+                raise JobInvalidError(
+                    f"task {task_id} is named twice", hint="give all that is to change at once"
                 )
             rest = {key: value for key, value in each.items() if key not in ("id", "uri")}
             changes[task_id] = _changes(Entity.TASK, rest)

@@ -5,7 +5,6 @@ here; what is below a source, and how large it is, is found by whoever copies (c
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Self
 
@@ -19,6 +18,7 @@ from agent_plugin.content.errors import (
 )
 from agent_plugin.transfer.copy_places import Place
 from agent_plugin.transfer.ledger import TaskSpec, TransferSpec
+from agent_plugin.transfer.ledger_rows import COPY
 from agent_plugin.transfer.query import Entity, nearest
 from agent_plugin.transfer.query_attributes import named
 from agent_plugin.transfer.states import DEFAULT_PRIORITY, TransferStatus, priority_of
@@ -26,7 +26,6 @@ from agent_plugin.transfer.states import DEFAULT_PRIORITY, TransferStatus, prior
 # Returns the tasks that copy each source to its destination: (pairs, settings of the transfer).
 Expand = Callable[[Iterable[tuple[str, str]], Mapping[str, Any]], Iterable[TaskSpec]]
 
-KIND: Final = "copy"
 # A million tasks, as JSON.
 MAX_DOCUMENT_BYTES: Final = 512 * 1024 * 1024
 
@@ -98,7 +97,7 @@ class TransferDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Return the transfer and its tasks.
 
         Raises:
-            JobInvalidError: There is nothing to move, or it is not said where to.
+            JobInvalidError: There is nothing to move, it is not said where to, or a place is none.
         """
         entries = self.entries
         if bool(self.source) == bool(entries):
@@ -109,9 +108,10 @@ class TransferDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         first = entries[0] if entries else TaskDocument(self.source, self.destination)
         destination = self.destination or first.destination
         title = self.name or self.code or first.source.rstrip("/").rpartition("/")[2]
-        spec = TransferSpec(kind=KIND, source=first.source, destination=destination, title=title)
+        spec = TransferSpec(kind=COPY, source=first.source, destination=destination, title=title)
         if not entries and not destination:
             # Its tasks are made when it is said where they go.
+            Place.parse(self.source)
             return spec, ()
         # All of them, before anything is written.
         wanted = entries or [first]
@@ -147,24 +147,28 @@ def task_specs(
             yield TaskSpec(spec.source, spec.destination, spec.size, number, entry.metadata)
 
 
-def as_before(spec: TaskSpec, task: Mapping[str, Any]) -> TaskSpec:
-    """Return a task with what people have said of the one in whose place it comes."""
-    return replace(spec, priority=task["priority"], metadata=task["metadata"])
+def redirected(source: str, place: str, *, before: str, after: str) -> str | None:
+    """Return where a task goes whose transfer was to go to one place, and is to go to another.
 
-
-def redirected(place: str, before: str, after: str) -> str | None:
-    """Return where something goes that was to go below one place, and is to go below another.
+    Args:
+        source: The task's.
+        place: Where it was to go.
+        before: Where the transfer was to go.
+        after: Where that goes now.
 
     Returns:
-        None if it was to go somewhere else.
+        None if the task was to go to a place of its own.
 
     Raises:
-        JobInvalidError: There is nothing below that.
+        JobInvalidError: It is no place, or there is nothing below it.
     """
+    tree = Place.parse(after).is_tree
     # The ledger has them as URLs, whatever was said.
     for old, new in ((before, after), (_url(before), _url(after))):
+        if place == old:
+            return new + source.rpartition("/")[2] if tree else new
         if old.endswith("/") and place.startswith(old):
-            if not new.endswith("/"):
+            if not tree:
                 raise JobInvalidError(
                     f"several things can not all go to {after}",
                     hint="end the destination with a slash",

@@ -361,16 +361,6 @@ class Ledger(PeoplesLedger):
         self._pulses.pop(transfer_id, None)
         return self.transfer(transfer_id)
 
-    def samples(self, transfer_id: int) -> list[tuple[float, int]]:
-        """Return (time, bytes moved since the sample before) of the last minute, oldest first."""
-        with self._file.read() as connection:
-            return list(
-                connection.execute(
-                    "SELECT time, bytes FROM sample WHERE transfer = ? AND time >= ? ORDER BY time",
-                    (transfer_id, self._clock() - SAMPLE_WINDOW_SECONDS),
-                )
-            )
-
     def forget_session(self, session: str) -> None:
         """End the transfers of a session that is over, and put away what is old.
 

@@ -33,7 +33,8 @@ CREATE INDEX IF NOT EXISTS transfer_by_session ON transfer (session, kind);
 CREATE INDEX IF NOT EXISTS transfer_by_status ON transfer (status, priority);
 
 CREATE TABLE IF NOT EXISTS task (
-  id          INTEGER PRIMARY KEY,
+  -- AUTOINCREMENT: tasks that were packed keep their numbers, and may come back.
+  id          INTEGER PRIMARY KEY AUTOINCREMENT,
   transfer    INTEGER NOT NULL REFERENCES transfer (id) ON DELETE CASCADE,
   uri         TEXT    NOT NULL DEFAULT '',   -- "0", "1", ...: its number within the transfer
   status      TEXT    NOT NULL,              -- states.TaskStatus

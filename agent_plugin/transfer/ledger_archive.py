@@ -202,14 +202,40 @@ class Archive:
 
     def tasks(self, row: TransferRow) -> list[TaskRow]:
         """Return the tasks of a transfer that were packed; none if there are none."""
+        return [task_row(task) for task in self._packed(row.id, row.created)]
+
+    def _packed(self, transfer_id: int, created: float) -> list[list[Any]]:
         if not self._path.exists():
             return []
         with self.opened() as archive, archive.read() as connection:
             found = connection.execute(
                 f"SELECT tasks FROM packed WHERE {_PAIR}",  # noqa: S608 - a constant
-                (row.id, row.created),
+                (transfer_id, created),
             ).fetchone()
-        return [task_row(task) for task in unpack(found[0])] if found is not None else []
+        return unpack(found[0]) if found is not None else []
+
+    def restore(self, connection: sqlite3.Connection, transfer_id: int) -> None:
+        """Bring back, in the caller's transaction on the ledger, the tasks that were packed.
+
+        Whoever lets a transfer go on that is done calls this first: what comes again has to meet
+        the task that it is a duplicate of. Somebody may be packing them right now; what is in the
+        ledger still counts.
+        """
+        status, created = connection.execute(
+            "SELECT status, created FROM transfer WHERE id = ?", (transfer_id,)
+        ).fetchone()
+        if status != TransferStatus.DONE:
+            return
+        packed = self._packed(transfer_id, created)
+        there = {
+            row[0]
+            for row in connection.execute("SELECT id FROM task WHERE transfer = ?", (transfer_id,))
+        }
+        marks = ", ".join("?" * len(TASK_COLUMNS.split(",")))
+        connection.executemany(
+            f"INSERT INTO task ({TASK_COLUMNS}) VALUES ({marks})",  # noqa: S608 - constants
+            (row for row in packed if row[0] not in there),
+        )
 
 
 def _has_ended(connection: sqlite3.Connection, transfer_id: int) -> bool:

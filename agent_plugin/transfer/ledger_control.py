@@ -6,13 +6,19 @@ the state of the transfer is made to follow from its tasks here.
 """
 
 import sqlite3
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
 from agent_plugin.content.errors import ReadOnlyAttributeError, TransferStateError
-from agent_plugin.transfer.ledger_begin import lease_holder, sizes
-from agent_plugin.transfer.ledger_file import LedgerFile, to_sql
-from agent_plugin.transfer.ledger_rows import to_json
+from agent_plugin.transfer.ledger_begin import (
+    INSERT_TASK,
+    lease_holder,
+    next_number,
+    sizes,
+    task_values,
+)
+from agent_plugin.transfer.ledger_file import LedgerFile, from_sql, to_sql
+from agent_plugin.transfer.ledger_rows import COPY, TaskSpec, from_json, to_json
 from agent_plugin.transfer.states import (
     FINISHED,
     SETTABLE_TASK,
@@ -33,6 +39,10 @@ _CHANGEABLE: Final = frozenset({"status", "priority", "metadata"})
 QUEUED_ANEW: Final = (
     "status = 'queued', error_code = '', error = '', not_before = 0, done = 0, finished = NULL"
 )
+# Brings back, in a transaction, what was packed of a transfer that is done; see Archive.restore.
+Restore = Callable[[sqlite3.Connection, int], None]
+# From a task's source and destination to its new destination; None: it keeps the one it has.
+Redirect = Callable[[str, str], str | None]
 
 
 class ByHand:
@@ -41,11 +51,13 @@ class ByHand:
     Args:
         file: The ledger.
         clock: Seconds since the epoch.
+        restore: Called before a transfer that is done goes on.
     """
 
-    def __init__(self, file: LedgerFile, clock: Callable[[], float]) -> None:
+    def __init__(self, file: LedgerFile, clock: Callable[[], float], restore: Restore) -> None:
         self._file = file
         self._clock = clock
+        self._restore = restore
 
     # -------------------------------------------------------------------------- one transfer
 
@@ -57,15 +69,24 @@ class ByHand:
         priority: int | str | None,
         metadata: Mapping[str, Any] | None,
         destination: str | None,
+        redirect: Redirect | None,
+        tasks: Collection[TaskSpec],
         modifier: str,
     ) -> None:
         """See Ledger.set_transfer."""
         now = self._clock()
         with self._file.write() as connection:
             held = settle_lease(connection, transfer_id, now)
-            current, _ = status_of(connection, transfer_id)
+            # First, since a destination can be set then.
+            if status is _T.PENDING:
+                self._set_status(connection, transfer_id, status, now, held=held)
+                tell(connection, now, transfer_id, None, f"status={status}", modifier)
             if destination is not None:
-                self._set_destination(connection, transfer_id, current, destination)
+                self._set_destination(connection, transfer_id, destination)
+                if redirect is not None:
+                    _redirect_tasks(connection, transfer_id, redirect, now)
+                _insert_tasks(connection, transfer_id, tasks, now)
+                recount(connection, transfer_id, held=held)
                 tell(connection, now, transfer_id, None, f"destination={destination}", modifier)
             if priority is not None:
                 number = priority_of(priority)
@@ -79,10 +100,8 @@ class ByHand:
                     (to_json(metadata), transfer_id),
                 )
                 tell(connection, now, transfer_id, None, "metadata", modifier)
-            if status is not None:
-                check_settable(status, SETTABLE_TRANSFER)
-                check_transfer_change(current, status)
-                self._set_status(connection, transfer_id, current, status, now, held=held)
+            if status is not None and status is not _T.PENDING:
+                self._set_status(connection, transfer_id, status, now, held=held)
                 tell(connection, now, transfer_id, None, f"status={status}", modifier)
             connection.execute(
                 "UPDATE transfer SET modifier = ?, modified = ? WHERE id = ?",
@@ -91,13 +110,19 @@ class ByHand:
 
     @staticmethod
     def _set_destination(
-        connection: sqlite3.Connection, transfer_id: int, current: TransferStatus, destination: str
+        connection: sqlite3.Connection, transfer_id: int, destination: str
     ) -> None:
+        current, kind = status_of(connection, transfer_id)
+        if kind != COPY:
+            raise ReadOnlyAttributeError(
+                f"the destination of transfer {transfer_id} can not be changed: that of a {kind}"
+                " follows from its job"
+            )
         if current is not _T.PENDING:
             raise ReadOnlyAttributeError(
                 f"the destination of transfer {transfer_id}, which is {current}, can not be"
                 " changed: it is set while a transfer is pending",
-                hint="make it pending first, if it is waiting",
+                hint="make it pending first" if _T.PENDING in TRANSFER_CHANGES[current] else "",
             )
         connection.execute(
             # A name that was given stays.
@@ -111,25 +136,20 @@ class ByHand:
         self,
         connection: sqlite3.Connection,
         transfer_id: int,
-        current: TransferStatus,
         wanted: TransferStatus,
         now: float,
         *,
         held: bool,
     ) -> None:
         """Set a state that may be set; the tasks follow."""
+        current, _ = status_of(connection, transfer_id)
+        check_settable(wanted, SETTABLE_TRANSFER)
+        check_transfer_change(current, wanted, f"transfer {transfer_id}")
+        self._restore(connection, transfer_id)
         if wanted is _T.WAITING:
             self._resume(connection, transfer_id, current)
         elif wanted is _T.PENDING:
-            if held:
-                raise TransferStateError(
-                    f"transfer {transfer_id} is being carried out, and can not become pending",
-                    hint="abort it, or wait until it has ended",
-                )
-            connection.execute(
-                "UPDATE task SET status = 'pending' WHERE transfer = ? AND status = 'queued'",
-                (transfer_id,),
-            )
+            _make_pending(connection, transfer_id, current, held=held)
         elif wanted is _T.DONE:
             # What an engine has in hand it lets go of by itself.
             connection.execute(
@@ -178,6 +198,7 @@ class ByHand:
         now = self._clock()
         with self._file.write() as connection:
             held = settle_lease(connection, transfer_id, now)
+            self._restore(connection, transfer_id)
             status, _ = status_of(connection, transfer_id)
             before = _task_states(connection, transfer_id)
             for task_id, change in changes.items():
@@ -222,7 +243,7 @@ class ByHand:
         if "status" in change:
             wanted = _task_status(change["status"])
             check_settable(wanted, SETTABLE_TASK)
-            check_task_change(TaskStatus(found[0]), wanted)
+            check_task_change(TaskStatus(found[0]), wanted, f"task {task_id}")
             _set_task_status(connection, task_id, wanted, modifier, now)
             tell(connection, now, transfer_id, task_id, f"status={wanted}", modifier)
 
@@ -250,6 +271,77 @@ class ByHand:
             " WHERE id = ?",
             (after, now if after in FINISHED else None, after, after, transfer_id),
         )
+
+
+def _make_pending(
+    connection: sqlite3.Connection, transfer_id: int, current: TransferStatus, *, held: bool
+) -> None:
+    """Let a transfer wait for a destination; of one that had ended, all is to be sent again."""
+    if held:
+        raise TransferStateError(
+            f"transfer {transfer_id} is being carried out, and can not become pending",
+            hint="abort it, or wait until it has ended",
+        )
+    if current in FINISHED:
+        connection.execute(
+            f"UPDATE task SET {QUEUED_ANEW}, modifier = '' WHERE transfer = ?"  # noqa: S608 - constant
+            " AND status IN ('failed', 'done')",
+            (transfer_id,),
+        )
+    connection.execute(
+        "UPDATE task SET status = 'pending' WHERE transfer = ? AND status = 'queued'",
+        (transfer_id,),
+    )
+
+
+def _redirect_tasks(
+    connection: sqlite3.Connection, transfer_id: int, redirect: Redirect, now: float
+) -> None:
+    """Have what is not done go to another place."""
+    left = connection.execute(
+        "SELECT id, source, destination, size, priority, metadata, status, modifier,"
+        " upload_id = '' AND parts IN ('[]', '{}') FROM task"
+        " WHERE transfer = ? AND status != 'done' ORDER BY id",
+        (transfer_id,),
+    ).fetchall()
+    taken = {
+        (row[0], row[1])
+        for row in connection.execute(
+            "SELECT source, destination FROM task WHERE transfer = ?", (transfer_id,)
+        )
+    }
+    for task_id, source, before, size, priority, metadata, status, modifier, nothing_kept in left:
+        after = redirect(from_sql(source), from_sql(before))
+        if after is None or to_sql(after) == before:
+            continue
+        pair = (source, to_sql(after))
+        if nothing_kept and pair not in taken:
+            connection.execute("UPDATE task SET destination = ? WHERE id = ?", (pair[1], task_id))
+        else:
+            # What an engine has kept of it is beside the old destination, and goes with the task.
+            connection.execute("UPDATE task SET status = 'excluded' WHERE id = ?", (task_id,))
+            spec = TaskSpec(from_sql(source), after, size, priority, from_json(metadata))
+            _insert_tasks(connection, transfer_id, [spec], now)
+            connection.execute(
+                "UPDATE task SET status = ?, modifier = ? WHERE transfer = ? AND source = ?"
+                " AND destination = ? AND status != 'done'",
+                (status, modifier, transfer_id, *pair),
+            )
+        taken.add(pair)
+
+
+def _insert_tasks(
+    connection: sqlite3.Connection, transfer_id: int, tasks: Collection[TaskSpec], now: float
+) -> None:
+    """Give a transfer that is pending new tasks; those that are there stay as they are."""
+    first = next_number(connection, transfer_id) if tasks else 0
+    connection.executemany(
+        INSERT_TASK,
+        (
+            task_values(transfer_id, number, _K.PENDING, task, now)
+            for number, task in enumerate(tasks, start=first)
+        ),
+    )
 
 
 def settle_lease(connection: sqlite3.Connection, transfer_id: int, now: float) -> bool:

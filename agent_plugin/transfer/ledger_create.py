@@ -20,6 +20,7 @@ from agent_plugin.transfer.ledger_begin import (
 )
 from agent_plugin.transfer.ledger_control import (
     QUEUED_ANEW,
+    Restore,
     recount,
     settle_lease,
     status_of,
@@ -44,11 +45,13 @@ class New:
     Args:
         file: The ledger.
         clock: Seconds since the epoch.
+        restore: Called before a transfer that is done goes on.
     """
 
-    def __init__(self, file: LedgerFile, clock: Callable[[], float]) -> None:
+    def __init__(self, file: LedgerFile, clock: Callable[[], float], restore: Restore) -> None:
         self._file = file
         self._clock = clock
+        self._restore = restore
 
     def create(
         self,
@@ -114,6 +117,7 @@ class New:
                 raise TransferStateError(
                     f"transfer {transfer_id} is still being made", hint="add tasks afterwards"
                 )
+            self._restore(connection, transfer_id)
             new = _K.PENDING if status is _T.PENDING else _K.QUEUED
             known = connection.execute(
                 "SELECT source, destination, id, status FROM task WHERE transfer = ?",

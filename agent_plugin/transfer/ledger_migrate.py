@@ -9,42 +9,41 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-# What the new columns of `task` are in a ledger that had them not.
-_NEW_TASK_COLUMNS: Final = (
-    "uri TEXT NOT NULL DEFAULT ''",
-    "done INTEGER NOT NULL DEFAULT 0",
-    "modifier TEXT NOT NULL DEFAULT ''",
-    "metadata TEXT NOT NULL DEFAULT '{}'",
-    "upload_id TEXT NOT NULL DEFAULT ''",
-    "parts TEXT NOT NULL DEFAULT '[]'",
-    "created REAL NOT NULL DEFAULT 0",
-)
 _KEPT: Final = (
     "id, name, kind, status, priority, required, source, destination, session, job, step, task,"
     " size, done, error_code, error, lease_owner, lease_until, created, modified, finished"
+)
+_KEPT_OF_TASKS: Final = (
+    "id, transfer, status, priority, source, destination, size, tries, not_before, error_code,"
+    " error, started, finished"
 )
 
 
 def from_version_1(connection: sqlite3.Connection) -> None:
     """Bring a ledger of version 1 to version 2, within the caller's transaction.
 
-    The table of transfers is made anew, since SQLite gives no table AUTOINCREMENT afterwards. The
-    tables that refer to it do so by its name, and foreign keys are off until the file is ours, so
-    that nothing goes with it. It is not renamed: SQLite would rename it in those tables as well.
+    The tables of transfers and tasks are made anew, since SQLite gives no table AUTOINCREMENT
+    afterwards. Those that refer to them do so by their names, and foreign keys are off until the
+    file is ours, so that nothing goes with them. They are not renamed: SQLite would rename them in
+    the other tables as well.
     """
-    connection.execute(f"CREATE TEMP TABLE before AS SELECT {_KEPT} FROM transfer")  # noqa: S608 - constants
-    for column in _NEW_TASK_COLUMNS:
-        connection.execute(f"ALTER TABLE task ADD COLUMN {column}")
+    kept = {"transfer": _KEPT, "task": _KEPT_OF_TASKS}
+    for table, columns in kept.items():
+        connection.execute(f"CREATE TEMP TABLE {table}_before AS SELECT {columns} FROM {table}")  # noqa: S608 - constants
+    for table in kept:
+        connection.execute(f"DROP TABLE {table}")
+    for statement in _statements():
+        connection.execute(statement)
+    for table, columns in kept.items():
+        connection.execute(
+            f"INSERT INTO {table} ({columns}) SELECT {columns} FROM {table}_before"  # noqa: S608 - constants
+        )
+        connection.execute(f"DROP TABLE {table}_before")
     connection.executemany("UPDATE task SET uri = ? WHERE id = ?", _numbered(connection))
     connection.execute(
         "UPDATE task SET done = CASE status WHEN 'done' THEN size ELSE 0 END,"
         " created = (SELECT created FROM transfer WHERE transfer.id = task.transfer)"
     )
-    connection.execute("DROP TABLE transfer")
-    for statement in _statements():
-        connection.execute(statement)
-    connection.execute(f"INSERT INTO transfer ({_KEPT}) SELECT {_KEPT} FROM before")  # noqa: S608 - constants
-    connection.execute("DROP TABLE before")
 
 
 def _numbered(connection: sqlite3.Connection) -> list[tuple[str, int]]:

@@ -3,14 +3,14 @@
 May be used from any process, whoever carries a transfer out.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from agent_plugin.content.errors import TransferStateError
 from agent_plugin.content.store import Cancellation
 from agent_plugin.transfer.ledger_archive import Archive
-from agent_plugin.transfer.ledger_control import ByHand
+from agent_plugin.transfer.ledger_control import ByHand, Redirect
 from agent_plugin.transfer.ledger_create import Duplicates, New
 from agent_plugin.transfer.ledger_file import LedgerFile
 from agent_plugin.transfer.ledger_rows import (
@@ -36,9 +36,9 @@ class PeoplesLedger:
     def __init__(self, path: Path, clock: Callable[[], float]) -> None:
         self._file = LedgerFile(path, clock)
         self._clock = clock
-        self._by_hand = ByHand(self._file, clock)
-        self._new = New(self._file, clock)
         self._archive = Archive(self._file, path, clock)
+        self._by_hand = ByHand(self._file, clock, self._archive.restore)
+        self._new = New(self._file, clock, self._archive.restore)
 
     @property
     def file(self) -> LedgerFile:
@@ -143,6 +143,8 @@ class PeoplesLedger:
         priority: int | str | None = None,
         metadata: Mapping[str, Any] | None = None,
         destination: str | None = None,
+        redirect: Redirect | None = None,
+        tasks: Collection[TaskSpec] = (),
         modifier: str = "",
     ) -> TransferRow:
         """Change a transfer by hand, all or nothing; its engine obeys within a second.
@@ -150,17 +152,20 @@ class PeoplesLedger:
         Args:
             transfer_id: The transfer.
             status: One of SETTABLE_TRANSFER. `waiting` resumes or, after the end, tries again what
-                failed; `paused` holds it; `aborted` stops it; `done` excludes what is left.
+                failed; `paused` holds it; `aborted` stops it; `done` excludes what is left;
+                `pending` waits for a destination and, after the end, has all of it sent again.
             priority: 0 to 1000, or high, medium, low.
             metadata: In place of what it had.
-            destination: While it is pending.
+            destination: Of a copy that is pending, or becomes so by this.
+            redirect: Where a task that is not done goes then, by its source and its destination.
+            tasks: New ones, with a destination, for a transfer that had none.
             modifier: `uid:name` of who does it.
 
         Raises:
             TransferStateError: There is none of that id, or its state does not allow it; naming the
                 current state, the wanted one and those allowed.
-            ReadOnlyAttributeError: The destination, of one that is not pending.
-            JobInvalidError: The priority is none.
+            ReadOnlyAttributeError: The destination, of one that is not pending, or no copy.
+            JobInvalidError: The priority is none, or `redirect` refuses.
             NoSpaceError, LocalWriteError: The ledger can not be written.
         """
         self._by_hand.set_transfer(
@@ -169,6 +174,8 @@ class PeoplesLedger:
             priority=priority,
             metadata=metadata,
             destination=destination,
+            redirect=redirect,
+            tasks=tasks,
             modifier=modifier,
         )
         return self.transfer(transfer_id)

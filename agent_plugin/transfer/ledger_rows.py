@@ -8,6 +8,9 @@ from typing import Any, Final
 from agent_plugin.transfer.ledger_file import from_sql
 from agent_plugin.transfer.states import DEFAULT_PRIORITY, TaskStatus, TransferStatus
 
+# The kind of what people create.
+COPY: Final = "copy"
+
 
 @dataclass(frozen=True, slots=True)
 class TransferSpec:

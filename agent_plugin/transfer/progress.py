@@ -145,7 +145,7 @@ def describe_transfer(
 
     Args:
         row: The transfer.
-        samples: Of Ledger.samples: when, and how many bytes moved since the one before.
+        samples: When, and how many bytes moved since the one before; oldest first.
         now: Seconds since the epoch.
     """
     share = percent(row.status, row.size, row.done)

@@ -53,10 +53,10 @@ TRANSFER_CHANGES: Final[Mapping[TransferStatus, frozenset[TransferStatus]]] = {
     _T.PENDING: frozenset({_T.WAITING, _T.ABORTED, _T.DONE}),
     _T.WAITING: frozenset({_T.RUNNING, _T.PAUSED, _T.ABORTED, _T.DONE, _T.PENDING}),
     _T.RUNNING: frozenset({_T.WAITING, _T.PAUSED, _T.FAILED, _T.ABORTED, _T.DONE}),
-    _T.PAUSED: frozenset({_T.WAITING, _T.ABORTED, _T.DONE}),
-    _T.FAILED: frozenset({_T.WAITING, _T.PAUSED, _T.DONE}),
-    _T.ABORTED: frozenset({_T.WAITING}),
-    _T.DONE: frozenset({_T.WAITING}),
+    _T.PAUSED: frozenset({_T.WAITING, _T.ABORTED, _T.DONE, _T.PENDING}),
+    _T.FAILED: frozenset({_T.WAITING, _T.PAUSED, _T.DONE, _T.PENDING}),
+    _T.ABORTED: frozenset({_T.WAITING, _T.PENDING}),
+    _T.DONE: frozenset({_T.WAITING, _T.PENDING}),
 }
 
 TASK_CHANGES: Final[Mapping[TaskStatus, frozenset[TaskStatus]]] = {
@@ -108,8 +108,15 @@ def priority_of(value: object) -> int:
     return number
 
 
-def check_transfer_change(current: TransferStatus, wanted: TransferStatus) -> None:
+def check_transfer_change(
+    current: TransferStatus, wanted: TransferStatus, which: str = "a transfer"
+) -> None:
     """Allow a change of a transfer's state, or say why not.
+
+    Args:
+        current: What it is.
+        wanted: What it is to become.
+        which: The transfer, for the message.
 
     Raises:
         TransferStateError: Naming the current state, the wanted one and those allowed.
@@ -117,13 +124,13 @@ def check_transfer_change(current: TransferStatus, wanted: TransferStatus) -> No
     allowed = TRANSFER_CHANGES[current]
     if wanted not in allowed:
         raise TransferStateError(
-            f"a transfer that is {current} can not become {wanted}",
+            _unchanged(which, current, wanted),
             hint=f"from {current} it can become: {', '.join(sorted(allowed))}",
         )
 
 
-def check_task_change(current: TaskStatus, wanted: TaskStatus) -> None:
-    """Allow a change of a task's state, or say why not.
+def check_task_change(current: TaskStatus, wanted: TaskStatus, which: str = "a task") -> None:
+    """Allow a change of a task's state, or say why not; see `check_transfer_change`.
 
     Raises:
         TransferStateError: Naming the current state, the wanted one and those allowed.
@@ -131,9 +138,15 @@ def check_task_change(current: TaskStatus, wanted: TaskStatus) -> None:
     allowed = TASK_CHANGES[current]
     if wanted not in allowed:
         raise TransferStateError(
-            f"a task that is {current} can not become {wanted}",
+            _unchanged(which, current, wanted),
             hint=f"from {current} it can become: {', '.join(sorted(allowed))}",
         )
+
+
+def _unchanged(which: str, current: str, wanted: str) -> str:
+    if current == wanted:
+        return f"{which} is {current} already"
+    return f"{which} is {current}, and can not become {wanted}"
 
 
 def aggregate(tasks: Collection[TaskStatus]) -> TransferStatus:

@@ -15,8 +15,8 @@ from agent_plugin.content.digest import Digest
 from agent_plugin.content.leftovers import is_partial
 from agent_plugin.content.parts import PART_BYTES
 from agent_plugin.session.job import JobDocument
+from agent_plugin.transfer.api import Session
 from agent_plugin.transfer.ledger import Ledger, TaskRow, TransferRow
-from agent_plugin.transfer.progress import describe_transfer
 from agent_plugin.transfer.states import TransferStatus
 from tests.servers.fault_proxy import FaultProxy
 from tests.servers.faults import Fault
@@ -190,10 +190,11 @@ def test_t9_pause_from_another_process_stops_a_download_within_a_second_and_it_g
     quiet_since(steered.gets)
     with Ledger.open(steered.ledger_path) as ledger:
         paused = ledger.transfer(row.id)
-        progress = describe_transfer(paused, ledger.samples(row.id), time.time())
     assert (paused.status, paused.modifier) == (TransferStatus.PAUSED, WHO)
-    assert 0 < progress.percent < 100
-    assert (progress.speed, progress.etr) == (0.0, "")
+    shown = Session(steered.ledger_path).get("transfer", row.id)
+    assert shown is not None
+    assert 0 < shown["progress"] < 100
+    assert (shown["speed"], shown["etr"]) == (0.0, "")
     assert process.poll() is None, "the session action waits"
     steered.proxy.clear()
     steered.set(row.id, "waiting")

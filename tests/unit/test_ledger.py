@@ -33,6 +33,7 @@ from agent_plugin.transfer.ledger import (
 )
 from agent_plugin.transfer.states import TaskStatus, TransferStatus
 from tests.servers.promptness import STOP_SECONDS
+from tests.unit.ledger_reads import rows
 
 SPEC = TransferSpec(
     kind="sync-in", source="s3://b/p", destination="/tmp/root", session="s1", job="job-1"
@@ -203,13 +204,15 @@ def test_no_note_waits_for_a_busy_ledger(ledger: Ledger, path: Path) -> None:
     assert by_destination(ledger, row.id)["one"] == ("executing", 2)
 
 
-def test_bytes_that_were_found_are_done_and_say_nothing_about_speed(ledger: Ledger) -> None:
+def test_bytes_that_were_found_are_done_and_say_nothing_about_speed(
+    ledger: Ledger, path: Path
+) -> None:
     row = ledger.begin(SPEC, TASKS)
 
     ledger.beat(row.id, 10, 200)
 
     assert ledger.transfer(row.id).done == 210
-    assert [size for _, size in ledger.samples(row.id)] == [10]
+    assert rows(path, "SELECT bytes FROM sample") == [(10,)]
 
 
 def test_a_cancelled_transfer_waits_to_be_taken_up_again(ledger: Ledger) -> None:
@@ -332,7 +335,7 @@ def test_a_beat_counts_bytes_keeps_a_minute_of_samples_and_renews_the_lease(
         assert ledger.beat(row.id, 7) is TransferStatus.RUNNING
 
     assert ledger.transfer(row.id).done == 700
-    samples = ledger.samples(row.id)
+    samples = rows(path, "SELECT time, bytes FROM sample ORDER BY time")
     assert samples == [(began + at, 7) for at in range(40, 101)]
     assert samples[0][0] == clock.now - SAMPLE_WINDOW_SECONDS
     with sqlite3.connect(path) as other:
@@ -341,13 +344,13 @@ def test_a_beat_counts_bytes_keeps_a_minute_of_samples_and_renews_the_lease(
     assert until == clock.now + LEASE_SECONDS
 
 
-def test_two_beats_at_the_same_time_are_one_sample(ledger: Ledger) -> None:
+def test_two_beats_at_the_same_time_are_one_sample(ledger: Ledger, path: Path) -> None:
     row = ledger.begin(SPEC, TASKS)
 
     ledger.beat(row.id, 3)
     ledger.beat(row.id, 4)
 
-    assert [size for _, size in ledger.samples(row.id)] == [7]
+    assert rows(path, "SELECT bytes FROM sample") == [(7,)]
 
 
 NAMES = [b"latin-\xe9.txt", b"\xff\xfe", "snow☃ \U0001f3ac".encode(), b"new\nline", b"quote'; --"]

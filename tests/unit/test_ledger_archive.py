@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from agent_plugin.content.errors import StoreUnavailableError, TransferStateError
+from agent_plugin.transfer import ledger_archive
 from agent_plugin.transfer.ledger import Ledger, TaskSpec, TransferRow, TransferSpec
 from agent_plugin.transfer.ledger_archive import Archive
 from agent_plugin.transfer.ledger_file import LedgerFile
@@ -120,6 +121,82 @@ def test_t7_only_a_transfer_that_has_ended_goes_to_the_archive(
         ledger.archive(live.id)
 
 
+def test_t8_tasks_that_were_packed_come_back_when_their_transfer_goes_on(
+    ledger: Ledger, now: list[float]
+) -> None:
+    """A duplicate meets its task, and no number is given twice.
+
+    Seen to fail without Archive.restore: uris began again at 0, the duplicate was a second task;
+    and, without AUTOINCREMENT, when another transfer's tasks have got the numbers meanwhile.
+    """
+    row = carried_out(ledger, "a")
+    before = ledger.tasks(row.id)
+    now[0] += 2 * DAY
+    ledger.housekeep()
+    assert ledger.tasks(row.id) == []
+    other = ledger.create(TransferSpec("copy", "/from", "other"), [TaskSpec("x", "y", 1)])
+    [others_task] = ledger.tasks(other.id)
+    assert others_task.id not in {task.id for task in before}
+
+    again = TaskSpec(before[0].source, before[0].destination, before[0].size)
+    added = ledger.add_tasks(row.id, [again, TaskSpec("new", "there", 5)])
+
+    after = ledger.tasks(row.id)
+    assert [(task.uri, task.status) for task in after] == [
+        *(("0", "queued"), ("1", "done"), ("2", "queued")),
+    ]
+    assert added == [before[0].id, after[2].id]
+    assert after[1] == before[1]
+    assert (ledger.transfer(row.id).size, ledger.transfer(row.id).done) == (
+        row.size + 5, row.size - before[0].size,
+    )  # fmt: skip
+
+
+def test_t5_what_was_packed_is_there_when_its_transfer_or_a_task_is_set(
+    ledger: Ledger, now: list[float]
+) -> None:
+    """Seen to fail without Archive.restore: no task of that number, and a size of 0."""
+    rows = [carried_out(ledger, name) for name in ("a", "b")]
+    before = [ledger.tasks(row.id) for row in rows]
+    now[0] += 2 * DAY
+    ledger.housekeep()
+
+    retried = ledger.set_transfer(rows[0].id, status=TransferStatus.WAITING)
+    changed = ledger.set_tasks(rows[1].id, {before[1][0].id: {"status": "queued"}})
+
+    assert (retried.size, retried.done) == (rows[0].size, rows[0].size)
+    assert ledger.tasks(rows[0].id) == before[0]
+    assert (changed.status, changed.size) == ("waiting", rows[1].size)
+    assert [task.status for task in ledger.tasks(rows[1].id)] == ["queued", "done"]
+
+
+def test_t8_what_is_being_packed_right_now_is_not_lost(
+    ledger: Ledger, now: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some rows are gone and some are there: those that are there count.
+
+    Seen to fail when only a transfer without tasks is restored.
+    """
+    row = carried_out(ledger, "a")
+    before = ledger.tasks(row.id)
+    now[0] += 2 * DAY
+    monkeypatch.setattr(ledger_archive, "ROWS_REMOVED_AT_ONCE", 1)
+    has_ended = ledger_archive._has_ended
+    calls: list[int] = []
+
+    def once(connection: sqlite3.Connection, transfer_id: int) -> bool:
+        calls.append(transfer_id)
+        return len(calls) == 1 and has_ended(connection, transfer_id)
+
+    monkeypatch.setattr(ledger_archive, "_has_ended", once)
+    ledger.housekeep()
+    assert len(ledger.tasks(row.id)) == len(before) - 1
+
+    ledger.add_tasks(row.id, [TaskSpec("new", "there", 5)])
+
+    assert ledger.tasks(row.id)[: len(before)] == before
+
+
 @pytest.mark.parametrize("days", [0, 15])
 def test_t7_what_is_tried_again_while_it_is_put_away_stays(
     ledger: Ledger, now: list[float], monkeypatch: pytest.MonkeyPatch, days: int
@@ -157,6 +234,7 @@ def test_t1_no_archive_is_made_to_look_into_it(ledger: Ledger, tmp_path: Path) -
 DIES = """
 import os, signal, sys
 from pathlib import Path
+from agent_plugin.transfer import ledger_archive
 from agent_plugin.transfer.ledger import Ledger, TaskSpec, TransferSpec
 ledger = Ledger.open(Path(sys.argv[1]))
 ledger.begin(TransferSpec("copy", "/from", "/to"), [TaskSpec("a", "one", 10)])

@@ -249,7 +249,7 @@ def test_t6_tasks_are_changed_all_or_none(ledger: Ledger, tmp_path: Path) -> Non
     one, two, three = ids(ledger, row.id)
     before = ledger.tasks(row.id)
 
-    with pytest.raises(TransferStateError, match="a task that is done can not become onhold"):
+    with pytest.raises(TransferStateError, match="task 1 is done, and can not become onhold"):
         ledger.set_tasks(
             row.id,
             {two: {"status": "excluded"}, three: {"priority": 9}, one: {"status": "onhold"}},

@@ -14,6 +14,7 @@ import pytest
 from agent_plugin.content.errors import CancelledError
 from agent_plugin.transfer.ledger import Ledger, TaskSpec, TransferSpec
 from agent_plugin.transfer.states import TaskStatus, TransferStatus
+from tests.unit.ledger_reads import rows
 from tests.unit.test_ledger import DIES_AT_STATEMENT
 
 VERSION_1 = Path(__file__).with_name("ledger_version_1.sql").read_text(encoding="utf-8")
@@ -72,7 +73,7 @@ def test_t1_a_ledger_of_version_1_keeps_all_that_is_in_it(path: Path) -> None:
         )  # fmt: skip
         assert (os.fsencode(two.destination), two.metadata, two.done) == (b"tw\xe9", {}, 0)
         assert three.done == 10
-        assert ledger.samples(7) == [(1000.9, 10)]
+        assert rows(path, "SELECT time, bytes FROM sample") == [(1000.9, 10)]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 

@@ -1,8 +1,10 @@
 """The API in the accsyn spelling: found, made, changed and put away, with nobody else around."""
 
 import json
+import sqlite3
 import threading
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from agent_plugin.content.errors import (
 from agent_plugin.transfer import find
 from agent_plugin.transfer.api import Session
 from agent_plugin.transfer.entities import value_of
-from agent_plugin.transfer.ledger import TaskSpec
+from agent_plugin.transfer.ledger import Ledger, TaskSpec
 from agent_plugin.transfer.query_attributes import Attribute
 
 NOON = 1_772_366_400.0
@@ -171,6 +173,82 @@ def test_t5_a_destination_that_comes_with_what_is_not_allowed_changes_nothing(
     assert tasks(session, job) == []
 
 
+@pytest.mark.parametrize(
+    "forbidden", [{"status": "paused"}, {"priority": "urgent"}, {"status": "running"}]
+)
+def test_t5_a_destination_and_what_is_forbidden_change_nothing_together(
+    session: Session, forbidden: dict[str, str]
+) -> None:
+    """Seen to fail when the tasks were redirected in a transaction of their own."""
+    job = session.create("job", {"source": "/in/", "destination": "/out/", "status": "pending"})
+    before = session.find("task", entityid=job["id"])
+
+    with pytest.raises((TransferStateError, JobInvalidError)):
+        session.update("job", job["id"], {"destination": "/new/", **forbidden})
+
+    assert session.get("job", job["id"]) == job
+    assert session.find("task", entityid=job["id"]) == before
+
+
+def test_t5_a_new_destination_keeps_what_people_have_said_of_tasks(session: Session) -> None:
+    """Seen to fail when held tasks keep the old place, and when excluded ones come again."""
+    job = session.create("job", {"source": "/in/", "destination": "/out/"})
+    session.update_many("task", job["id"], [
+        {"uri": "0", "status": "onhold", "priority": 7}, {"uri": "1", "status": "excluded"},
+    ])  # fmt: skip
+
+    session.update("job", job["id"], {"status": "pending", "destination": "/new/"})
+
+    found = session.find("task", entityid=job["id"])
+    assert [(t["uri"], t["destination"]["path"], t["status"], t["priority"]) for t in found] == [
+        ("0", "/new/one.exr", "onhold", 7),
+        ("1", "/new/two.exr", "excluded", 500),
+    ]
+
+
+def test_t5_what_an_engine_has_begun_is_left_to_it_at_the_old_destination(
+    session: Session, job: dict[str, Any], tmp_path: Path
+) -> None:
+    """It aborts the upload of a task that is excluded; seen to fail when the row is redirected."""
+    with closing(sqlite3.connect(tmp_path / "ledger.db")) as ledger, ledger:
+        ledger.execute("UPDATE transfer SET destination = '/out/'")
+        ledger.execute("UPDATE task SET upload_id = 'u', priority = 7 WHERE uri = '0'")
+
+    session.update("job", job["id"], {"status": "pending", "destination": "/new/"})
+
+    found = session.find("task", entityid=job["id"])
+    assert [(t["destination"]["path"], t["status"], t["priority"]) for t in found] == [
+        ("/out/a", "excluded", 7),
+        ("/new/bb", "pending", 500),
+        ("/new/ccc", "pending", 500),
+        ("/new/a", "pending", 7),
+    ]
+
+
+@pytest.mark.parametrize("days", [0, 2])
+def test_t5_a_package_is_sent_again_to_another_place(
+    session: Session, clock: Clock, tmp_path: Path, days: int
+) -> None:
+    """As the seed resends it: set to pending; also when its tasks have been packed meanwhile."""
+    job = session.create("job", {"source": "/in/a", "destination": "/out/"})
+    session.update("job", job["id"], {"status": "done"})
+    session.update_many("task", job["id"], [{"uri": "0", "status": "queued"}])
+    session.update_many("task", job["id"], [{"uri": "0", "status": "done"}])
+    assert session.get("job", job["id"], ["status", "done"]) == {"status": "done", "done": 5}
+    clock.now += days * 24 * HOUR
+    with Ledger.open(tmp_path / "ledger.db", clock=clock) as ledger:
+        ledger.housekeep()
+        assert len(ledger.tasks(job["id"])) == (0 if days else 1)
+
+    again = session.update("job", job["id"], {"status": "pending"})
+    assert (again["status"], again["finished"], again["done"]) == ("pending", None, 0)
+    sent = session.update("job", job["id"], {"destination": "/new/", "status": "waiting"})
+
+    assert (sent["status"], sent["size"]) == ("waiting", 5)
+    [task] = session.find("task", entityid=job["id"])
+    assert (task["uri"], task["status"], task["destination"]["path"]) == ("0", "queued", "/new/a")
+
+
 @pytest.mark.parametrize("name", ["id", "uri"])
 def test_t6_a_change_of_one_task_reads_no_others(
     session: Session, monkeypatch: pytest.MonkeyPatch, name: str
@@ -263,7 +341,7 @@ def test_t5_a_state_that_is_not_allowed_is_told(session: Session, job: dict[str,
     with pytest.raises(TransferStateError, match="no status 'pausd'; did you mean paused"):
         session.update("job", job["id"], {"status": "pausd"})
     session.update("job", job["id"], {"status": "done"})
-    with pytest.raises(TransferStateError, match="a transfer that is done can not become paused"):
+    with pytest.raises(TransferStateError, match="transfer 1 is done, and can not become paused"):
         session.update("job", job["id"], {"status": "paused"})
 
 
@@ -332,6 +410,18 @@ def test_t6_all_tasks_are_changed_or_none(
         session.update_many("task", job["id"], [{"uri": "0", "status": "excluded"}, bad])
 
     assert [status for _, status in tasks(session, job)] == ["queued"] * 3
+
+
+def test_t6_a_task_is_named_once_however_it_is_named(session: Session, job: dict[str, Any]) -> None:
+    """Seen to fail when the last one counts."""
+    [first, *_] = session.find("task", entityid=job["id"])
+
+    with pytest.raises(JobInvalidError, match=f"task {first['id']} is named twice"):
+        session.update_many("task", job["id"], [
+            {"id": first["id"], "status": "excluded"}, {"uri": first["uri"], "priority": 9},
+        ])  # fmt: skip
+
+    assert session.find("task", entityid=job["id"])[0] == first
 
 
 def test_t6_transfers_are_not_changed_by_the_dozen_nor_tasks_one_by_one(
