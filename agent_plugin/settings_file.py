@@ -1,5 +1,6 @@
 """The settings file: who may have written it, what it says, and in which line it says so."""
 
+import io
 import os
 import re
 import stat
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from agent_plugin.content.errors import SettingsInvalidError
+from agent_plugin.content.named_file import open_named
 
 # TOML 1.0, as far as it takes to find keys in a text that a parser has accepted.
 _KEY_PART: Final = re.compile(
@@ -82,9 +84,9 @@ class SettingsFile:
 
 def _read(path: Path, *, must_exist: bool, hint: str) -> str:
     try:
-        with path.open(encoding="utf-8") as file:
+        with open_named(path) as file:
             _insist_ours(os.fstat(file.fileno()), path)
-            return file.read()
+            return io.TextIOWrapper(file, encoding="utf-8").read()
     except FileNotFoundError as error:
         if not must_exist:
             return ""

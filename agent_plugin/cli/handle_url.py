@@ -13,6 +13,7 @@ from agent_plugin.cli.options import common_options, print_json, say, say_error
 from agent_plugin.cli.outputs_sync import conflict_option
 from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.content.errors import CancelledError, PropmasterError
+from agent_plugin.content.named_file import open_named
 from agent_plugin.content.store import Cancellation
 from agent_plugin.farm import Farm
 from agent_plugin.services import ask_store, open_services
@@ -24,6 +25,8 @@ from agent_plugin.transfer.progress import format_bytes
 
 # A profile in the URL is the one that is meant, whatever keys the desktop's environment has.
 _KEYS: Final = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+# Of the file that has it.
+_MAX_BYTES: Final = 64 * 1024
 _DOWNLOADS: Final = re.compile(r'^XDG_DOWNLOAD_DIR="(\$HOME/|/)([^"\n]*)"$', re.MULTILINE)
 
 
@@ -138,7 +141,8 @@ def downloads_directory(environment: Mapping[str, str]) -> Path:
     configured = environment.get("XDG_CONFIG_HOME", "")
     config = Path(configured) if configured.startswith("/") else home / ".config"
     try:
-        text = (config / "user-dirs.dirs").read_text(encoding="utf-8", errors="surrogateescape")
+        with open_named(config / "user-dirs.dirs", regular=True) as file:
+            text = os.fsdecode(file.read(_MAX_BYTES))
     except OSError:
         return home / "Downloads"
     found = _DOWNLOADS.search(text)

@@ -12,7 +12,7 @@ from typing import Final
 import click
 import msgspec
 
-from agent_plugin.cli.options import common_options, print_json, say
+from agent_plugin.cli.options import common_options, open_document, print_json, say
 from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.content.digest import Digest, hash_fd
 from agent_plugin.content.errors import (
@@ -261,7 +261,7 @@ def snapshot_command(
 def _read(file: Path, *, expected_hash: str | None = None) -> _Document:
     source = "standard input" if os.fspath(file) == "-" else os.fspath(file)
     try:
-        with click.open_file(os.fspath(file), "rb") as opened:
+        with open_document(file) as opened:
             data = opened.read(MAX_MANIFEST_BYTES + 1)
     except OSError as error:
         raise LocalReadError(

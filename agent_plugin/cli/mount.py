@@ -2,6 +2,8 @@
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -13,6 +15,7 @@ from agent_plugin.content.errors import LocalReadError, LocalWriteError, Session
 from agent_plugin.content.mount_probe import TRANSPORTS
 from agent_plugin.content.mount_spec import NO_WRITES, OVERLAY, OVERLAYFS
 from agent_plugin.content.mount_table import is_mounted
+from agent_plugin.content.named_file import open_named
 from agent_plugin.content.open_store import refuse_missing_store
 from agent_plugin.content.writes_probe import WritesChoice, choose_writes
 from agent_plugin.mounting import open_mounts, path_of_mount
@@ -97,7 +100,7 @@ def command(
     else:
         chosen = choose_writes(writes, work_dir)
     place = _mountpoint(mountpoint)
-    with _open(manifest) as file, cancel_on_signals() as cancellation:
+    with _opened(manifest) as file, cancel_on_signals() as cancellation:
         request = MountRequest(
             manifest=ManifestFile(file.fileno(), os.fspath(manifest)),
             mountpoint=place,
@@ -121,11 +124,14 @@ def command(
         )
 
 
-def _open(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise LocalReadError(f"{path}: {error.strerror}") from error
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    with ExitStack() as files:
+        try:
+            file = files.enter_context(open_named(path, regular=True))
+        except OSError as error:
+            raise LocalReadError(f"{path}: {error.strerror}") from error
+        yield file
 
 
 def _mountpoint(path: Path) -> Path:

@@ -13,6 +13,7 @@ from agent_plugin.cli.options import config_option, escaped, session_dir_option
 from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.content import events
 from agent_plugin.content.errors import JobInvalidError, LocalReadError, PropmasterError
+from agent_plugin.content.named_file import open_named
 from agent_plugin.session.job import MAX_JOB_BYTES
 from agent_plugin.settings import load
 from agent_plugin.workers.openjd import hooks
@@ -197,7 +198,7 @@ def _code_of(ended: Ended) -> int:
 
 def _read(file: Path) -> bytes:
     try:
-        with file.open("rb") as opened:
+        with open_named(file) as opened:
             return opened.read(MAX_JOB_BYTES + 1)
     except FileNotFoundError as error:
         raise JobInvalidError(f"{file}: there is no such file") from error

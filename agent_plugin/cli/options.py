@@ -1,16 +1,19 @@
 """What the commands have in common: options, and how a result is printed."""
 
 import functools
+import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Final, ParamSpec, TypeVar
+from typing import IO, Final, ParamSpec, TypeVar
 
 import click
 import msgspec
 
 from agent_plugin.content.errors import PropmasterError
+from agent_plugin.content.named_file import open_named
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -54,6 +57,17 @@ def common_options(command: Callable[P, R]) -> Callable[P, R]:
         return command(*args, **kwargs)
 
     return wrapped
+
+
+def open_document(path: Path) -> AbstractContextManager[IO[bytes]]:
+    """Open what a command line names for reading; `-` is standard input.
+
+    Raises:
+        OSError: As open_named.
+    """
+    if os.fspath(path) == "-":
+        return click.open_file("-", "rb")
+    return open_named(path)
 
 
 def escaped(text: str) -> str:

@@ -13,6 +13,7 @@ import click
 from agent_plugin.cli.options import common_options, farm_option, print_json, queue_option, say
 from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.content.errors import JobInvalidError, LocalReadError
+from agent_plugin.content.named_file import open_named
 from agent_plugin.content.store import Cancellation
 from agent_plugin.farm import Farm
 from agent_plugin.services import open_services, state_directory
@@ -194,7 +195,7 @@ def _rules_for(farm: Farm, queue_id: str, profile_id: str | None, file: Path | N
 
 def _read(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
+        with open_named(path) as file:
             return file.read(MAX_RULES_BYTES + 1)
     except OSError as error:
         raise LocalReadError(f"{path}: {error.strerror}") from error

@@ -8,7 +8,13 @@ from pathlib import Path
 
 import click
 
-from agent_plugin.cli.options import common_options, print_json, say, session_dir_option
+from agent_plugin.cli.options import (
+    common_options,
+    open_document,
+    print_json,
+    say,
+    session_dir_option,
+)
 from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.content.errors import JobInvalidError, LocalReadError, SessionStateError
 from agent_plugin.content.log_file import writing_to
@@ -252,7 +258,7 @@ def _queue_of(state_file: StateFile) -> str:
 def _read_job(job_file: Path) -> JobDocument:
     source = "standard input" if os.fspath(job_file) == "-" else os.fspath(job_file)
     try:
-        with click.open_file(os.fspath(job_file), "rb") as file:
+        with open_document(job_file) as file:
             data = file.read(MAX_JOB_BYTES + 1)
     except FileNotFoundError as error:
         raise JobInvalidError(

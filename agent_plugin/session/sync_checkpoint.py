@@ -11,11 +11,13 @@ order in which a store shows new objects, and objects that are copied later do n
 The file is 0600, and is replaced whole by rename. Beside it is a lock that the one sync holds.
 """
 
+import errno
 import fcntl
 import json
 import os
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -104,7 +106,7 @@ class Checkpoint:
         """
         data = msgspec.json.encode(step) + b"\n"
         try:
-            fd = os.open(self._path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fd = _open(self._path, os.O_WRONLY)
             try:
                 size = os.fstat(fd).st_size
                 try:
@@ -154,7 +156,9 @@ class Checkpoint:
         """
         temporary = self._path.with_name(self._path.name + _NEW_SUFFIX)
         try:
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+            # What a killed sync has left, or something that can not be written to.
+            temporary.unlink(missing_ok=True)
+            fd = _open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
             with os.fdopen(fd, "wb") as file:
                 for document in (self.header, *self._lines()):
                     file.write(_encoded(document) + b"\n")
@@ -163,7 +167,8 @@ class Checkpoint:
             temporary.replace(self._path)
             _sync_directory(self._path.parent)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
             raise local_write_error(error, os.fspath(self._path)) from error
 
     def _lines(self) -> Iterator[Advance]:
@@ -210,7 +215,7 @@ def _locked(path: Path) -> int:
     lock = path.with_name(path.name + _LOCK_SUFFIX)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        fd = _open(lock, os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise local_write_error(error, os.fspath(lock)) from error
     try:
@@ -227,10 +232,18 @@ def _locked(path: Path) -> int:
     return fd
 
 
+def _open(path: Path, flags: int) -> int:
+    """Open a regular file and nothing else: a pipe in its place would be waited for."""
+    fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
+    return fd
+
+
 def _read(path: Path, wanted: Header) -> Checkpoint | None:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        with os.fdopen(fd, "rb") as file:
+        with os.fdopen(_open(path, os.O_RDONLY), "rb") as file:
             lines = file.read().split(b"\n")
     except FileNotFoundError:
         return None

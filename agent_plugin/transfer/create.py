@@ -16,6 +16,7 @@ from agent_plugin.content.errors import (
     LocalReadError,
     ReadOnlyAttributeError,
 )
+from agent_plugin.content.named_file import open_named
 from agent_plugin.transfer.copy_places import Place
 from agent_plugin.transfer.ledger import TaskSpec, TransferSpec
 from agent_plugin.transfer.ledger_rows import COPY
@@ -198,7 +199,7 @@ def _decoded(data: Mapping[str, Any] | str | Path) -> dict[str, Any]:
 
 def _read(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
+        with open_named(path) as file:
             data = file.read(MAX_DOCUMENT_BYTES + 1)
     except FileNotFoundError as error:
         raise JobInvalidError(
