@@ -1,7 +1,7 @@
 """`propmaster task`: the files of transfers, one by one: find, hold, exclude, try again, add."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -156,7 +156,10 @@ def _change(
 ) -> None:
     session = writing(config)
     by_transfer: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    already: set[int] = set()
     for task in _chosen(session, ids, condition):
+        if changes == {"status": task["status"]} and not metadata:
+            already.add(task["id"])
         change = {"id": task["id"], **changes}
         if metadata:
             change["metadata"] = merged(task["metadata"], metadata)
@@ -164,7 +167,7 @@ def _change(
     changed: list[Found] = []
     for transfer, each in by_transfer.items():
         changed += session.update_many("task", transfer, each)
-    _print_tasks(changed, as_json=as_json)
+    _print_tasks(changed, as_json=as_json, already=already)
 
 
 def _chosen(session: Session, ids: Sequence[int], condition: str | None) -> list[Found]:
@@ -176,7 +179,7 @@ def _chosen(session: Session, ids: Sequence[int], condition: str | None) -> list
     """
     if condition is None and not ids:
         raise click.UsageError("name a task by its id, or several by --where")
-    known = ["id", "job", "metadata"]
+    known = ["id", "job", "status", "metadata"]
     tasks: dict[int, Found] = {}
     if condition is not None:
         # Together, since there may be a hundred thousand.
@@ -229,9 +232,10 @@ def add_command(
     _print_tasks(made["tasks"], as_json=as_json)
 
 
-def _print_tasks(tasks: list[Found], *, as_json: bool) -> None:
+def _print_tasks(tasks: list[Found], *, as_json: bool, already: Collection[int] = ()) -> None:
     if as_json:
         print_json(TasksResult(tasks))
         return
     for task in tasks:
-        say(f"task {task['id']} of transfer {task['job']} is {task['status']}")
+        was, so = ("was", " already") if task["id"] in already else ("is", "")
+        say(f"task {task['id']} of transfer {task['job']} {was} {task['status']}{so}")

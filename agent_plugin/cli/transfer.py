@@ -1,6 +1,7 @@
 """`propmaster transfer`: find, make, carry out and steer what moves bytes on this host."""
 
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,7 +29,7 @@ from agent_plugin.cli.transfer_create import create_command, run_command
 from agent_plugin.cli.transfer_watch import watch_command
 from agent_plugin.transfer.entities import DERIVED, Found
 from agent_plugin.transfer.query import Entity
-from agent_plugin.transfer.states import SETTABLE_TRANSFER
+from agent_plugin.transfer.states import SETTABLE_TRANSFER, TransferStatus, is_so_already
 
 _TITLES: Final = (">ID", "STATUS", ">%", ">SIZE", ">SPEED", ">LEFT", "NAME")
 _FAILED_SHOWN: Final = 10
@@ -181,9 +182,16 @@ def _steering(name: str, status: str, text: str) -> None:
         transfers: tuple[int, ...], condition: str | None, as_json: bool, config: Path | None
     ) -> None:
         session = writing(config)
-        ids = chosen(session, transfers, condition)
-        changed = each_of(ids, lambda id_: session.update("transfer", id_, {"status": status}))
-        _print_changed(changed, as_json=as_json)
+        already: set[int] = set()
+
+        def change(transfer: int) -> Found:
+            before = session.get("transfer", transfer, ["status"])
+            if before and is_so_already(TransferStatus(before["status"]), TransferStatus(status)):
+                already.add(transfer)
+            return session.update("transfer", transfer, {"status": status})
+
+        changed = each_of(chosen(session, transfers, condition), change)
+        _print_changed(changed, as_json=as_json, already=already)
 
 
 _steering("pause", "paused", "Hold transfers; what is under way stops at the next part.")
@@ -206,12 +214,15 @@ def delete_command(transfers: tuple[int, ...], as_json: bool, config: Path | Non
     _print_changed(each_of(transfers, put_away), as_json=as_json)
 
 
-def _print_changed(changed: list[Found], *, as_json: bool) -> None:
+def _print_changed(changed: list[Found], *, as_json: bool, already: Collection[int] = ()) -> None:
     if as_json:
         print_json(TransfersResult(changed))
         return
     for each in changed:
-        say(f"transfer {each['id']} is {each['status']}, priority {each['priority']}")
+        if each["id"] in already:
+            say(f"transfer {each['id']} was {each['status']} already")
+        else:
+            say(f"transfer {each['id']} is {each['status']}, priority {each['priority']}")
 
 
 def _say_all(made: list[str]) -> None:

@@ -8,7 +8,8 @@ waits for it instead of fetching it too; the claim is released after publication
 or when the cache fails, blobs only go to their places.
 
 What people want of it meanwhile is done at each beat (steering.py): a file that is excluded or held
-is not placed, and its blob not asked for unless another file needs it.
+is not placed, and its blob not asked for unless another file needs it. If it is being asked for,
+a large one ends at its next part, and a small one is not waited for.
 
 A failure of one file stops the transfer: a session whose inputs are not complete must not start.
 What is complete stays, in place and in the cache, for the next try.
@@ -39,7 +40,7 @@ from agent_plugin.content.layout import blob_key
 from agent_plugin.content.manifest import FileEntry
 from agent_plugin.content.store import WHOLE_BLOB_BYTES, Cancellation, Progress
 from agent_plugin.transfer.context import TransferContext
-from agent_plugin.transfer.engine import TICK_SECONDS, ByteBudget, Crew, Products
+from agent_plugin.transfer.engine import TICK_SECONDS, ByteBudget, Crew, Halts, Products
 from agent_plugin.transfer.ledger import TaskSpec, TransferRow, TransferSpec
 from agent_plugin.transfer.ledger_news import TaskNews
 from agent_plugin.transfer.placement import CacheCopy, Placer, StagedFile
@@ -100,12 +101,16 @@ class _Obtained:
 class _Boundary(Cancellation):
     """Takes each check for a part boundary, at which people's wishes are heeded."""
 
-    def __init__(self, tick: Callable[[], None]) -> None:
+    def __init__(self, heed: Callable[[], None]) -> None:
         super().__init__()
-        self._tick = tick
+        self._heed = heed
 
     def check(self) -> None:
-        self._tick()
+        self._heed()
+
+
+class _NotWantedError(CancelledError):
+    """The file that is being placed was excluded, or is held, meanwhile."""
 
 
 @dataclass(slots=True)
@@ -190,12 +195,17 @@ class _Download:
         self._steering = Steering(context, row, self._halt, meter, self._take_news)
         self._tasks = self._steering.tasks
         self._budget = ByteBudget()
+        self._halts: Halts[Digest] = Halts(self._halt)
         self._obtained: Products[Digest, _Obtained] = Products(drop=_Obtained.close)
         self._small = Crew(self._obtain, self._obtained, context.concurrency, self._halt)
         self._large = Crew(self._obtain, self._obtained, LARGE_AT_ONCE, self._halt)
         # Blobs that the crew has been asked for, and those that are to be had without it.
         self._ordered: set[Digest] = set()
         self._ready: OrderedDict[Digest, None] = OrderedDict()
+        # Small ones that the crew is still asked for, and that nobody waits for.
+        self._left: set[Digest] = set()
+        # The task whose file is being placed.
+        self._placing = 0
         # Bytes of large blobs that came and are not in place yet; a blob has one thread at a time.
         self._arrived: dict[Digest, int] = {}
         # The time as well, since another host's ledger may have the same id for the same root.
@@ -207,7 +217,7 @@ class _Download:
             exclusive=plan.exclusive,
             follow=plan.follow_root,
             owner=plan.owner,
-            cancellation=_Boundary(self._steering.tick),
+            cancellation=_Boundary(self._heed),
         )
         self._ended_by_hand = False
         self.counts = _Counts()
@@ -217,6 +227,7 @@ class _Download:
 
     def __exit__(self, *_: object) -> None:
         self._halt.cancel()
+        self._halts.end_all()
         self._small.close()
         self._large.close()
         # They remove what they had begun to write; a small blob's thread has nothing of the kind.
@@ -244,11 +255,15 @@ class _Download:
             while self._ordered or self._ready or self._steering.holds:
                 self._tick()
                 if not (self._ordered or self._ready):
-                    self._steering.wait_for_held()
+                    # What was left may have been taken out at this moment.
+                    if self._steering.holds:
+                        self._steering.wait_for_held()
                     continue
                 taken = self._obtained.take(0 if self._ready else TICK_SECONDS)
                 if taken is not None:
                     self._ordered.discard(taken[0])
+                    self._left.discard(taken[0])
+                    self._halts.over(taken[0])
                     self._place_obtained(*taken)
                 elif self._ready:
                     self._place_cached(self._ready.popitem(last=False)[0])
@@ -289,8 +304,15 @@ class _Download:
         """See that a blob comes if a file needs it, as urgently as that is by now."""
         entries = self._open(digest)
         priority = self._steering.priority(self._task_of(entry) for entry in entries)
+        if digest in self._left:
+            if entries:
+                self._left.discard(digest)
+                self._ordered.add(digest)
+            return
         if digest in self._ordered:
             if not self._crew(digest).withdraw(digest):
+                if not entries:
+                    self._let_go(digest)
                 return
             self._ordered.discard(digest)
         self._ready.pop(digest, None)
@@ -300,6 +322,14 @@ class _Download:
             self._ready[digest] = None
         else:
             self._order(digest, priority)
+
+    def _let_go(self, digest: Digest) -> None:
+        """Do without a blob that is being asked for."""
+        self._halts.end(digest)
+        if digest.size <= WHOLE_BLOB_BYTES:
+            # A request that was sent can not be ended.
+            self._ordered.discard(digest)
+            self._left.add(digest)
 
     def _digest_of(self, task: TaskNews) -> Digest | None:
         """Return what content a task brings; None for one of an origin that is not of this plan."""
@@ -334,6 +364,16 @@ class _Download:
         if self._steering.beats_now:
             self._tell_seen()
         self._steering.tick()
+
+    def _heed(self) -> None:
+        """The same in the middle of a file, which people may not want any more.
+
+        Raises:
+            _NotWantedError: They do not.
+        """
+        self._tick()
+        if self._placing and not self._steering.is_open(self._placing):
+            raise _NotWantedError("a person has taken it out")
 
     def _tell_seen(self) -> None:
         seen, self.counts.seen = self.counts.seen, []
@@ -370,45 +410,47 @@ class _Download:
     def _obtain(self, digest: Digest) -> _Obtained:
         first = next(iter(self._open(digest)), self._plan.wanted[digest][0])
         task = self._task_of(first)
-        with self._context.attempt(task):
-            return self._obtain_for(digest, task)
+        with self._context.attempt(task), self._halts.heeding(digest) as halt:
+            return self._obtain_for(digest, task, halt)
 
-    def _obtain_for(self, digest: Digest, task: int) -> _Obtained:
-        claim = self._claim(digest)
+    def _obtain_for(self, digest: Digest, task: int, halt: Cancellation) -> _Obtained:
+        claim = self._claim(digest, halt)
         try:
             if claim is None and self._is_cached(digest):
                 return _Obtained(fetched=False)
             self._context.ledger.note(task, TaskStatus.EXECUTING)
             if digest.size <= WHOLE_BLOB_BYTES:
-                self._budget.acquire(digest.size, self._halt)
+                self._budget.acquire(digest.size, halt)
                 try:
                     data = self._open_origin().get(digest)
                 except BaseException:
                     self._budget.release(digest.size)
                     raise
                 return _Obtained(data=data, claim=claim)
-            return self._obtain_large(digest, claim, task)
+            return self._obtain_large(digest, claim, task, halt)
         except BaseException:
             if claim is not None:
                 claim.release()
             raise
 
-    def _claim(self, digest: Digest) -> Claim | None:
+    def _claim(self, digest: Digest, halt: Cancellation) -> Claim | None:
         """Return the right to fetch; None when the blob has come, or there is no cache."""
         cache = self._filling
         if cache is None:
             return None
         try:
-            return cache.claim_or_wait(digest, SINGLE_FLIGHT_SECONDS, self._halt)
+            return cache.claim_or_wait(digest, SINGLE_FLIGHT_SECONDS, halt)
         except LocalError as error:
             self._bypass(error)
             return None
 
-    def _obtain_large(self, digest: Digest, claim: Claim | None, task: int) -> _Obtained:
+    def _obtain_large(
+        self, digest: Digest, claim: Claim | None, task: int, halt: Cancellation
+    ) -> _Obtained:
         staged: StagedFile | None = None
         try:
             staged = self._placer.stage()
-            self._fetch(digest, staged, task)
+            self._fetch(digest, staged, task, halt)
         except BaseException as error:
             if staged is not None:
                 staged.close()
@@ -417,15 +459,15 @@ class _Download:
             raise
         return _Obtained(staged=staged, claim=claim)
 
-    def _fetch(self, digest: Digest, staged: StagedFile, task: int) -> None:
+    def _fetch(self, digest: Digest, staged: StagedFile, task: int, halt: Cancellation) -> None:
         with ExitStack() as files:
             copy = self._copy_for_cache(digest, staged, files)
             told = self._told(digest, task)
             if copy is None:
-                self._open_origin().fetch(digest, staged.fd, cancellation=self._halt, progress=told)
+                self._open_origin().fetch(digest, staged.fd, cancellation=halt, progress=told)
             else:
                 self._context.open_store().fetch(
-                    digest, staged.fd, cancellation=self._halt, progress=told, hashed=copy.take
+                    digest, staged.fd, cancellation=halt, progress=told, hashed=copy.take
                 )
                 try:
                     copy.publish(digest)
@@ -462,10 +504,13 @@ class _Download:
     def _place_obtained(self, digest: Digest, obtained: _Obtained | BaseException) -> None:
         """Place what the crew obtained."""
         if isinstance(obtained, BaseException):
-            if self._open(digest) or isinstance(obtained, CancelledError):
+            # It may have been ended since people took all of its files out while it was asked for.
+            ended = isinstance(obtained, CancelledError) and not self._halt.wished
+            if not ended and (self._open(digest) or isinstance(obtained, CancelledError)):
                 raise self._failure(digest, obtained) from obtained
-            # People took all of its files out while it was asked for.
             self._uncount(digest)
+            # They may want some again.
+            self._want(digest)
             return
         try:
             if obtained.fetched:
@@ -541,11 +586,16 @@ class _Download:
             task = self._task_of(entry)
             if not self._steering.is_open(task):
                 continue
+            self._placing = task
             try:
                 place(entry)
+            except _NotWantedError:
+                continue
             except (LocalError, InputError) as error:
                 self._context.ledger.note(task, TaskStatus.FAILED, error)
                 raise
+            finally:
+                self._placing = 0
             self._steering.settle(task)
             # What was counted as it came is that of one file.
             self._steering.count(task, entry.size - self._arrived.pop(entry.digest, 0), files=1)

@@ -10,7 +10,8 @@ import queue
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Final, Generic, TypeVar
 
 from agent_plugin.content.store import Cancellation
@@ -152,6 +153,57 @@ class Crew(Generic[Order, Product]):
                 return (queued.popitem(last=False)[0],)
             del self._orders[highest]
         return None
+
+
+class Halts(Generic[Order]):
+    """Ends single orders of crews, since nobody wants what they would bring; from any thread.
+
+    Args:
+        halt: The crews'; ends and pauses all of them.
+    """
+
+    def __init__(self, halt: Cancellation) -> None:
+        self._halt = halt
+        self._lock = threading.Lock()
+        self._under_way: dict[Order, Cancellation] = {}
+        # A thread has taken these from the queue, and has not come to `heeding`.
+        self._early: set[Order] = set()
+        self._ended = False
+
+    @contextmanager
+    def heeding(self, order: Order) -> Iterator[Cancellation]:
+        """Lend, to the thread that carries an order out, what tells it to stop."""
+        own = Cancellation(pauses_with=self._halt)
+        with self._lock:
+            self._under_way[order] = own
+            if self._ended or self._halt.wished or order in self._early:
+                own.cancel()
+        try:
+            yield own
+        finally:
+            with self._lock:
+                if self._under_way.get(order) is own:
+                    del self._under_way[order]
+
+    def end(self, order: Order) -> None:
+        """Have an order that was begun ended, at its next part boundary."""
+        with self._lock:
+            if own := self._under_way.get(order):
+                own.cancel()
+            else:
+                self._early.add(order)
+
+    def over(self, order: Order) -> None:
+        """Take down that an order has come to its end; the next one of that name is another."""
+        with self._lock:
+            self._early.discard(order)
+
+    def end_all(self) -> None:
+        """Have all orders ended, also those that are begun later."""
+        with self._lock:
+            self._ended = True
+            for own in self._under_way.values():
+                own.cancel()
 
 
 class ByteBudget:

@@ -30,6 +30,7 @@ from agent_plugin.transfer.states import (
     check_settable,
     check_task_change,
     check_transfer_change,
+    is_so_already,
     priority_of,
 )
 
@@ -77,10 +78,10 @@ class ByHand:
         now = self._clock()
         with self._file.write() as connection:
             held = settle_lease(connection, transfer_id, now)
+            changed = False
             # First, since a destination can be set then.
             if status is _T.PENDING:
-                self._set_status(connection, transfer_id, status, now, held=held)
-                tell(connection, now, transfer_id, None, f"status={status}", modifier)
+                changed = self._set_status(connection, transfer_id, status, modifier, held=held)
             if destination is not None:
                 self._set_destination(connection, transfer_id, destination)
                 if redirect is not None:
@@ -101,8 +102,10 @@ class ByHand:
                 )
                 tell(connection, now, transfer_id, None, "metadata", modifier)
             if status is not None and status is not _T.PENDING:
-                self._set_status(connection, transfer_id, status, now, held=held)
-                tell(connection, now, transfer_id, None, f"status={status}", modifier)
+                changed = self._set_status(connection, transfer_id, status, modifier, held=held)
+            if not changed and destination is None and priority is None and metadata is None:
+                # Who had wished it before stays the one who did.
+                return
             connection.execute(
                 "UPDATE transfer SET modifier = ?, modified = ? WHERE id = ?",
                 (modifier, now, transfer_id),
@@ -137,13 +140,16 @@ class ByHand:
         connection: sqlite3.Connection,
         transfer_id: int,
         wanted: TransferStatus,
-        now: float,
+        modifier: str,
         *,
         held: bool,
-    ) -> None:
-        """Set a state that may be set; the tasks follow."""
+    ) -> bool:
+        """Set a state that may be set; the tasks follow. False: it is so already."""
+        now = self._clock()
         current, _ = status_of(connection, transfer_id)
         check_settable(wanted, SETTABLE_TRANSFER)
+        if is_so_already(current, wanted):
+            return False
         check_transfer_change(current, wanted, f"transfer {transfer_id}")
         self._restore(connection, transfer_id)
         if wanted is _T.WAITING:
@@ -165,6 +171,8 @@ class ByHand:
         # Nothing else changes what counts, and counting takes long where there are many tasks.
         if wanted is _T.DONE or current in FINISHED:
             recount(connection, transfer_id, held=held)
+        tell(connection, now, transfer_id, None, f"status={wanted}", modifier)
+        return True
 
     @staticmethod
     def _resume(connection: sqlite3.Connection, transfer_id: int, current: TransferStatus) -> None:
@@ -227,7 +235,8 @@ class ByHand:
                 hint=f"what can be: {', '.join(sorted(_CHANGEABLE))}",
             )
         found = connection.execute(
-            "SELECT status FROM task WHERE id = ? AND transfer = ?", (task_id, transfer_id)
+            "SELECT status, modifier FROM task WHERE id = ? AND transfer = ?",
+            (task_id, transfer_id),
         ).fetchone()
         if found is None:
             raise TransferStateError(f"there is no task {task_id} in transfer {transfer_id}")
@@ -243,6 +252,9 @@ class ByHand:
         if "status" in change:
             wanted = _task_status(change["status"])
             check_settable(wanted, SETTABLE_TASK)
+            if is_so_already(TaskStatus(found[0]), wanted):
+                _confirm(connection, task_id, wanted, modifier)
+                return
             check_task_change(TaskStatus(found[0]), wanted, f"task {task_id}")
             _set_task_status(connection, task_id, wanted, modifier, now)
             tell(connection, now, transfer_id, task_id, f"status={wanted}", modifier)
@@ -408,9 +420,24 @@ def _set_task_status(
         return
     connection.execute(
         "UPDATE task SET status = ?1, modifier = ?2, finished = ?3,"
-        " done = CASE ?1 WHEN 'done' THEN size ELSE 0 END WHERE id = ?4",
+        # What is held goes on with what there is of it.
+        " done = CASE ?1 WHEN 'done' THEN size WHEN 'onhold' THEN done ELSE 0 END WHERE id = ?4",
         (wanted, modifier, now if wanted in (_K.DONE, _K.FAILED) else None, task_id),
     )
+
+
+def _confirm(
+    connection: sqlite3.Connection, task_id: int, status: TaskStatus, modifier: str
+) -> None:
+    """Do what it still means that a person wishes a state which a task has already."""
+    if status is _K.QUEUED:
+        # It may have waited for another try.
+        connection.execute("UPDATE task SET not_before = 0 WHERE id = ?", (task_id,))
+    elif status is _K.EXCLUDED:
+        # What an engine has excluded comes back when it is asked for again; this does not.
+        connection.execute(
+            "UPDATE task SET modifier = ? WHERE id = ? AND modifier = ''", (modifier, task_id)
+        )
 
 
 def recount(connection: sqlite3.Connection, transfer_id: int, *, held: bool) -> None:

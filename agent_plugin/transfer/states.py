@@ -62,8 +62,8 @@ TRANSFER_CHANGES: Final[Mapping[TransferStatus, frozenset[TransferStatus]]] = {
 TASK_CHANGES: Final[Mapping[TaskStatus, frozenset[TaskStatus]]] = {
     _K.PENDING: frozenset({_K.QUEUED, _K.ONHOLD, _K.EXCLUDED}),
     _K.QUEUED: frozenset({_K.BOOTING, _K.ONHOLD, _K.EXCLUDED, _K.FAILED, _K.DONE}),
-    _K.BOOTING: frozenset({_K.EXECUTING, _K.QUEUED, _K.FAILED, _K.DONE}),
-    _K.EXECUTING: frozenset({_K.QUEUED, _K.FAILED, _K.DONE}),
+    _K.BOOTING: frozenset({_K.EXECUTING, _K.QUEUED, _K.ONHOLD, _K.EXCLUDED, _K.FAILED, _K.DONE}),
+    _K.EXECUTING: frozenset({_K.QUEUED, _K.ONHOLD, _K.EXCLUDED, _K.FAILED, _K.DONE}),
     _K.FAILED: frozenset({_K.QUEUED, _K.ONHOLD, _K.EXCLUDED, _K.DONE}),
     _K.ONHOLD: frozenset({_K.QUEUED, _K.EXCLUDED, _K.FAILED, _K.DONE}),
     _K.EXCLUDED: frozenset({_K.QUEUED}),
@@ -74,6 +74,16 @@ SETTABLE_TRANSFER: Final = frozenset({_T.PENDING, _T.WAITING, _T.PAUSED, _T.ABOR
 SETTABLE_TASK: Final = frozenset({_K.QUEUED, _K.ONHOLD, _K.EXCLUDED, _K.FAILED, _K.DONE})
 # Tasks in these states need nothing more from the engine.
 SETTLED_TASK: Final = frozenset({_K.FAILED, _K.EXCLUDED, _K.DONE})
+
+
+def is_so_already(
+    current: TransferStatus | TaskStatus, wanted: TransferStatus | TaskStatus
+) -> bool:
+    """Whether nothing has to change for what a person wishes.
+
+    A transfer that runs waits no longer: who resumes it has what was wished.
+    """
+    return current == wanted or (current is _T.RUNNING and wanted is _T.WAITING)
 
 
 def check_settable(

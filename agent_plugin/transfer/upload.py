@@ -5,7 +5,8 @@ file whose bytes turn out to be something else is not stored: its path is report
 caller hashes it again (`FileChangedError` after a few rounds is the caller's to raise).
 
 What people want of it meanwhile is done at each beat (steering.py): a file that is excluded is not
-sent, and the caller is told that it was not, since no manifest may name it.
+sent, and the caller is told that it was not, since no manifest may name it. If it is being sent, a
+large one ends at its next part, and a small one is not waited for.
 """
 
 import os
@@ -28,7 +29,7 @@ from agent_plugin.content.errors import (
 from agent_plugin.content.safe_path import Root
 from agent_plugin.content.store import WHOLE_BLOB_BYTES, Cancellation, Progress, Store
 from agent_plugin.transfer.context import TransferContext
-from agent_plugin.transfer.engine import TICK_SECONDS, ByteBudget, Crew, Products
+from agent_plugin.transfer.engine import TICK_SECONDS, ByteBudget, Crew, Halts, Products
 from agent_plugin.transfer.ledger import NOTES_AT_ONCE, TaskSpec, TransferRow, TransferSpec
 from agent_plugin.transfer.ledger_news import TaskNews
 from agent_plugin.transfer.progress import Meter
@@ -152,12 +153,15 @@ class _Upload:
         self._steering = Steering(context, row, self._halt, meter, self._take_news)
         self._tasks = self._steering.tasks
         self._budget = ByteBudget()
+        self._halts: Halts[Digest] = Halts(self._halt)
         self._stored: Products[Digest, bool] = Products()
         self._small = Crew(self._store, self._stored, context.concurrency, self._halt)
         self._large = Crew(self._store, self._stored, LARGE_AT_ONCE, self._halt)
         # Blobs that the crew has been asked for, and those that the store has by now.
         self._ordered: set[Digest] = set()
         self._there: set[Digest] = set()
+        # Small ones that are still being sent, and that nobody waits for.
+        self._left: set[Digest] = set()
         # Those that are in the result.
         self._summed: set[Digest] = set()
         # Bytes of large blobs that were sent while the blob is not there yet.
@@ -167,6 +171,7 @@ class _Upload:
 
     def close(self) -> None:
         self._halt.cancel()
+        self._halts.end_all()
         self._small.close()
         self._large.close()
         # They abort what they had begun to send.
@@ -206,11 +211,15 @@ class _Upload:
             while self._ordered or self._steering.holds:
                 self._tick()
                 if not self._ordered:
-                    self._steering.wait_for_held()
+                    # What was left may have been taken out at this moment.
+                    if self._steering.holds:
+                        self._steering.wait_for_held()
                     continue
                 taken = self._stored.take(TICK_SECONDS)
                 if taken is not None:
                     self._ordered.discard(taken[0])
+                    self._left.discard(taken[0])
+                    self._halts.over(taken[0])
                     self._take(*taken)
             self._remember()
             self._steering.finish()
@@ -243,8 +252,15 @@ class _Upload:
         """See that a blob is stored if a path needs it, as urgently as that is by now."""
         paths = self._open(digest)
         crew = self._small if digest.size <= WHOLE_BLOB_BYTES else self._large
+        if digest in self._left:
+            if paths:
+                self._left.discard(digest)
+                self._ordered.add(digest)
+            return
         if digest in self._ordered:
             if not crew.withdraw(digest):
+                if not paths:
+                    self._let_go(digest)
                 return
             self._ordered.discard(digest)
         if digest in self._there:
@@ -253,6 +269,14 @@ class _Upload:
             self._ordered.add(digest)
             tasks = (self._tasks[path, digest.hex] for path in paths)
             crew.order(digest, self._steering.priority(tasks))
+
+    def _let_go(self, digest: Digest) -> None:
+        """Do without a blob that is being sent."""
+        self._halts.end(digest)
+        if digest.size <= WHOLE_BLOB_BYTES:
+            # A request that was sent can not be ended.
+            self._ordered.discard(digest)
+            self._left.add(digest)
 
     def _take_news(self, tasks: Collection[TaskNews]) -> None:
         """Do what people want of some tasks: store them, or not, and sooner or later."""
@@ -330,10 +354,10 @@ class _Upload:
         """Store one blob, on a crew thread; True when it was sent."""
         path = next(iter(self._open(digest)), self._files[digest][0])
         task = self._tasks[path, digest.hex]
-        with self._context.attempt(task):
-            return self._send(digest, path, task)
+        with self._context.attempt(task), self._halts.heeding(digest) as halt:
+            return self._send(digest, path, task, halt)
 
-    def _send(self, digest: Digest, path: str, task: int) -> bool:
+    def _send(self, digest: Digest, path: str, task: int, halt: Cancellation) -> bool:
         store = self._context.open_store()
         try:
             fd = self._root.open_file(path)
@@ -343,10 +367,8 @@ class _Upload:
             if digest.size > WHOLE_BLOB_BYTES:
                 told = self._told(digest, task)
                 memory = TaskUpload(self._context.ledger, task)
-                return store.put_file(
-                    digest, fd, cancellation=self._halt, progress=told, memory=memory
-                )
-            self._budget.acquire(digest.size, self._halt)
+                return store.put_file(digest, fd, cancellation=halt, progress=told, memory=memory)
+            self._budget.acquire(digest.size, halt)
             try:
                 self._context.ledger.note(task, TaskStatus.EXECUTING)
                 return store.put(digest, _read(fd, digest.size + 1))
@@ -380,11 +402,16 @@ class _Upload:
         paths = self._open(digest)
         first = self._tasks[self._files[digest][0], digest.hex]
         self._steering.count(first, -self._sent.pop(digest, 0), moved=False)
-        if isinstance(stored, CancelledError) or not isinstance(stored, PropmasterError):
+        # It may have been ended since people took all of its paths out while it was sent.
+        ended = isinstance(stored, CancelledError) and not self._halt.wished
+        if not isinstance(stored, PropmasterError):
             raise stored
-        if not paths:
-            # People took all of them out while it was sent.
+        if ended or (not paths and not isinstance(stored, CancelledError)):
+            # They may want some again.
+            self._want(digest)
             return
+        if isinstance(stored, CancelledError):
+            raise stored
         if isinstance(stored, FileChangedError):
             # Another path may still have the content; hashing all of them again tells.
             self.result.changed.extend(self._files[digest])

@@ -109,6 +109,39 @@ def busy(filled: Here) -> Here:
     return command
 
 
+def test_t9_t10_what_is_so_already_is_no_error_and_is_said(filled: Here) -> None:
+    """Seen to fail when the tables are asked also where nothing has to change."""
+
+    def steer(*words: str) -> list[str]:
+        lines = filled.text(*words).splitlines()
+        return [line.partition(", priority")[0] for line in lines]
+
+    both = ["--where", "kind=sync-in OR kind=sync-out"]
+    assert steer("transfer", "pause", "1") == ["transfer 1 is paused"]
+    assert steer("transfer", "pause", *both) == [
+        "transfer 1 was paused already", "transfer 2 is paused",
+    ]  # fmt: skip
+    assert steer("transfer", "resume", "1") == ["transfer 1 is waiting"]
+    assert steer("transfer", "resume", "1") == ["transfer 1 was waiting already"]
+    write(filled, "UPDATE transfer SET status = 'running' WHERE id = 1")
+    assert steer("transfer", "resume", *both) == [
+        "transfer 1 was running already", "transfer 2 is waiting",
+    ]  # fmt: skip
+    assert steer("transfer", "abort", "2", "2") == ["transfer 2 is aborted"]
+    assert steer("transfer", "abort", *both) == [
+        "transfer 1 is aborted", "transfer 2 was aborted already",
+    ]  # fmt: skip
+    assert steer("task", "exclude", "1") == ["task 1 of transfer 1 is excluded"]
+    assert steer("task", "hold", "2") == ["task 2 of transfer 1 is onhold"]
+    assert steer("task", "exclude", "1", "3") == [
+        "task 1 of transfer 1 was excluded already", "task 3 of transfer 1 is excluded",
+    ]  # fmt: skip
+    assert steer("task", "hold", "2") == ["task 2 of transfer 1 was onhold already"]
+    assert steer("task", "retry", "4") == ["task 4 of transfer 1 was queued already"]
+    with pytest.raises(TransferStateError, match="aborted can not become paused"):
+        steer("transfer", "pause", "1")
+
+
 def on_terminal(command: Command, *words: str, columns: int, seconds: float = 0.0) -> str:
     """Return what a command writes to a terminal of 24 lines; Ctrl-C after some seconds."""
     ours, theirs = pty.openpty()

@@ -27,6 +27,8 @@ from tests.servers.trees import files_below, write_files
 
 # Users are promised one second (tests/benchmarks/bench_transfers.py); the machine may be busy.
 REACTION_SECONDS = 2.0
+# A request to which nothing comes is given up later than this.
+HUNG_SECONDS = 20.0
 WHO = "1000:ada"
 SMALL = {f"tex/{at % 7}/{at:03}.tx": 2_000 + at for at in range(150)}
 # Fifteen parts, of which six are under way at once.
@@ -325,6 +327,62 @@ def test_t10_a_missing_input_is_excluded_while_its_transfer_is_paused(steered: S
     assert steered.proxy.count("GET", key) == asked
 
 
+@pytest.mark.parametrize("word", ["excluded", pytest.param("onhold", marks=pytest.mark.slow)])
+def test_t10_a_large_file_under_way_is_taken_out_at_its_next_part(
+    steered: Steered, word: str
+) -> None:
+    """Of one part nothing comes any more, and the start goes on without the file nevertheless.
+
+    Seen to fail when the crew is not told to stop.
+    """
+    job = steered.job({"large.abc": 4 * PART_BYTES, "small": 1000})
+    key = key_of(4 * PART_BYTES, "large.abc")
+    steered.proxy.inject(Fault.STALL, key=key, skip=1)
+    process = steered.start(job)
+    row = steered.until_running(done=PART_BYTES + 1000)
+    until(lambda: steered.tasks(row.id)["large.abc"].status == "executing")
+    steered.set_tasks(row.id, word, "large.abc")
+    taken_out = time.monotonic()
+    if word == "excluded":
+        steered.wait(process)
+        assert time.monotonic() - taken_out < HUNG_SECONDS
+        assert sorted(files_below(steered.root())) == ["small"]
+        last = steered.transfers()[-1]
+        assert (last.status, last.size, last.done) == (TransferStatus.DONE, 1000, 1000)
+    else:
+        until(lambda: steered.transfers()[-1].status == "paused", seconds=HUNG_SECONDS)
+        until(lambda: steered.transfers()[-1].done == 1000)
+        assert steered.partials() == []
+        steered.proxy.clear()
+        quiet_since(steered.gets)
+        steered.set_tasks(row.id, "queued", "large.abc")
+        steered.wait(process)
+        assert files_below(steered.root()) == files_below(steered.source)
+    assert steered.partials() == []
+
+
+def test_t10_a_file_whose_request_is_sent_again_and_again_is_excluded(steered: Steered) -> None:
+    """Its request comes to no end for half a minute, and the start does not wait for that.
+
+    Seen to fail when small files that were taken out are waited for, and when the start takes for
+    held what is not there any more.
+    """
+    job = steered.job({"a": 1000, "failing": 3000})
+    steered.proxy.inject(Fault.UNAVAILABLE, key=key_of(3000, "failing"))
+    process = steered.start(job)
+    row = steered.until_running(done=1000)
+    until(lambda: steered.tasks(row.id)["failing"].tries > 1)
+    assert steered.tasks(row.id)["failing"].status == "executing"
+    steered.set_tasks(row.id, "excluded", "failing")
+    excluded = time.monotonic()
+
+    steered.wait(process)
+
+    assert time.monotonic() - excluded < HUNG_SECONDS
+    assert sorted(files_below(steered.root())) == ["a"]
+    assert steered.tasks(row.id)["failing"].status == "excluded"
+
+
 @pytest.mark.slow
 def test_t10_a_task_on_hold_is_waited_for_and_the_rest_completes(steered: Steered) -> None:
     steered.host = Host(
@@ -531,6 +589,29 @@ def test_t9_an_upload_that_was_killed_in_a_pause_is_aborted_by_the_next_one_afte
 
     assert steered.uploads() == []
     assert left
+
+
+def test_t10_a_large_output_that_is_excluded_while_it_is_sent_is_in_no_manifest(
+    steered: Steered, outputs: Path
+) -> None:
+    """And leaves nothing in the store. Seen to fail when its crew is not told."""
+    files: dict[str | bytes, bytes | int] = {"beauty.exr": 4 * PART_BYTES, "small": 1000}
+    write_files(outputs, files, mtime_ns=1_600_000_000 * 10**9)
+    key = key_of(4 * PART_BYTES, "beauty.exr")
+    steered.proxy.inject(Fault.STALL, methods={"PUT"}, key=key, skip=1)
+    process = finish(steered)
+    row = steered.until_running("sync-out", PART_BYTES)
+    steered.set_tasks(row.id, "excluded", "renders/beauty.exr")
+    excluded = time.monotonic()
+
+    steered.wait(process)
+
+    assert time.monotonic() - excluded < HUNG_SECONDS
+    steered.proxy.clear()
+    listed = [file.path for root in steered.host.outputs().roots for file in root.files]
+    assert (listed, steered.uploads()) == (["renders/small"], [])
+    last = steered.transfers("sync-out")[-1]
+    assert (last.status, last.size, last.done) == (TransferStatus.DONE, 1000, 1000)
 
 
 def test_t10_an_output_that_is_excluded_is_in_no_manifest(steered: Steered, outputs: Path) -> None:

@@ -23,6 +23,7 @@ from agent_plugin.transfer.states import (
     TRANSFER_CHANGES,
     TaskStatus,
     TransferStatus,
+    is_so_already,
 )
 from tests.unit.ledger_reads import told
 
@@ -157,6 +158,11 @@ def test_t5_a_transfer_is_set_only_as_the_tables_say(
         other.execute("UPDATE transfer SET status = ?", (current,))
     other.close()
 
+    if wanted in SETTABLE_TRANSFER and is_so_already(current, wanted):
+        after = ledger.set_transfer(row.id, status=wanted, modifier=WHO)
+        assert (after.status, after.modifier) == (current, ""), "nobody has changed anything"
+        assert told(tmp_path / "ledger.db") == [(None, "created=waiting", "")]
+        return
     if wanted in SETTABLE_TRANSFER and wanted in TRANSFER_CHANGES[current]:
         assert ledger.set_transfer(row.id, status=wanted, modifier=WHO).status is wanted
         assert told(tmp_path / "ledger.db")[-1] == (None, f"status={wanted}", WHO)
@@ -295,6 +301,49 @@ def test_t6_several_attributes_of_several_tasks_are_changed_at_once(
         (one, "priority=999", WHO), (one, "status=excluded", WHO), (two, "metadata", WHO),
         (two, "status=onhold", WHO), (three, "priority=7", WHO),
     ]  # fmt: skip
+
+
+def test_t10_what_is_under_way_can_be_excluded_and_held(ledger: Ledger) -> None:
+    """It leaves the size at once; what is held keeps what there is of it."""
+    row = ledger.begin(SPEC, TASKS)
+    one, two, three = ids(ledger, row.id)
+    ledger.note(one, TaskStatus.BOOTING)
+    for task in (two, three):
+        ledger.note(task, TaskStatus.EXECUTING)
+        ledger.note_moved(task, 100)
+    ledger.flush()
+
+    changes = {
+        one: {"status": "excluded"},
+        two: {"status": "excluded"},
+        three: {"status": "onhold"},
+    }
+    row = ledger.set_tasks(row.id, changes, WHO)
+    ledger.note(two, TaskStatus.EXECUTING)
+
+    assert states(ledger, row.id) == ["excluded", "excluded", "onhold"]
+    assert row.size == 3000
+    assert [task.done for task in ledger.tasks(row.id)] == [0, 0, 100]
+
+
+def test_t10_to_wish_what_a_task_is_already_changes_nothing(ledger: Ledger, tmp_path: Path) -> None:
+    """But that a wait for another try ends, and that what was excluded by an engine stays so."""
+    row = ledger.begin(SPEC, TASKS)
+    one, two, three = ids(ledger, row.id)
+    ledger.note(one, TaskStatus.EXCLUDED)
+    ledger.note(two, TaskStatus.DONE)
+    ledger.note_retry(three, StoreUnavailableError("no"), 60.0)
+    ledger.finish(row.id, CancelledError("stopped"))
+
+    words = {one: "excluded", two: "done", three: "queued"}
+    ledger.set_tasks(row.id, {task: {"status": word} for task, word in words.items()}, WHO)
+
+    found = ledger.tasks(row.id)
+    assert [(str(task.status), task.modifier) for task in found] == [
+        ("excluded", WHO), ("done", ""), ("queued", ""),
+    ]  # fmt: skip
+    assert found[2].not_before == 0
+    assert told(tmp_path / "ledger.db") == []
 
 
 # ------------------------------------------------------------------------- what the tasks make it

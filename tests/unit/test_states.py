@@ -29,8 +29,8 @@ TASKS = {
     # ................... pend queu boot exec fail onho excl done
     TaskStatus.PENDING: "   .    x    .    .    .    x    x    .",
     TaskStatus.QUEUED: "    .    .    x    .    x    x    x    x",
-    TaskStatus.BOOTING: "   .    x    .    x    x    .    .    x",
-    TaskStatus.EXECUTING: " .    x    .    .    x    .    .    x",
+    TaskStatus.BOOTING: "   .    x    .    x    x    x    x    x",
+    TaskStatus.EXECUTING: " .    x    .    .    x    x    x    x",
     TaskStatus.FAILED: "    .    x    .    .    .    x    x    x",
     TaskStatus.ONHOLD: "    .    x    .    .    x    .    x    x",
     TaskStatus.EXCLUDED: "  .    x    .    .    .    .    .    .",
