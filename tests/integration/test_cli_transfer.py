@@ -138,7 +138,7 @@ def test_t9_t10_what_is_so_already_is_no_error_and_is_said(filled: Here) -> None
     ]  # fmt: skip
     assert steer("task", "hold", "2") == ["task 2 of transfer 1 was onhold already"]
     assert steer("task", "retry", "4") == ["task 4 of transfer 1 was queued already"]
-    with pytest.raises(TransferStateError, match="aborted can not become paused"):
+    with pytest.raises(TransferStateError, match="is aborted, and can not become paused"):
         steer("transfer", "pause", "1")
 
 
