@@ -13,7 +13,8 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -30,7 +31,7 @@ from agent_plugin.content.objects import ObjectAccess
 from agent_plugin.content.retry import RetryPolicy
 from agent_plugin.content.store import Cancellation
 from agent_plugin.transfer.copy_places import OpenObjects, Place
-from agent_plugin.transfer.copy_queue import CopyQueue, CopyTask
+from agent_plugin.transfer.copy_queue import CopyQueue, CopyTask, Outcome
 from agent_plugin.transfer.copy_settings import CopySettings
 from agent_plugin.transfer.copy_task import Attempt, Halt, drop
 from agent_plugin.transfer.ledger import Ledger
@@ -126,6 +127,8 @@ class Copying:
         self._counting = threading.Lock()
         self._bytes = self._files = self._failed = 0
         self._leaves = True
+        # What no attempt should end with.
+        self._crash: BaseException | None = None
         self._next_beat = 0.0
         self._transfers: dict[int, TransferStatus] = {}
 
@@ -173,20 +176,17 @@ class Copying:
 
     def _turn(self) -> bool:
         """Begin what there is room for, look around, and wait a moment; False at the end."""
-        now = time.monotonic()
-        if now >= self._next_beat or not self._active:
-            self._next_beat = now + BEAT_SECONDS
-            for transfer in self._queue.take():
-                # What it is told may be another thing than when it was paused.
-                self._settings.pop(transfer, None)
-                self._transfers.pop(transfer, None)
-            self._look()
-            if self._leaves:
-                self.clear()
-        for task in self._queue.claim(self._concurrency - len(self._active), self._active):
-            self._start(task)
+        if time.monotonic() >= self._next_beat:
+            self._beat()
+        begun = self._begin()
+        if not (begun or self._active):
+            # Nothing is left, unless people have said something since the last beat.
+            self._beat()
+            begun = self._begin()
         if self._active:
             self._await(self._next_beat - time.monotonic())
+            return True
+        if begun:
             return True
         due = self._queue.next_due()
         if due is None:
@@ -194,16 +194,35 @@ class Copying:
         self._cancellation.sleep(max(0.0, min(due - self._clock(), BEAT_SECONDS)))
         return True
 
+    def _beat(self) -> None:
+        """Take what waits, and look around."""
+        self._next_beat = time.monotonic() + BEAT_SECONDS
+        for transfer in self._queue.take():
+            # What it is told may be another thing than when it was paused.
+            self._settings.pop(transfer, None)
+            self._transfers.pop(transfer, None)
+        self._look()
+        if self._leaves:
+            self.clear()
+
+    def _begin(self) -> bool:
+        """Begin tasks as long as there is room; return whether there were any."""
+        room = self._concurrency - len(self._active)
+        claimed = self._queue.claim(room, self._active) if room > 0 else []
+        for task in claimed:
+            self._start(task)
+        return bool(claimed)
+
     def _start(self, task: CopyTask) -> None:
         """Have a claimed task carried out by a thread of its own."""
         try:
             settings = self._settings_of(task.transfer)
             admitted = settings.names.admits(_name(task.source))
         except PropmasterError as error:
-            self._settle(task.id, TaskStatus.FAILED, error)
+            self._settle([Outcome(task.id, TaskStatus.FAILED, error)])
             return
         if not admitted:
-            self._settle(task.id, TaskStatus.EXCLUDED)
+            self._settle([Outcome(task.id, TaskStatus.EXCLUDED)])
             return
         active = self._active[task.id] = _Active(task)
 
@@ -251,52 +270,50 @@ class Copying:
 
     def _await(self, seconds: float) -> None:
         """Deal with tasks that have ended; wait for one, no longer than that, if none has."""
-        try:
-            self._end(*self._ended.get(timeout=max(0.0, seconds)))
-            while self._active:
-                self._end(*self._ended.get_nowait())
-        except queue.Empty:
-            return
+        ended = []
+        with suppress(queue.Empty):
+            ended.append(self._ended.get(timeout=max(0.0, seconds)))
+            while len(ended) < len(self._active):
+                ended.append(self._ended.get_nowait())
+        # Written at once: the rest of the engine waits for this thread.
+        self._settle([self._outcome(*each) for each in ended])
+        if self._crash is not None:
+            raise self._crash
 
-    def _end(self, task_id: int, error: BaseException | None) -> None:
+    def _outcome(self, task_id: int, error: BaseException | None) -> Outcome:
+        """Return what becomes of a task whose attempt has ended."""
         active = self._active.pop(task_id)
         self._leaves = self._leaves or error is not None
         if error is None:
             self._files += 1
-            self._settle(task_id, TaskStatus.DONE)
-        elif isinstance(error, CancelledError) or active.halt.wished:
+            return Outcome(task_id, TaskStatus.DONE)
+        if isinstance(error, CancelledError) or active.halt.wished:
             # What an aborted one has left, `clear` removes.
-            self._settle(task_id, TaskStatus.QUEUED)
-        elif isinstance(error, PropmasterError):
-            self._fail(active.task, error)
-        elif isinstance(error, OSError):
+            return Outcome(task_id, TaskStatus.QUEUED)
+        if isinstance(error, PropmasterError):
+            return self._failure(active.task, error)
+        if isinstance(error, OSError):
             place = error.filename or active.task.source
-            self._fail(active.task, LocalReadError(f"{place}: {error.strerror or error}"))
-        else:
-            self._settle(task_id, TaskStatus.QUEUED)
-            raise error
+            failure = LocalReadError(f"{place}: {error.strerror or error}")
+            return self._failure(active.task, failure)
+        self._crash = error
+        return Outcome(task_id, TaskStatus.QUEUED)
 
-    def _fail(self, task: CopyTask, error: PropmasterError) -> None:
+    def _failure(self, task: CopyTask, error: PropmasterError) -> Outcome:
+        """Return what becomes of a task that has failed: it is tried again, or given up."""
         tries = self._tries[task.id] = self._tries.get(task.id, 0) + 1
         if error.retryable and tries < self._settings_of(task.transfer).max_tries:
             wait = retry_wait(tries, _GENERATOR.random())
-            self._settle(task.id, TaskStatus.QUEUED, error, not_before=self._clock() + wait)
-            return
+            return Outcome(task.id, TaskStatus.QUEUED, error, self._clock() + wait)
         self._failed += 1
-        self._settle(task.id, TaskStatus.FAILED, error)
+        return Outcome(task.id, TaskStatus.FAILED, error)
 
-    def _settle(
-        self,
-        task_id: int,
-        status: TaskStatus,
-        error: PropmasterError | None = None,
-        *,
-        not_before: float = 0.0,
-    ) -> None:
-        if status is not TaskStatus.QUEUED:
-            # A person who has it tried again gives it all its tries.
-            self._tries.pop(task_id, None)
-        self._queue.settle(task_id, status, error, not_before=not_before)
+    def _settle(self, outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            if outcome.status is not TaskStatus.QUEUED:
+                # A person who has it tried again gives it all its tries.
+                self._tries.pop(outcome.task_id, None)
+        self._queue.settle(outcomes)
 
     # ---------------------------------------------------------------------------------- end
 
@@ -312,7 +329,8 @@ class Copying:
                 break
             del self._active[task_id]
             self._files += error is None
-            self._queue.settle(task_id, TaskStatus.QUEUED if error else TaskStatus.DONE)
+            status = TaskStatus.QUEUED if error else TaskStatus.DONE
+            self._queue.settle([Outcome(task_id, status)])
         with self._counting:
             moved, self._moved = self._moved, {}
         self._queue.beat(moved, ())

@@ -10,6 +10,7 @@ excluded or held stays so, also in the next transfer of the same session that is
 import os
 import sqlite3
 from collections.abc import Callable, Collection, Iterable
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -35,7 +36,17 @@ def lease_owner(pid: int | None = None) -> str | None:
 
     Source: proc(5), field 22 of /proc/PID/stat, clock ticks since boot; a reused id has another.
     """
-    pid = os.getpid() if pid is None else pid
+    return _own_lease(os.getpid()) if pid is None else _lease_of(pid)
+
+
+# Asked for with every task that a transfer settles; a child that was forked is told from its parent
+# by the id.
+@lru_cache(maxsize=1)
+def _own_lease(pid: int) -> str | None:
+    return _lease_of(pid)
+
+
+def _lease_of(pid: int) -> str | None:
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
     except OSError:

@@ -95,6 +95,8 @@ class LedgerFile:
         self._clock = clock
         self._schema = schema
         self._lock = threading.RLock()
+        # As sqlite3.connect is told.
+        self._patience = BUSY_TIMEOUT_SECONDS
         try:
             self._connection = self._open()
             self._identity = _identity(path)
@@ -146,7 +148,9 @@ class LedgerFile:
     def _lend(self, patience: float) -> Iterator[sqlite3.Connection]:
         with self._lock:
             try:
-                self._connection.execute(f"PRAGMA busy_timeout = {round(patience * 1000)}")
+                if patience != self._patience:
+                    self._connection.execute(f"PRAGMA busy_timeout = {round(patience * 1000)}")
+                    self._patience = patience
                 yield self._connection
             except sqlite3.DatabaseError as error:
                 if _is_damaged(error):

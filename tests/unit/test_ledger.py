@@ -491,6 +491,23 @@ def test_a_process_that_is_gone_has_no_lease_owner() -> None:
     assert lease_owner() == lease_owner(os.getpid())
 
 
+def test_a_child_that_was_forked_holds_no_lease_of_its_parent() -> None:
+    """Seen to fail when a process remembers its owner for whichever process asks."""
+    program = (
+        "import os\n"
+        "from agent_plugin.transfer.ledger import lease_owner\n"
+        "print(lease_owner(), flush=True)\n"
+        "if os.fork() == 0: print(lease_owner(), lease_owner(os.getpid()), flush=True)\n"
+        "else: os.wait()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+
+    parent, child, of_child = done.stdout.split()
+    assert child == of_child != parent
+
+
 def test_what_a_dead_engine_had_begun_is_queued_again_and_counted(
     path: Path, holder: subprocess.Popen[str]
 ) -> None:
