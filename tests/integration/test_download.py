@@ -78,11 +78,12 @@ def test_the_bytes_of_a_large_blob_are_counted_while_they_come(
     job = job_of(Host(tmp_path / "submitter", url, environment=s3.environment).submit(source)[0])
     host = Host(tmp_path / "host", url, environment=s3.environment_at(fault_proxy.url))
     # One of the parts that are asked for only when the first has come.
-    fault_proxy.inject(Fault.STALL, key="Data/", skip=WINDOW_PARTS, times=1, seconds=4)
+    fault_proxy.inject(Fault.STALL, key="Data/", skip=WINDOW_PARTS, times=1)
     running = host.popen(*host.start_arguments(job, tmp_path / "session"))
 
     until(lambda: host.state_dir.joinpath("ledger.db").exists())
     until(lambda: any(PART_BYTES <= row.done < row.size for row in host.transfers()))
+    fault_proxy.release()
     _, errors = running.communicate(timeout=60)
 
     assert running.returncode == 0, errors
@@ -121,7 +122,7 @@ def test_the_ledger_says_which_file_is_under_way_and_how_often_it_was_tried(
     host = Host(tmp_path / "host", url, environment=s3.environment_at(fault_proxy.url))
     key = Digest.of((source / "tried").read_bytes()).hex
     fault_proxy.inject(Fault.UNAVAILABLE, key=key, times=2)
-    fault_proxy.inject(Fault.STALL, key=key, times=1, seconds=4)
+    fault_proxy.inject(Fault.STALL, key=key, times=1)
     running = host.popen(*host.start_arguments(job, tmp_path / "session"))
 
     def tasks() -> dict[str, TaskRow]:
@@ -132,6 +133,7 @@ def test_the_ledger_says_which_file_is_under_way_and_how_often_it_was_tried(
     until(lambda: host.state_dir.joinpath("ledger.db").exists())
     until(lambda: "tried" in tasks() and tasks()["tried"].tries == 3)
     assert tasks()["tried"].status == TaskStatus.EXECUTING
+    fault_proxy.release()
     _, errors = running.communicate(timeout=60)
 
     assert running.returncode == 0, errors

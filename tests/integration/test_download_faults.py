@@ -49,10 +49,10 @@ DISTINCT = {"small": 22, "large": 3}
 
 # As few tries and as little patience as there can be, for faults that last.
 IMPATIENT = {
-    "attempts": 3, "deadline_seconds": 4.0, "read_timeout": 0.4, "connect_timeout": 1.0,
+    "attempts": 3, "deadline_seconds": 4.0, "read_timeout": 1.0, "connect_timeout": 1.0,
 }  # fmt: skip
 # Stalls are noticed early, and everything else as by default.
-PATIENT = {"read_timeout": 0.5}
+PATIENT = {"read_timeout": 1.0}
 
 
 @dataclass(frozen=True)
@@ -252,8 +252,8 @@ def test_a_body_that_stands_still_and_goes_on_is_waited_for(
 
 
 def test_a_slow_store_is_waited_for(make_case: Callable[..., Case]) -> None:
-    case = make_case("small", read_timeout=1.0)
-    case.proxy.inject(Fault.DRIP, bytes_per_second=1024, key="Data/", times=3)
+    case = make_case("small", read_timeout=3.0)
+    case.proxy.inject(Fault.DRIP, bytes_per_second=512, key="Data/", times=3)
 
     case.assert_complete(case.start())
     assert case.proxy.count("GET", "Data/") == DISTINCT["small"]

@@ -5,6 +5,7 @@ import random
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import pytest
@@ -247,7 +248,8 @@ def test_drip_keeps_to_its_rate(thing: ProxiedObject) -> None:
     start = time.monotonic()
     seen = thing.get({"Range": "bytes=0-4999"})
     assert seen.body == CONTENT[:5000]
-    assert 0.4 <= time.monotonic() - start < 5
+    # A busy machine takes longer, none takes less.
+    assert time.monotonic() - start >= 0.4
 
 
 @pytest.mark.parametrize("offset", [None, 0, 1000])
@@ -258,6 +260,24 @@ def test_a_stall_can_end(thing: ProxiedObject, offset: int | None) -> None:
     seen = thing.get()
     assert (seen.status, seen.body, seen.error) == (200, CONTENT, None)
     assert time.monotonic() - start >= 0.3
+
+
+@pytest.mark.parametrize("offset", [None, 1000])
+def test_a_stall_for_ever_goes_on_when_the_proxy_lets_it(
+    thing: ProxiedObject, offset: int | None
+) -> None:
+    stall = thing.proxy.inject(Fault.STALL, offset=offset)
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(thing.get, timeout=60)
+        until(lambda: stall.hits == 1)
+        thing.proxy.clear()
+        assert not waiting.done()
+
+        thing.proxy.release()
+        seen = waiting.result(60)
+
+    assert (seen.status, seen.body, seen.error) == (200, CONTENT, None)
+    assert thing.get().body == CONTENT, "it is healed"
 
 
 @pytest.mark.parametrize("offset", [None, 1000])
@@ -291,12 +311,14 @@ def _suffer(thing: ProxiedObject) -> None:
 
 def test_connections_are_refused_for_a_while(thing: ProxiedObject) -> None:
     url = thing.url()
-    thing.proxy.refuse(0.5)
+    thing.proxy.refuse(60)
 
     with pytest.raises(ConnectionRefusedError):
         thing.get(url=url)
-    until(lambda: _answers(thing, url))
+    thing.proxy.clear()
     assert thing.get(url=url).body == CONTENT
+    thing.proxy.refuse(0.2)
+    until(lambda: _answers(thing, url))
 
 
 def test_refusing_as_a_fault_takes_the_other_connections_with_it(thing: ProxiedObject) -> None:

@@ -146,12 +146,11 @@ def test_o4_what_was_written_before_a_key_turned_out_to_be_taken_stays_and_is_to
     """Somebody writes the key between the look and the copy: the look of all others had passed."""
     watched.start(watched.publisher())
     watched.write({f"{number:04}.exr": 10 for number in range(30)})
-    fault_proxy.inject(
-        Fault.STALL, methods={"PUT"}, key=r"published.*0020\.exr", seconds=1.5, times=1
-    )
+    fault_proxy.inject(Fault.STALL, methods={"PUT"}, key=r"published.*0020\.exr", times=1)
     waiting = in_background(watched.finish)
     await_that(lambda: bool(fault_proxy.count("PUT", r"published.*0020\.exr")))
     watched.put("renders/0020.exr", b"somebody's")
+    fault_proxy.release()
 
     result = waiting()
 
@@ -259,17 +258,16 @@ def test_o4_a_publication_that_is_cancelled_stops_soon(
 ) -> None:
     watched.start(watched.publisher())
     watched.write({f"{number:04}.exr": 10 for number in range(10)})
-    fault_proxy.inject(Fault.STALL, methods={"PUT"}, key="published", seconds=WAIT_SECONDS)
+    fault_proxy.inject(Fault.STALL, methods={"PUT"}, key="published")
     cancellation = Cancellation()
     waiting = in_background(lambda: watched.finish(cancellation=cancellation))
     await_that(lambda: bool(fault_proxy.count("PUT", "published")))
-    begun = time.monotonic()
 
     cancellation.cancel()
 
+    # What was asked for is never answered.
     with pytest.raises(CancelledError):
         waiting()
-    assert time.monotonic() - begun < 1.0
 
 
 @pytest.mark.slow

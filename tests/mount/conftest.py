@@ -3,9 +3,7 @@
 import json
 import os
 import signal
-import subprocess
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -185,13 +183,6 @@ class Mounter:
             with suppress(ChildProcessError):
                 os.waitpid(ready.pid, 0)
         assert self.mounted() == []
-
-
-def wait_for(process: "subprocess.Popen[Any]", *, seconds: float) -> float:
-    """Return how long a process took to end."""
-    begun = time.monotonic()
-    process.wait(seconds)
-    return time.monotonic() - begun
 
 
 # Of a test that is the same by either way to the kernel.

@@ -50,6 +50,7 @@ class FaultProxy:
         self.seed = seed
         self.credentials = credentials
         self.faults: list[Rule] = []
+        self._injected: list[Rule] = []
         self._requests: list[Request] = []
         self._lock = threading.Lock()
         self._connections: set[_Connection] = set()
@@ -108,13 +109,21 @@ class FaultProxy:
             **details,
         )
         self.faults.append(rule)
+        self._injected.append(rule)
         return rule
 
     def clear(self) -> None:
         """Heal: drop all rules, and accept connections again."""
         self.faults.clear()
         self._resume.set()
-        self._listening.wait(_JOIN_SECONDS)
+        if not self._closing.is_set():
+            self._listening.wait(_JOIN_SECONDS)
+
+    def release(self) -> None:
+        """Heal, and let all that stands still go on."""
+        self.clear()
+        for rule in self._injected:
+            rule.released.set()
 
     def forget(self) -> None:
         """Drop the record of requests so far."""
@@ -260,7 +269,7 @@ class _Connection:
     def _break_reply(self, rule: Rule, head: Head, request: Request) -> bool:
         """Let the store answer and send that broken; False when the connection is at its end."""
         if rule.fault is Fault.STALL and rule.offset is None:
-            self._client.wait(rule.seconds)
+            self._client.wait(rule.seconds, rule.released)
         if rule.fault is Fault.WHOLE_FOR_RANGE and "range" in request.headers:
             self._read_body(head, request)
             return not self._pass_on_whole(rule, request).closes
@@ -288,14 +297,14 @@ class _Connection:
                 self._send(request, reply, body + b"surplus")
             case Fault.STALL if rule.offset is not None:
                 self._send(request, reply, body[:cut])
-                self._client.wait(rule.seconds)
+                self._client.wait(rule.seconds, rule.released)
                 self._client.send(body[cut:])
             case Fault.DRIP:
                 self._send(request, reply, b"")
                 step = max(1, rule.bytes_per_second // _DRIPS_PER_SECOND)
                 for start in range(0, len(body), step):
                     self._client.send(body[start : start + step])
-                    self._client.wait(step / rule.bytes_per_second)
+                    self._client.wait(step / rule.bytes_per_second, rule.released)
             case _:
                 self._send(request, reply, body)
         return True
@@ -371,7 +380,7 @@ class _Connection:
             self._send(request, head, b"")
             if rule.offset is not None:
                 self._client.send(response.read(rule.offset))
-                self._client.wait(rule.seconds)
+                self._client.wait(rule.seconds, rule.released)
             while piece := response.read(CHUNK_BYTES):
                 self._client.send(piece)
         return head

@@ -147,6 +147,7 @@ class Rule:
         skip: The first so many matches are spared.
         for_seconds: From the first hit on; None is for ever.
         offset, seconds, bytes_per_second: See the fault.
+        released: Once it is set, what stands still goes on.
     """
 
     fault: Fault
@@ -162,6 +163,7 @@ class Rule:
     bytes_per_second: int = 1024
     seed: str = ""
     hits: int = 0
+    released: threading.Event = field(default_factory=threading.Event, repr=False)
     _matches: int = 0
     _seen: Counter[str] = field(default_factory=Counter)
     _first_hit: float | None = None

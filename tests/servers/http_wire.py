@@ -11,6 +11,7 @@ import select
 import socket
 import struct
 import termios
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -114,8 +115,8 @@ class Wire:
                 return
             time.sleep(0.001)
 
-    def wait(self, seconds: float | None) -> None:
-        """Do nothing for a time, for ever if None.
+    def wait(self, seconds: float | None, released: threading.Event | None = None) -> None:
+        """Do nothing for a time, for ever if None, or until an event.
 
         Raises:
             WireError: The other end closed meanwhile, or we did.
@@ -125,6 +126,8 @@ class Wire:
         hung_up = select.poll()
         hung_up.register(self.socket, select.POLLRDHUP)
         while (left := deadline - time.monotonic()) > 0:
+            if released is not None and released.is_set():
+                return
             if hung_up.poll(min(_POLL_SECONDS, left) * 1000):
                 raise WireError("closed while waiting")
 

@@ -90,3 +90,14 @@ def until(condition: Callable[[], bool], *, seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.01)
+
+
+def until_unchanged(count: Callable[[], int], *, seconds: float = 2) -> int:
+    """Wait until a count has stayed as it is for some seconds; return it."""
+    deadline = time.monotonic() + 60
+    while True:
+        before = count()
+        time.sleep(seconds)
+        if count() == before:
+            return before
+        assert time.monotonic() < deadline, "waited in vain"

@@ -309,10 +309,8 @@ def test_waiting_ends_when_somebody_wishes_to_stop(cache: BlobCache) -> None:
 
 
 def test_nobody_waits_for_a_blob_that_nobody_fetches(cache: BlobCache) -> None:
-    started = time.monotonic()
-
-    assert not cache.wait_for(numbered(1)[0], 30, Cancellation())
-    assert time.monotonic() - started < 5
+    # Longer than any test may last.
+    assert not cache.wait_for(numbered(1)[0], 3600, Cancellation())
 
 
 def test_a_collection_evicts_the_least_recently_used_down_to_below_the_quota(
@@ -665,7 +663,7 @@ def test_who_counts_while_another_holds_the_lock_for_a_moment_loses_nothing(tmp_
 def test_with_a_lock_that_is_never_given_back_a_scan_tells_the_total(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blob_cache_usage, "_LOCK_WAIT_SECONDS", 0.2)
+    monkeypatch.setattr(blob_cache_usage, "_LOCK_WAIT_SECONDS", 1.0)
     with opened(directory, max_bytes=10_000) as cache:
         stage(cache, 1)
         with (directory / "v1" / "usage").open("rb") as stopped:
@@ -675,7 +673,7 @@ def test_with_a_lock_that_is_never_given_back_a_scan_tells_the_total(
             started = time.monotonic()
             for number in range(3, 30):
                 stage(cache, number)
-            assert time.monotonic() - started < 0.2 * 27, "it is not waited for each time"
+            assert time.monotonic() - started < 27, "it is not waited for each time"
             assert cache.usage().bytes <= 10_000
         cache.make_room(1)
         stage(cache, 30)

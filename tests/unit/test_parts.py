@@ -65,6 +65,13 @@ class ReadPart:
         return data, "v1", len(DATA)
 
 
+def stop_when_begun(read_part: ReadPart, cancellation: Cancellation) -> None:
+    """Wish to stop when a window's parts are begun, and others would have been as well."""
+    until(lambda: len(read_part.begun) >= parts.WINDOW_PARTS)
+    time.sleep(0.2)
+    cancellation.cancel()
+
+
 def test_parts_that_arrive_in_any_order_make_the_blob() -> None:
     class LastFirst(ReadPart):
         def part(self, offset: int, data: bytes) -> tuple[bytes, str, int]:
@@ -84,12 +91,13 @@ def test_what_was_received_out_of_order_stays_within_the_window() -> None:
     class FirstHangs(ReadPart):
         def part(self, offset: int, data: bytes) -> tuple[bytes, str, int]:
             if offset == 0:
-                first.wait(20)
+                first.wait(60)
             return super().part(offset, data)
 
     read_part = FirstHangs()
+    stopping = threading.Thread(target=stop_when_begun, args=(read_part, cancellation))
     with tempfile.TemporaryFile() as file:
-        threading.Timer(0.5, cancellation.cancel).start()
+        stopping.start()
         with pytest.raises(CancelledError):
             receive(read_part, file.fileno(), cancellation)
     first.set()
@@ -130,15 +138,16 @@ def test_a_late_part_is_written_nowhere_and_no_descriptor_is_kept() -> None:
 
     class Late(ReadPart):
         def part(self, offset: int, data: bytes) -> tuple[bytes, str, int]:
-            late.wait(20)
+            late.wait(60)
             done.release()
             return super().part(offset, data)
 
     file = tempfile.TemporaryFile()  # noqa: SIM115 - closed before its readers end
     received = os.fstat(file.fileno())
-    threading.Timer(0.2, cancellation.cancel).start()
+    read_part = Late()
+    threading.Thread(target=stop_when_begun, args=(read_part, cancellation)).start()
     with pytest.raises(CancelledError):
-        receive(Late(), file.fileno(), cancellation)
+        receive(read_part, file.fileno(), cancellation)
     number = file.fileno()
     file.close()
     with tempfile.TemporaryFile() as other:
@@ -229,7 +238,7 @@ def test_a_write_that_does_not_end_does_not_delay_a_wish_to_stop(
             until(lambda: read_part.stop.wished)
         cancellation.cancel()
         with pytest.raises(CancelledError):
-            attempt.result(1)
+            attempt.result(20)
         assert open_of(received) == 2, "its own, and the held up writer's"
     held_up.go_on.set()
     until(lambda: open_of(received) == 0)

@@ -1,7 +1,5 @@
 """Regular expressions of others: Python's syntax, and never without end."""
 
-import time
-
 import pytest
 
 from agent_plugin.content import pattern as module
@@ -62,11 +60,9 @@ def test_s4_a_pattern_that_backtracks_without_end_is_given_up(
 ) -> None:
     monkeypatch.setattr(module, "MAX_SEARCH_SECONDS", 0.1)
     pattern = Pattern(text)
-    begun = time.monotonic()
 
     with pytest.raises(PatternTooSlowError, match=r"was not done with 'aaaa.* after 0\.1 s"):
         pattern.search("a" * 1000 + "b" * ("[^a]" not in text))
-    assert time.monotonic() - begun < 5
 
 
 def test_s4_many_searches_that_are_each_in_time_are_bounded_together(

@@ -161,13 +161,14 @@ def test_a_clash_is_refused_and_nothing_is_added(clash: dict[str, bytes]) -> Non
 
 
 def test_a_hundred_thousand_files_take_a_fraction_of_a_second() -> None:
+    """Of this process's own time, whatever others do to the machine."""
     manifest = Manifest.of(
         entry(f"dir-{at // 1000:03}/sub/file-{at:06}.exr", b"same") for at in range(100_000)
     )
     tree = Tree()
-    begun = time.perf_counter()
+    begun = time.process_time()
     assert tree.add(manifest) == [(ROOT, b"dir-%03d" % at) for at in range(100)]
-    assert time.perf_counter() - begun < 2
+    assert time.process_time() - begun < 2
 
     assert (tree.files, len(tree), tree.bytes) == (100_000, 100_201, 400_000)
     for at in (0, 999, 1000, 55_555, 99_999):
