@@ -21,7 +21,9 @@ from msgspec import Meta
 
 from agent_plugin import schema
 from agent_plugin.content.errors import SettingsInvalidError
+from agent_plugin.publish.spec import Publishers
 from agent_plugin.settings_file import SettingsFile
+from agent_plugin.settings_publishers import refuse_publishers, spell_publishers
 from agent_plugin.sizes import Rate, Size
 
 CONFIG_VARIABLE: Final = "PROPMASTER_CONFIG"
@@ -136,9 +138,11 @@ class OutputSettings(_Section, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         upload_failed: Whether outputs of a failed task are uploaded too.
+        publishers: Where tasks' outputs are published, after what their jobs say themselves.
     """
 
     upload_failed: bool = False
+    publishers: Publishers = ()
 
 
 class MountSettings(_Section, frozen=True, forbid_unknown_fields=True):
@@ -353,6 +357,7 @@ def load_explained(
             elif key not in paths:
                 paths[key] = _default_directory(key, environment, root=root)
     queues = document.pop("queues", {})
+    spell_publishers(document)
     general = schema.conform(
         document,
         Settings,
@@ -361,6 +366,7 @@ def load_explained(
         decode=_decode,
         line_of=lambda key: file.line(*key.split(".")),
     )
+    refuse_publishers(general.outputs.publishers, file)
     read = _Queues(file, document, variables)
     settings = msgspec.structs.replace(general, queues=read.read_all(queues))
     return Loaded(settings, file, variables)
@@ -433,6 +439,7 @@ class _Queues:
             merged[name] = above | own if isinstance(own, dict) and above is not None else own
         if "paths.cache_dir" in self._variables and isinstance(merged["paths"], dict):
             merged["paths"]["cache_dir"] = self._general["paths"]["cache_dir"]
+        spell_publishers(merged)
         tables = schema.conform(
             merged,
             QueueTables,
@@ -442,6 +449,7 @@ class _Queues:
             line_of=lambda key: self._file.line("queues", queue_id, *key.split(".")),
             prefix=f'queues."{queue_id}".',
         )
+        refuse_publishers(tables.outputs.publishers, self._file, queue_id)
         own_keys = frozenset(f"{name}.{key}" for name in table for key in table[name])
         for size in ("cache.max_bytes", "cache.min_free"):
             if size in own_keys and "paths.cache_dir" not in own_keys:

@@ -28,6 +28,8 @@ _VALUE_PIECE: Final = re.compile(
     re.DOTALL,
 )
 
+_INDEXED: Final = re.compile(r"\[\d+\]|(?:(?!\[\d+\]).)+", re.DOTALL)
+
 _Key = tuple[str, ...]
 
 
@@ -38,7 +40,8 @@ class SettingsFile:
     Attributes:
         path: Where it is.
         document: What it says.
-        lines: The line of each key that is set, and of each table's head, by its names.
+        lines: The line of each key that is set, and of each table's head, by its names; the nth
+            table of a list has `[n]` for a name, below which names are in lower case.
     """
 
     path: Path
@@ -57,7 +60,12 @@ class SettingsFile:
         return cls(path, _parse(text, path), _lines_of(text)) if text else cls(path)
 
     def line(self, *key: str) -> int | None:
-        """Return the line where a key is set, or else what it is in."""
+        """Return the line where a key is set, or else what it is in.
+
+        Args:
+            key: Its names; `name[2]` is the third table of a list.
+        """
+        key = _folded(tuple(part for name in key for part in _INDEXED.findall(name)))
         return next(
             (
                 self.lines[key[:length]]
@@ -131,6 +139,7 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
 def _lines_of(text: str) -> dict[_Key, int]:
     """Return the line of each key and table head of a TOML text."""
     lines: dict[_Key, int] = {}
+    lists: dict[_Key, int] = {}
     table: _Key = ()
     at = 0
     while at < len(text):
@@ -139,13 +148,35 @@ def _lines_of(text: str) -> dict[_Key, int]:
             continue
         line = text.count("\n", 0, at) + 1
         if text[at] == "[":
-            table, at = _key_at(text, at + 1 + text.startswith("[[", at))
+            in_list = text.startswith("[[", at)
+            names, at = _key_at(text, at + 1 + in_list)
+            table = _place_of(names, lists)
             lines.setdefault(table, line)
+            if in_list:
+                lists[table] = lists.get(table, -1) + 1
+                table = (*table, f"[{lists[table]}]")
+                lines[table] = line
         elif text[at] != "#":
             key, at = _key_at(text, at)
-            lines[(*table, *key)] = line
+            lines[_folded((*table, *key))] = line
         at = _end_of_value(text, at)
     return lines
+
+
+def _place_of(names: _Key, lists: Mapping[_Key, int]) -> _Key:
+    """Return the key of a table's head: within a list it is about the last table so far."""
+    place: _Key = ()
+    for name in names:
+        if place in lists:
+            place = (*place, f"[{lists[place]}]")
+        place = _folded((*place, name))
+    return place
+
+
+def _folded(key: _Key) -> _Key:
+    """Return a key with the names below a list in lower case: those count in any case."""
+    first = next((at for at, name in enumerate(key) if name.startswith("[")), len(key))
+    return (*key[:first], *(name.lower() for name in key[first:]))
 
 
 def _key_at(text: str, at: int) -> tuple[_Key, int]:

@@ -17,7 +17,9 @@ CONTENT = ["agent_plugin.content"]
 TRANSFER = [*CONTENT, "agent_plugin.transfer"]
 SETTINGS = [
     *(*CONTENT, "agent_plugin.schema", "agent_plugin.sizes"),
-    *("agent_plugin.settings", "agent_plugin.settings_file"),
+    *("agent_plugin.settings", "agent_plugin.settings_file", "agent_plugin.settings_publishers"),
+    # What publishers a queue has.
+    *("agent_plugin.publish.placeholders", "agent_plugin.publish.spec"),
 ]
 HOST = [*SETTINGS, *TRANSFER, "agent_plugin.services"]
 
@@ -25,7 +27,7 @@ HOST = [*SETTINGS, *TRANSFER, "agent_plugin.services"]
 PUBLISHING = [
     f"agent_plugin.publish.{module}"
     for module in (
-        *("archive", "destination", "outputs", "packed", "placeholders", "plain"),
+        *("archive", "destination", "leftovers", "outputs", "packed", "placeholders", "plain"),
         *("publisher", "result_documents", "run", "spec"),
     )
 ]
@@ -63,12 +65,15 @@ MAY_IMPORT = {
     "agent_plugin/transfers.py": HOST,
     "agent_plugin/session_logs.py": SETTINGS,
     "agent_plugin/queue_settings.py": [*HOST, "agent_plugin.session.queues"],
+    "agent_plugin/publications.py": [
+        *(*HOST, "agent_plugin.publish", "agent_plugin.session.state"),
+    ],
     "agent_plugin/mounting.py": [
         *(*HOST, "agent_plugin.session.mounts", "agent_plugin.session_logs"),
     ],
     "agent_plugin/workers/": [
         *(*HOST, "agent_plugin.mounting", "agent_plugin.session", "agent_plugin.workers"),
-        *("agent_plugin.queue_settings", "agent_plugin.session_logs"),
+        *("agent_plugin.publications", "agent_plugin.queue_settings", "agent_plugin.session_logs"),
     ],
     "agent_plugin/doctor": [
         *(*SETTINGS, *TRANSFER, "agent_plugin.session.mounts"),

@@ -19,6 +19,7 @@ from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.content.errors import JobInvalidError, LocalReadError, SessionStateError
 from agent_plugin.content.log_file import writing_to
 from agent_plugin.mounting import open_mounts
+from agent_plugin.publications import ending_publications
 from agent_plugin.queue_settings import settings_of_queue
 from agent_plugin.services import open_records, open_services, state_directory
 from agent_plugin.session.end import end
@@ -178,6 +179,7 @@ def finish_task_command(
             context,
             state_file,
             mounts=open_mounts(settings, queue_id=queue_id),
+            publishers=outputs.publishers,
             failed=failed,
             upload_failed=upload_failed or outputs.upload_failed,
         )
@@ -196,6 +198,8 @@ def finish_task_command(
         say(f"published {published.url}")
     for failure in result.publish_failures:
         say(f"not published ({failure.error}): {failure.message}")
+    for excluded in result.publish_excluded:
+        say(f"excluded by hand: {len(excluded.paths)} files of {excluded.url}")
 
 
 @command.command(name="end")
@@ -206,15 +210,23 @@ def end_command(session_dir: Path, keep_files: bool, as_json: bool, config: Path
     """Remove what the session has on this host. Ending it twice does no harm."""
     settings = load(config)
     with (
-        # Lent to nobody: an end that has begun goes on to its end, half a root helps nobody.
-        cancel_on_signals(),
+        # An end that has begun goes on to its end, half a root helps nobody; only what is published
+        # is given up.
+        cancel_on_signals() as cancellation,
         locked_state(state_directory(settings), session_dir) as state_file,
         # A mistyped directory leaves no log.
         writing_to(log_place(settings, session_id(session_dir)) if state_file.exists else None),
     ):
         mounts = open_mounts(settings)
         records = open_records(settings, queue_id=_queue_of(state_file))
-        result = end(session_dir, records, state_file, mounts=mounts, keep_files=keep_files)
+        result = end(
+            session_dir,
+            records,
+            state_file,
+            mounts=mounts,
+            publications=ending_publications(settings, cancellation),
+            keep_files=keep_files,
+        )
     collect_logs(settings)
     if as_json:
         print_json(result)

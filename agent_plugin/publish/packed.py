@@ -34,8 +34,11 @@ class Packed:
     zero_mtime: bool
     _placed: int = 0
 
-    def publish(self, outputs: Sequence[Output]) -> tuple[ObjectInfo, Measured]:
-        """Publish the outputs, in their order.
+    def publish(self, outputs: Sequence[Output]) -> tuple[ObjectInfo, Measured] | None:
+        """Publish the outputs, in their order; None if people have excluded all of them.
+
+        What is in the archive is decided when it begins to be made: what people change of its
+        tasks afterwards changes nothing.
 
         Raises:
             KeyExistsError: Somebody else has written the key.
@@ -46,6 +49,8 @@ class Packed:
         if not self.destination.overwrite:
             # Before the work, not instead of the condition: somebody may come first meanwhile.
             standing = self.run.alone(self._standing)
+        if not (outputs := self.run.chosen(outputs)):
+            return None
         measured = self.run.alone(lambda: measure(self._pieces(outputs)))
         metadata = self.destination.metadata(**{SHA256: measured.sha256})
 
@@ -57,8 +62,6 @@ class Packed:
                 there, found = self.destination.look(self.key, metadata)
                 if there is Standing.SAME and found is not None:
                     return found
-            if left := self.run.left_upload(outputs[0]):
-                self.destination.objects.abort(self.destination.bucket, self.key, left)
             return self.destination.write(self.key, metadata, put)
 
         info = self.run.alone(write)
@@ -113,7 +116,7 @@ class Packed:
             metadata=metadata,
             cancellation=self.run.halt,
             progress=told,
-            # By the first of them the archive is known.
+            # The first of them stands for the archive.
             unfinished=self.run.unfinished(outputs[0]),
         )
 

@@ -83,17 +83,17 @@ class Plain:
             FileChangedError: An output is not what it was when it was stored.
             PropmasterError: Any other of the tree.
         """
+        self.run.tick()
         if not self.destination.overwrite:
-            self.run.each(self._look, outputs, settle=False)
-        if self._taken:
-            raise self.destination.exists(sorted(self._taken), len(outputs))
-        for output in outputs:
+            wanted = self.run.wanted(outputs)
+            self.run.each(self._look, wanted, settle=False)
+            if self._taken:
+                raise self.destination.exists(sorted(self._taken), len(wanted))
+        for output in self.run.open(outputs):
             if output.path in self._done:
                 self.run.placed(output, output.entry.size)
                 self.run.settle(output)
-        left = [output for output in outputs if output.path not in self._done]
-        self.run.each(self._publish, left[:1])
-        self.run.each(self._publish, left[1:])
+        self.run.all(self._publish, outputs)
 
     def _look(self, output: Output) -> None:
         """See what is at an output's key; for crew threads."""
@@ -108,8 +108,6 @@ class Plain:
     def _publish(self, output: Output) -> None:
         """Publish one output; for crew threads."""
         key, metadata = self.keys[output.path], self._metadata(output)
-        if left := self.run.left_upload(output):
-            self.destination.objects.abort(self.destination.bucket, key, left)
         with self.run.attempt(output):
             self.destination.write(
                 key, metadata, lambda replace: self._put(output, key, metadata, replace=replace)

@@ -16,11 +16,13 @@ from agent_plugin.content.errors import CancelledError, PropmasterError
 from agent_plugin.content.objects import ObjectAccess, checked_key, object_url
 from agent_plugin.content.s3_store import S3Store
 from agent_plugin.publish.destination import Destination
-from agent_plugin.publish.outputs import RootOutputs, opened
+from agent_plugin.publish.leftovers import abort_left, access_document
+from agent_plugin.publish.outputs import Output, RootOutputs, opened
 from agent_plugin.publish.packed import Packed
 from agent_plugin.publish.placeholders import Execution, fill
 from agent_plugin.publish.plain import Plain, keys_of
 from agent_plugin.publish.result_documents import (
+    ExcludedOutputs,
     Published,
     PublishFailure,
     Result,
@@ -44,7 +46,7 @@ def publish(
     """Give each publisher its turn.
 
     Args:
-        publishers: Of the job.
+        publishers: The job's, and then the host's.
         roots: What the task left; with files.
         execution: The task's run.
         context: The services.
@@ -59,10 +61,11 @@ def publish(
     had = {published.publisher: published for published in before if published.result is not None}
     all_published = []
     refused: PropmasterError | None = None
+    abort_left(context, source=context.store_url)
     for index, publisher in enumerate(publishers):
         if (published := had.get(index)) is None:
             try:
-                result = _Turn(index, publisher, execution, context).take(roots)
+                published = _Turn(index, publisher, execution, context).take(roots)
             except CancelledError:
                 raise
             except PropmasterError as error:
@@ -71,8 +74,6 @@ def publish(
                 published = _failed(index, publisher, execution, failure)
                 if refused is None and publisher.params.required:
                     refused = failure
-            else:
-                published = Published(index, result=result)
         all_published.append(published)
     return all_published, refused
 
@@ -94,11 +95,15 @@ def _failed(
         bucket=publisher.params.bucket,
         key=fill(publisher.key_template, execution.values),
         error=error.code,
-        # The name of a file need not be UTF-8, and documents are.
-        message=error.message.encode("utf-8", "backslashreplace").decode("utf-8"),
+        message=_told(error.message),
         required=publisher.params.required,
     )
     return Published(index, failure=failure)
+
+
+def _told(text: str) -> str:
+    """Return a text as documents may hold it: the name of a file need not be UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,46 +113,65 @@ class _Turn:
     execution: Execution
     context: TransferContext
 
-    def take(self, roots: Sequence[RootOutputs]) -> Result:
-        """Publish, and return the result."""
+    def take(self, roots: Sequence[RootOutputs]) -> Published:
+        """Publish, and return what came of it."""
         begun = time.monotonic()
         params = self.publisher.params
         key = checked_key(fill(self.publisher.key_template, self.execution.values))
         is_plain = self.publisher.encoding == "plain"
         with opened(roots, by_root=params.by_root, owner=self.context.owner) as outputs:
             planned = keys_of(key, outputs) if is_plain else [(output, key) for output in outputs]
-            with running(self.context, self._spec(key), planned) as run:
+            metadata = access_document(self._access)
+            with running(self.context, self._spec(key), planned, metadata) as run:
                 store, destination = run.alone(self._open)
+                result: Result | None = None
                 if is_plain:
                     keys = {output.path: at for output, at in planned}
                     Plain(destination, store, run, keys).publish(outputs)
-                    result = self._result(key)
-                else:
-                    packed = Packed(
-                        destination, run, key, self.publisher.encoding, params.mtime == "zero"
-                    )
-                    info, measured = packed.publish(outputs)
+                    if len(run.excluded(outputs)) < len(outputs):
+                        result = self._result(key)
+                elif packed := Packed(
+                    destination, run, key, self.publisher.encoding, params.mtime == "zero"
+                ).publish(outputs):
+                    info, measured = packed
                     result = self._result(key, version=info.version, checksum=measured.checksum)
-                self.context.ledger.add_result(
-                    run.row.id,
-                    msgspec.to_builtins(result),
-                    job=self.execution.job_id,
-                    step=self.execution.step_id,
-                    task=self.execution.task_id or "",
-                )
+                excluded = run.excluded(outputs)
+                if result is not None:
+                    self._remember(run.row.id, result)
         log.info(
             events.PUBLISH_COMPLETED,
             extra={
                 "transfer": run.row.id,
                 "publisher": self.index,
-                "place": result.url,
-                "files": len(outputs),
-                "bytes": sum(output.entry.size for output in outputs),
+                "place": object_url(params.bucket, key),
+                "files": len(outputs) - len(excluded),
+                "excluded": len(excluded),
+                "bytes": sum(output.entry.size for output in {*outputs} - {*excluded}),
                 "bytes_sent": run.moved,
                 "seconds": round(time.monotonic() - begun, 3),
             },
         )
-        return result
+        return Published(self.index, result=result, excluded=self._excluded(key, excluded))
+
+    def _remember(self, transfer: int, result: Result) -> None:
+        self.context.ledger.add_result(
+            transfer,
+            msgspec.to_builtins(result),
+            job=self.execution.job_id,
+            step=self.execution.step_id,
+            task=self.execution.task_id or "",
+        )
+
+    def _excluded(self, key: str, outputs: Sequence[Output]) -> ExcludedOutputs | None:
+        if not outputs:
+            return None
+        paths = [_told(output.path) for output in outputs]
+        return ExcludedOutputs(self.index, self.publisher.params.bucket, key, paths)
+
+    @property
+    def _access(self) -> ObjectAccess:
+        params = self.publisher.params
+        return ObjectAccess(params.endpoint, params.region, params.profile)
 
     def _spec(self, key: str) -> TransferSpec:
         return TransferSpec(
@@ -164,7 +188,7 @@ class _Turn:
         """Return the store, if S3 can copy from it to the destination, and the destination."""
         params = self.publisher.params
         store = self.context.open_store()
-        access = ObjectAccess(params.endpoint, params.region, params.profile)
+        access = self._access
         home = store.objects if isinstance(store, S3Store) else None
         if home is not None and access == ObjectAccess():
             objects = home

@@ -62,7 +62,7 @@ class PublishFailure(msgspec.Struct, frozen=True, rename="camel"):
     """Why a publisher has published nothing, or not all.
 
     Attributes:
-        publisher: Its index in the job's list.
+        publisher: Its index among the job's and then the host's.
         key: Its key, with the placeholders filled.
         error: Ledger code, `E_KEY_EXISTS` for example.
         message: For people.
@@ -77,16 +77,40 @@ class PublishFailure(msgspec.Struct, frozen=True, rename="camel"):
     required: bool
 
 
-class Published(msgspec.Struct, frozen=True, rename="camel"):
-    """What became of one publisher's turn; one of the two is there.
+class ExcludedOutputs(msgspec.Struct, frozen=True, rename="camel"):
+    """The outputs that people have taken out of a publication while it ran.
 
     Attributes:
-        publisher: Its index in the job's list.
+        publisher: Its index among the job's and then the host's.
+        key: Its key, with the placeholders filled.
+        paths: As they would be below the key, or in the archive; what is not UTF-8 is escaped.
+    """
+
+    publisher: int
+    bucket: str
+    key: str
+    paths: list[str]
+
+    @property
+    def url(self) -> str:
+        """`s3://bucket/key`, for people."""
+        return f"s3://{self.bucket}/{self.key}"
+
+
+class Published(msgspec.Struct, frozen=True, rename="camel"):
+    """What became of one publisher's turn.
+
+    Attributes:
+        publisher: Its index among the job's and then the host's.
+        result: None if it failed, and if all outputs were excluded.
+        failure: Why it failed.
+        excluded: What was left out by hand.
     """
 
     publisher: int
     result: Result | None = None
     failure: PublishFailure | None = None
+    excluded: ExcludedOutputs | None = None
 
 
 class ResultsDocument(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
@@ -97,8 +121,9 @@ class ResultsDocument(msgspec.Struct, frozen=True, rename="camel", kw_only=True)
         task_id: None for a chunk of tasks.
         node_id: The worker.
         published_at: The instant of the placeholders, seconds since the epoch.
-        results: In the order of the job's publishers, those that published something.
-        failures: The others.
+        results: In the order of the publishers, those that published something.
+        failures: Of those that failed.
+        excluded: What of the outputs people have left out.
     """
 
     version: int = VERSION
@@ -113,12 +138,11 @@ class ResultsDocument(msgspec.Struct, frozen=True, rename="camel", kw_only=True)
     published_at: float
     results: list[Result]
     failures: list[PublishFailure]
+    excluded: list[ExcludedOutputs] = []
 
     @classmethod
-    def of(
-        cls, execution: Execution, results: Sequence[Result], failures: Sequence[PublishFailure]
-    ) -> "ResultsDocument":
-        """Return the document of an execution."""
+    def of(cls, execution: Execution, turns: Sequence[Published]) -> "ResultsDocument":
+        """Return the document of an execution, whose publishers had these turns."""
         return cls(
             farm_id=execution.farm_id,
             queue_id=execution.queue_id,
@@ -129,8 +153,9 @@ class ResultsDocument(msgspec.Struct, frozen=True, rename="camel", kw_only=True)
             session_id=execution.session_id,
             node_id=execution.node_id,
             published_at=execution.instant,
-            results=list(results),
-            failures=list(failures),
+            results=[turn.result for turn in turns if turn.result is not None],
+            failures=[turn.failure for turn in turns if turn.failure is not None],
+            excluded=[turn.excluded for turn in turns if turn.excluded is not None],
         )
 
     @property

@@ -1,15 +1,14 @@
 """One publisher's transfer while it runs: its ledger rows, its progress and its threads.
 
 Crew threads publish; the calling thread keeps the ledger, looks for a wish to stop and shows how
-far it is, like an upload (transfer/upload.py). It can be paused and aborted, and gives way, as any
-transfer (transfer/steering.py). Which outputs it publishes follows from the publisher alone: what
-people change of its tasks changes nothing.
+far it is, like an upload (transfer/upload.py). It can be paused and aborted, gives way, and obeys
+what people want of its tasks, as any transfer (transfer/steering.py).
 """
 
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from agent_plugin.content.errors import CancelledError, PropmasterError
 from agent_plugin.content.objects import Unfinished
@@ -50,7 +49,64 @@ class Run:
         self.steering = Steering(context, row, self.halt, meter, lambda _tasks: None)
         ids = self.steering.tasks
         self._tasks = {output.path: ids[output.path, key] for output, key in planned}
+        for output, _ in planned:
+            self.steering.plan(self._tasks[output.path], output.entry.size)
         self._counting = threading.Lock()
+
+    def all(self, work: Callable[[Output], None], outputs: Sequence[Output]) -> None:
+        """Have crew threads do something for each output that people want published.
+
+        The first is done before all others begin. What is held is waited for when nothing else is
+        left to be done; what is excluded, or done by another's word, is left out.
+
+        Raises:
+            PropmasterError: Of the first output that failed.
+            TransferStateError: A person has set one to failed.
+            CancelledError: Cancellation was wished.
+        """
+        most = 1
+        while self._holds(outputs) or self.open(outputs):
+            if to_do := self.open(outputs)[:most]:
+                self.each(work, to_do)
+                most = len(outputs)
+            else:
+                self.steering.wait_for_held()
+        self.steering.refuse_given_up()
+
+    def chosen(self, outputs: Sequence[Output]) -> list[Output]:
+        """Return the outputs that people want published, when none of them is held any more.
+
+        Raises:
+            TransferStateError: A person has set one to failed.
+            CancelledError: Cancellation was wished.
+        """
+        self.tick()
+        while self._holds(outputs):
+            self.steering.wait_for_held()
+        self.steering.refuse_given_up()
+        return self.open(outputs)
+
+    def open(self, outputs: Iterable[Output]) -> list[Output]:
+        """Return those that are still to be published, by all that is known of it now."""
+        return [out for out in outputs if self.steering.is_open(self._tasks[out.path])]
+
+    def wanted(self, outputs: Iterable[Output]) -> list[Output]:
+        """Return those that are still to be published, held ones included."""
+        return [out for out in outputs if self._holds([out]) or self.open([out])]
+
+    def excluded(self, outputs: Iterable[Output]) -> list[Output]:
+        """Return those that people have taken out, before they were published."""
+        steering, tasks = self.steering, self._tasks
+        return [
+            output
+            for output in outputs
+            if steering.is_excluded(tasks[output.path])
+            and not steering.is_settled(tasks[output.path])
+        ]
+
+    def _holds(self, outputs: Iterable[Output]) -> bool:
+        """Whether a person holds one of them."""
+        return any(self.steering.is_held(self._tasks[output.path]) for output in outputs)
 
     def each(
         self, work: Callable[[Output], None], outputs: Iterable[Output], *, settle: bool = True
@@ -60,26 +116,34 @@ class Run:
         Args:
             work: For one output.
             outputs: Which.
-            settle: Whether the output is published then.
+            settle: Whether the output is published then; one that people have taken out or held
+                meanwhile is left.
 
         Raises:
             PropmasterError: Of the first output that failed.
             CancelledError: Cancellation was wished.
         """
-        with self._crew(work, self.context.concurrency) as (crew, products):
+
+        def do(output: Output) -> bool:
+            if settle and not self.steering.is_open(self._tasks[output.path]):
+                return False
+            work(output)
+            return settle
+
+        with self._crew(do, self.context.concurrency) as (crew, products):
             outstanding = 0
             for output in outputs:
-                crew.order(output)
+                crew.order(output, self.steering.priority([self._tasks[output.path]]))
                 outstanding += 1
             while outstanding:
                 self.tick()
                 if (taken := products.take(TICK_SECONDS)) is None:
                     continue
                 outstanding -= 1
-                output, failure = taken
-                if isinstance(failure, BaseException):
-                    raise self._blamed(output, failure)
-                if settle:
+                output, done = taken
+                if isinstance(done, BaseException):
+                    raise self._blamed(output, done)
+                if done:
                     self.settle(output)
 
     def alone(self, work: Callable[[], T]) -> T:
@@ -132,9 +196,9 @@ class Run:
             yield
 
     def unfinished(self, output: Output) -> Unfinished:
-        """Return where an upload in parts is noted for the next run; for crew threads.
+        """Return where an upload in parts is noted; for crew threads.
 
-        It is aborted however this run ends, but by a kill.
+        It is aborted however this run ends, but by a kill: then by the next publication.
         """
         task = self._tasks[output.path]
 
@@ -142,10 +206,6 @@ class Run:
             self.context.ledger.note_upload(task, upload.upload_id, ())
 
         return Unfinished(changed=changed, drops=lambda: True)
-
-    def left_upload(self, output: Output) -> str:
-        """Return the id of an upload in parts in which an earlier run was killed, or nothing."""
-        return self.context.ledger.upload_of(self._tasks[output.path])[0]
 
     def sent(self, size: int) -> None:
         """Count bytes that went from this host; for any thread."""
@@ -176,7 +236,10 @@ class Run:
 
 @contextmanager
 def running(
-    context: TransferContext, spec: TransferSpec, planned: Sequence[tuple[Output, str]]
+    context: TransferContext,
+    spec: TransferSpec,
+    planned: Sequence[tuple[Output, str]],
+    metadata: Mapping[str, Any],
 ) -> Iterator[Run]:
     """Begin a publish transfer and let go of it in the state that follows from how it went.
 
@@ -184,13 +247,16 @@ def running(
         context: The services.
         spec: The transfer.
         planned: Each output with the key it goes to.
+        metadata: What the ledger is to keep with each of them.
 
     Raises:
         TransferStateError: A living process is at it right now, or a person has called it done.
         TransferAbortedError: A person aborted it.
         NoSpaceError, LocalWriteError: The ledger can not be written.
     """
-    tasks = [TaskSpec(output.path, key, output.entry.size) for output, key in planned]
+    tasks = [
+        TaskSpec(output.path, key, output.entry.size, metadata=metadata) for output, key in planned
+    ]
     row = context.ledger.begin(spec, tasks, context.cancellation)
     error: PropmasterError | None = None
     run = Run(context, row, planned)

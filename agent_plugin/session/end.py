@@ -7,7 +7,7 @@ end that failed can be tried again.
 """
 
 import os
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Final
@@ -40,6 +40,7 @@ def end(
     state_file: StateFile,
     *,
     mounts: Mounts,
+    publications: Callable[[SessionState], object] = lambda _state: None,
     keep_files: bool = False,
 ) -> EndResult:
     """End a session; ending one that has ended, or never started, does nothing.
@@ -48,6 +49,14 @@ def end(
     elsewhere is the host's own directory and stays as it is. A link in a root's place is removed,
     and what it leads to is not touched. Mounted roots are unmounted, whoever is still in them; with
     `keep_files` what was written to them stays beside them.
+
+    Args:
+        session_dir: The session's.
+        records: The host's.
+        state_file: Of the session.
+        mounts: The host's.
+        publications: Ends those of the session, before its files go; a failure holds up nothing.
+        keep_files: Whether the local roots stay.
 
     Raises:
         PropmasterError: A root could not be unmounted or removed; the others are, and end can be
@@ -62,6 +71,11 @@ def end(
         raise
     removed = []
     if state is not None:
+        try:
+            publications(state)
+        except PropmasterError as error:
+            extra = {"session": key, "code": error.code, "reason": error.message}
+            log.warning(events.PUBLICATIONS_LEFT, extra=extra)
         stuck = _unmount_roots(state, mounts)
         if not keep_files:
             removed = _remove_roots(session_dir, state, but=stuck)

@@ -28,6 +28,7 @@ from agent_plugin.content.manifest import FileEntry, Manifest, encode
 from agent_plugin.content.safe_path import Root
 from agent_plugin.content.snapshot import FoundFile, hash_files, walk, walk_links
 from agent_plugin.content.store import Store
+from agent_plugin.publish.spec import Publisher
 from agent_plugin.session.mounts import Mounts, files_of_mount
 from agent_plugin.session.roots import (
     is_below,
@@ -107,6 +108,7 @@ def finish_task(
     state_file: StateFile,
     *,
     mounts: Mounts,
+    publishers: Sequence[Publisher] = (),
     failed: bool = False,
     upload_failed: bool = False,
     on_manifest: Callable[[int, bytes], object] = lambda _index, _data: None,
@@ -118,6 +120,7 @@ def finish_task(
         context: The services.
         state_file: Of a started session.
         mounts: The host's.
+        publishers: The operator's, who have their turn after the job's own.
         failed: The task failed; then nothing is stored,
         upload_failed: unless this asks for it.
         on_manifest: Told each output manifest that is stored, with its index in the job's list;
@@ -147,8 +150,9 @@ def finish_task(
         result = _empty_result(state)
     else:
         result, found = _store_outputs(state, action, context, state_file, on_manifest)
-        if result.files and state.job.publishers and not failed:
-            _publish(state, found, context, state_file)
+        publishers = (*state.job.publishers, *publishers)
+        if result.files and publishers and not failed:
+            _publish(publishers, state, found, context, state_file)
     result.seconds = round(time.monotonic() - begun, 3)
     log.info(
         events.TASK_FINISHED,
@@ -203,6 +207,7 @@ def _store_outputs(
 
 
 def _publish(
+    publishers: Sequence[Publisher],
     state: SessionState,
     found: Sequence[_Changes],
     context: TransferContext,
@@ -224,7 +229,7 @@ def _publish(
         for changes in found
         if changes.changed
     ]
-    publish_outputs(roots, state.answered, state, context, state_file)
+    publish_outputs(publishers, roots, state.answered, state, context, state_file)
 
 
 def _answer_before(state: SessionState, action: TaskAction) -> FinishResult | None:

@@ -7,12 +7,15 @@ placeholders as before, asks no publisher twice that has published, and answers 
 import time
 from collections.abc import Sequence
 
+import msgspec
+
 from agent_plugin.content import events
 from agent_plugin.content.errors import CancelledError, PropmasterError
 from agent_plugin.publish.outputs import RootOutputs
 from agent_plugin.publish.placeholders import Execution
 from agent_plugin.publish.publisher import publish
-from agent_plugin.publish.result_documents import ResultsDocument, keep_results
+from agent_plugin.publish.result_documents import Published, ResultsDocument, keep_results
+from agent_plugin.publish.spec import Publisher
 from agent_plugin.session.state import AnsweredAction, SessionState, StateFile
 from agent_plugin.transfer.context import TransferContext
 
@@ -20,15 +23,17 @@ log = events.get_logger()
 
 
 def publish_outputs(
+    publishers: Sequence[Publisher],
     roots: Sequence[RootOutputs],
     answered: AnsweredAction,
     state: SessionState,
     context: TransferContext,
     state_file: StateFile,
 ) -> None:
-    """Have the job's publishers publish what an action left, and complete its answer.
+    """Have publishers publish what an action left, and complete its answer.
 
     Args:
+        publishers: The job's, and then the host's.
         roots: What it left; with files.
         answered: The action and its answer, which is in the state.
         state: The session's.
@@ -46,16 +51,14 @@ def publish_outputs(
         answered.publishing_since = time.time()
         state_file.write(state)
     execution = _execution(answered, state, context)
-    answered.published, refused = publish(
-        state.job.publishers, roots, execution, context, answered.published
-    )
-    answered.result.results = [
-        published.result for published in answered.published if published.result is not None
-    ]
-    answered.result.publish_failures = [
-        published.failure for published in answered.published if published.failure is not None
-    ]
-    not_kept = _keep(answered, execution, state, context)
+    before = _before(answered, publishers)
+    answered.published, refused = publish(publishers, roots, execution, context, before)
+    answered.publishers = tuple(publishers)
+    document = ResultsDocument.of(execution, answered.published)
+    answered.result.results = document.results
+    answered.result.publish_failures = document.failures
+    answered.result.publish_excluded = document.excluded
+    not_kept = _keep(document, publishers, context)
     refused = refused or not_kept
     # What failed and is required is tried again by the same action.
     answered.is_published = refused is None
@@ -81,16 +84,23 @@ def _execution(
     )
 
 
+def _before(answered: AnsweredAction, publishers: Sequence[Publisher]) -> list[Published]:
+    """Return what became of publishers at an earlier run, by their places now.
+
+    The operator may have changed the host's meanwhile.
+    """
+    turns = {answered.publishers[turn.publisher]: turn for turn in answered.published}
+    return [
+        msgspec.structs.replace(turns[publisher], publisher=index)
+        for index, publisher in enumerate(publishers)
+        if publisher in turns
+    ]
+
+
 def _keep(
-    answered: AnsweredAction,
-    execution: Execution,
-    state: SessionState,
-    context: TransferContext,
+    document: ResultsDocument, publishers: Sequence[Publisher], context: TransferContext
 ) -> PropmasterError | None:
     """Put the results where readers find them; return why not, if a publisher is required."""
-    document = ResultsDocument.of(
-        execution, answered.result.results, answered.result.publish_failures
-    )
     try:
         context.ask(lambda store: keep_results(store, document))
     except CancelledError:
@@ -98,6 +108,6 @@ def _keep(
     except PropmasterError as error:
         extra = {"key": document.key, "code": error.code, "reason": error.message}
         log.warning(events.RESULTS_NOT_KEPT, extra=extra)
-        if any(publisher.params.required for publisher in state.job.publishers):
+        if any(publisher.params.required for publisher in publishers):
             return error
     return None

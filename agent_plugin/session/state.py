@@ -20,7 +20,13 @@ from agent_plugin.content.digest import hash_name
 from agent_plugin.content.errors import LocalWriteError, SessionStateError, local_write_error
 from agent_plugin.content.leftovers import remove_path
 from agent_plugin.content.mount_spec import Layer
-from agent_plugin.publish.result_documents import Published, PublishFailure, Result
+from agent_plugin.publish.result_documents import (
+    ExcludedOutputs,
+    Published,
+    PublishFailure,
+    Result,
+)
+from agent_plugin.publish.spec import Publishers
 from agent_plugin.session.job import JobDocument
 from agent_plugin.sources.spec import InputSource
 
@@ -106,8 +112,9 @@ class FinishResult(msgspec.Struct, rename="camel"):
         files: Files in all output manifests.
         bytes_uploaded, bytes_reused: Of their distinct content, what the store lacked and had.
         deleted: Paths of the output directories, below their local roots, that are gone.
-        results: What the job's publishers have published, in their order.
+        results: What publishers have published, the job's and then the host's, in their order.
         publish_failures: Why others have not; none of them is required.
+        publish_excluded: What of the outputs was not published because people have excluded it.
     """
 
     manifests: list[OutputManifestResult]
@@ -118,6 +125,7 @@ class FinishResult(msgspec.Struct, rename="camel"):
     seconds: float
     results: list[Result] = []
     publish_failures: list[PublishFailure] = []
+    publish_excluded: list[ExcludedOutputs] = []
 
 
 class AnsweredAction(msgspec.Struct, rename="camel"):
@@ -125,7 +133,8 @@ class AnsweredAction(msgspec.Struct, rename="camel"):
 
     Attributes:
         publishing_since: When its outputs began to be published, seconds since the epoch; 0 before.
-        published: What became of the job's publishers, those that had their turn.
+        publishers: Those that were to publish them, the job's and then the host's.
+        published: What became of those that had their turn.
         is_published: Whether publishing is over, so that nothing is left to be done.
     """
 
@@ -134,6 +143,7 @@ class AnsweredAction(msgspec.Struct, rename="camel"):
     session_action_id: str
     result: FinishResult
     publishing_since: float = 0.0
+    publishers: Publishers = ()
     published: list[Published] = []
     is_published: bool = False
 

@@ -29,7 +29,12 @@ from agent_plugin.transfer.ledger_begin import (
     lease_owner,
     renew_lease,
 )
-from agent_plugin.transfer.ledger_file import BUSY_TIMEOUT_SECONDS, LedgerBusyError, to_sql
+from agent_plugin.transfer.ledger_file import (
+    BUSY_TIMEOUT_SECONDS,
+    LedgerBusyError,
+    from_sql,
+    to_sql,
+)
 from agent_plugin.transfer.ledger_finish import end, go_on, let_go
 from agent_plugin.transfer.ledger_news import News, read_news
 from agent_plugin.transfer.ledger_notes import Notes
@@ -37,6 +42,7 @@ from agent_plugin.transfer.ledger_people import PeoplesLedger
 from agent_plugin.transfer.ledger_rows import (
     TASK_COLUMNS,
     TRANSFER_COLUMNS,
+    DeadUpload,
     TaskRow,
     TaskSpec,
     TransferRow,
@@ -237,6 +243,31 @@ class Ledger(PeoplesLedger):
                 " OR task.status = 'excluded')",
                 (to_sql(destination),),
             ).fetchall()
+
+    def dead_uploads(self, kind: str, *, source: str, session: str) -> list[DeadUpload]:
+        """Return the uploads of transfers of a kind that no living process carries out.
+
+        Args:
+            kind: Of the transfers.
+            source: Of transfers from there,
+            session: or of those of this session; empty for no such.
+        """
+        now = self._clock()
+        self.flush()
+        with self._file.read() as connection:
+            rows = connection.execute(
+                "SELECT task.id, transfer.destination, task.destination, task.metadata,"
+                " task.upload_id, transfer.lease_owner, transfer.lease_until FROM task"
+                " JOIN transfer ON transfer.id = task.transfer WHERE task.upload_id != ''"
+                " AND transfer.kind = ?1 AND ((?2 != '' AND transfer.source = ?2)"
+                " OR (?3 != '' AND transfer.session = ?3))",
+                (kind, to_sql(source), session),
+            ).fetchall()
+        return [
+            DeadUpload(task, from_sql(above), from_sql(destination), from_json(metadata), upload_id)
+            for task, above, destination, metadata, upload_id, owner, until in rows
+            if lease_holder(owner, until, now) is None
+        ]
 
     def flush(self) -> None:
         """Write what was noted.

@@ -233,14 +233,20 @@ class PeoplesLedger:
         step: str = "",
         task: str = "",
     ) -> None:
-        """Remember where a transfer has published something.
+        """Remember where a transfer has published something, once for each place.
+
+        A task that has published the same to the same place before has it there only once.
 
         Raises:
             NoSpaceError, LocalWriteError: The ledger can not be written.
         """
+        what = (job, step, task, to_json(spec))
         with self._file.write() as connection:
+            connection.execute(
+                "DELETE FROM result WHERE job = ? AND step = ? AND task = ? AND spec = ?", what
+            )
             connection.execute(
                 "INSERT INTO result (transfer, job, step, task, spec, created)"
                 " VALUES (?, ?, ?, ?, ?, ?)",
-                (transfer_id, job, step, task, to_json(spec), self._clock()),
+                (transfer_id, *what, self._clock()),
             )

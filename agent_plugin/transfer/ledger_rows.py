@@ -121,6 +121,25 @@ class TaskRow:
     finished: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class DeadUpload:
+    """An upload in parts that its process has not lived to end.
+
+    Attributes:
+        task: The task's id.
+        transfer_destination: Of its transfer.
+        destination: The task's own.
+        metadata: The task's.
+        upload_id: The store's.
+    """
+
+    task: int
+    transfer_destination: str
+    destination: str
+    metadata: Mapping[str, Any]
+    upload_id: str
+
+
 TRANSFER_COLUMNS: Final = (
     "id, name, kind, status, source, destination, session, size, done,"
     " error_code, error, created, finished, priority, required, job, step, task, modifier,"

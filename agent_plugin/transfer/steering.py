@@ -111,6 +111,10 @@ class Steering:
         """Whether a task was taken out by hand."""
         return self._aside.get(task) is TaskStatus.EXCLUDED
 
+    def is_held(self, task: int) -> bool:
+        """Whether a task is held by hand."""
+        return self._aside.get(task) is TaskStatus.ONHOLD
+
     def is_settled(self, task: int) -> bool:
         """Whether this engine has done a task."""
         return task in self._settled

@@ -234,6 +234,7 @@ class Host:
                 all_,
                 state_file,
                 mounts=self.mounts,
+                publishers=self.settings.for_queue(QUEUE).outputs.publishers,
                 failed=failed,
                 upload_failed=upload_failed,
             )

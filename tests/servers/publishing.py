@@ -4,6 +4,7 @@ The job has one root with the output directory `renders`; each test has a prefix
 shared bucket, for what is published and for the store.
 """
 
+import json
 import time
 import uuid
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 
 from agent_plugin.session.finish_task import TaskAction
 from agent_plugin.session.state import FinishResult
-from tests.servers.hooks import Host, action
+from tests.servers.hooks import QUEUE, Host, action
 from tests.servers.s3_server import S3Server
 from tests.servers.sessions import MTIME_NS, Sessions
 from tests.servers.trees import write_files
@@ -53,6 +54,17 @@ class Publishing:
         """Return a publisher whose key is below the prefix."""
         key = f"{self.prefix}/{key}" if key else self.prefix
         return {"Type": "s3", "Params": {"Bucket": self.s3.bucket, "Key": key, **params}}
+
+    def give(self, *publishers: dict[str, Any], queue: str = QUEUE) -> int:
+        """Give a queue publishers, or all for ""; return the line where the first begins."""
+        table = f'queues."{queue}".outputs' if queue else "outputs"
+        text = self.host.config.read_text()
+        for publisher in publishers:
+            params = ", ".join(f"{k} = {json.dumps(v)}" for k, v in publisher["Params"].items())
+            text += f'[[{table}.publishers]]\nType = "s3"\nParams = {{{params}}}\n'
+        line = self.host.config.read_text().count("\n") + 1
+        self.host.config.write_text(text)
+        return line
 
     def start(self, *publishers: dict[str, Any]) -> None:
         job = self.sessions.submitted({"scene": b"usd"}, publishers=list(publishers))

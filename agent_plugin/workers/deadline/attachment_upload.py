@@ -52,10 +52,17 @@ def run(call: Call, settings: Settings) -> int:
             session.context,
             session.state_file,
             mounts=session.mounts,
+            publishers=settings.for_queue(asked.job.queue_id).outputs.publishers,
             on_manifest=manifests.__setitem__,
         )
         roots = state.job.attachments.manifests
         _answer(call, asked, action, session.context, roots, result, manifests)
+    for published in result.results:
+        call.say(f"propmaster: published {published.url}")
+    for failure in result.publish_failures:
+        call.say(f"propmaster: not published ({failure.error}): {failure.message}")
+    for excluded in result.publish_excluded:
+        call.say(f"propmaster: excluded by hand: {len(excluded.paths)} files of {excluded.url}")
     call.say(
         summary(
             result.files,

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from agent_plugin.content.errors import SessionStateError
+from agent_plugin.content.errors import SessionStateError, SettingsInvalidError
+from agent_plugin.content.objects import ObjectAccess
 from agent_plugin.content.owner import Owner
 from agent_plugin.content.store import Cancellation
 from agent_plugin.mounting import open_mounts
@@ -29,6 +30,9 @@ from agent_plugin.workers.deadline.properties import (
     read_roots,
 )
 from agent_plugin.workers.rights import check_mapped_root, owner_of
+
+if TYPE_CHECKING:
+    from agent_plugin.content.s3_objects import S3Objects
 
 # A call whose asker was killed goes on for a second at most, and holds the session's lock so long.
 LOCK_SECONDS: Final = 10.0
@@ -115,8 +119,29 @@ def open_session(
                 expect=expect,
             )
         )
+        if call.job_user is not None:
+            context = replace(context, open_objects=_of_the_job(context.open_objects))
         mounts = open_mounts(settings, queue_id=queue_id, user_id=user_id)
         yield OpenSession(state_file, context, mounts)
+
+
+def _of_the_job(
+    open_objects: "Callable[[ObjectAccess], S3Objects]",
+) -> "Callable[[ObjectAccess], S3Objects]":
+    """Return what opens objects with the job's own credentials alone.
+
+    A profile is looked up in the job's files, where its user could give that name to anything.
+    """
+
+    def opened(access: ObjectAccess) -> "S3Objects":
+        if access.profile:
+            raise SettingsInvalidError(
+                f"profile {access.profile!r}: a job user's calls have the job's credentials alone",
+                hint="leave Profile out, and allow the queue's role to write to the bucket",
+            )
+        return open_objects(access)
+
+    return opened
 
 
 def _lock(

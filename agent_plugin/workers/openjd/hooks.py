@@ -16,6 +16,7 @@ from typing import Final
 from agent_plugin.content.errors import PropmasterError, local_write_error
 from agent_plugin.content.store import Cancellation
 from agent_plugin.mounting import open_mounts
+from agent_plugin.publications import ending_publications
 from agent_plugin.queue_settings import settings_of_queue
 from agent_plugin.services import open_records, open_services, state_directory
 from agent_plugin.session.end import end
@@ -168,14 +169,16 @@ def finish(
         step = step_id(state.job.job_id, step_name, environment)
         task = task_id(environment)
         action = _action(step, task, environment, started_at)
+        outputs = settings.for_queue(state.job.queue_id).outputs
         with _services(settings, state, cancellation) as context:
             result = finish_task(
                 action,
                 context,
                 state_file,
                 mounts=open_mounts(settings, queue_id=state.job.queue_id),
+                publishers=outputs.publishers,
                 failed=failed,
-                upload_failed=settings.for_queue(state.job.queue_id).outputs.upload_failed,
+                upload_failed=outputs.upload_failed,
             )
     _tell_finished(result, say)
 
@@ -212,13 +215,22 @@ def leave(
         if upload and state.ready:
             step = step_id(state.job.job_id, _WHOLE_SESSION, {})
             action = _action(step, None, environment, time.time())
+            publishers = settings.for_queue(queue_id).outputs.publishers
             try:
                 with _services(settings, state, cancellation) as context:
-                    result = finish_task(action, context, state_file, mounts=mounts)
+                    result = finish_task(
+                        action, context, state_file, mounts=mounts, publishers=publishers
+                    )
                 _tell_finished(result, say)
             except PropmasterError as error:
                 failure = error
-        end(session_dir, open_records(settings, queue_id=queue_id), state_file, mounts=mounts)
+        end(
+            session_dir,
+            open_records(settings, queue_id=queue_id),
+            state_file,
+            mounts=mounts,
+            publications=ending_publications(settings, cancellation),
+        )
     for name in (_RULES, _SYNCED):
         (session_dir / name).unlink(missing_ok=True)
     if failure is not None:
@@ -259,6 +271,8 @@ def _tell_finished(result: FinishResult, say: Say) -> None:
         say(f"openjd_status: published {published.url}")
     for failure in result.publish_failures:
         say(f"propmaster: not published ({failure.error}): {failure.message}")
+    for excluded in result.publish_excluded:
+        say(f"propmaster: excluded by hand: {len(excluded.paths)} files of {excluded.url}")
 
 
 def _write_rules(session_dir: Path, rules: list[PathMappingRule]) -> Path:

@@ -1,0 +1,54 @@
+"""Uploads in parts that killed publications have left in their buckets.
+
+Nobody goes on with one: a publication that is run again makes its upload anew. So whoever publishes
+next on this host from the same store aborts what is left, and so does the end of the session.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import msgspec
+
+from agent_plugin.content import events
+from agent_plugin.content.errors import CancelledError, PropmasterError
+from agent_plugin.content.objects import ObjectAccess, split_url
+from agent_plugin.transfer.context import TransferContext
+
+KIND: Final = "publish"
+
+log = events.get_logger()
+
+
+def access_document(access: ObjectAccess) -> Mapping[str, Any]:
+    """Return what the ledger is to know of how a destination is reached; no secret."""
+    document: dict[str, Any] = msgspec.to_builtins(access)
+    return {name: value for name, value in document.items() if value}
+
+
+def abort_left(context: TransferContext, *, source: str = "", session: str = "") -> int:
+    """Abort the uploads of publications that no living process carries out; return how many.
+
+    What can not be aborted is logged, and left to a lifecycle rule.
+
+    Args:
+        context: The services.
+        source: Of publications from this store,
+        session: or of those of this session.
+
+    Raises:
+        CancelledError: On request.
+        NoSpaceError, LocalWriteError: The ledger can not be written.
+    """
+    left = context.ledger.dead_uploads(KIND, source=source, session=session)
+    for upload in left:
+        bucket, _ = split_url(upload.transfer_destination)
+        try:
+            objects = context.open_objects(msgspec.convert(upload.metadata, ObjectAccess))
+            objects.abort(bucket, upload.destination, upload.upload_id)
+        except CancelledError:
+            raise
+        except PropmasterError as error:
+            extra = {"object": upload.destination, "reason": error.message}
+            log.warning(events.UPLOAD_LEFT, extra=extra)
+        context.ledger.note_upload(upload.task, "", ())
+    return len(left)
