@@ -24,7 +24,7 @@ from agent_plugin.content.flight import Lanes
 from agent_plugin.content.s3_environment import Credentials, boto_errors, region_of
 from agent_plugin.content.store import Cancellation
 from agent_plugin.session.job import JobAttachmentSettings, PathMappingRule
-from agent_plugin.session.path_rules import PathRules, checked_rules
+from agent_plugin.session.path_rules import JobRules, PathRules, checked_rules
 
 _T = TypeVar("_T", bound=msgspec.Struct)
 
@@ -112,23 +112,33 @@ class Farm:
         kept = {name: v for name, v in self._environment.items() if name not in _IDENTITY}
         return {**({"AWS_REGION": region} if region else {}), **kept, **found}
 
-    def rules_for(self, queue_id: str, job_id: str, profile_id: str) -> PathRules | str:
+    def rules_for(
+        self, queue_id: str, job_id: str, profile_id: str, theirs: str | None = None
+    ) -> JobRules:
         """Return where a job's files belong on a host of a storage profile, or why nowhere.
 
         Each file system location that both profiles name is a rule; a job of the same profile has
         its files at their own paths.
+
+        Args:
+            queue_id: The job's queue.
+            job_id: The job.
+            profile_id: Of this host.
+            theirs: The job's storage profile, if it is known: `profile` of an earlier answer.
 
         Raises:
             PathMappingError: The profile of this host has a location that is no absolute path.
             JobInvalidError: There is no such job or profile.
             StoreAccessError, StoreUnavailableError: The API can not be asked.
         """
-        answer = self._call("get_job", f"job {job_id}", queueId=queue_id, jobId=job_id)
-        theirs = answer.get("storageProfileId")
-        if not isinstance(theirs, str) or not theirs:
-            return "the job has no storage profile, so that nobody can say where its files belong"
+        if theirs is None:
+            answer = self._call("get_job", f"job {job_id}", queueId=queue_id, jobId=job_id)
+            theirs = str(answer.get("storageProfileId") or "")
+        if not theirs:
+            reason = "the job has no storage profile, so that nobody can say where its files belong"
+            return JobRules(None, reason)
         if theirs == profile_id:
-            return PathRules(None)
+            return JobRules(PathRules(None), profile=theirs)
         return self._rules(self._profile(queue_id, theirs), self._profile(queue_id, profile_id))
 
     def check_profile(self, queue_id: str, profile_id: str) -> None:
@@ -140,7 +150,7 @@ class Farm:
         """
         self._profile(queue_id, profile_id)
 
-    def _rules(self, theirs: _Profile, ours: _Profile) -> PathRules | str:
+    def _rules(self, theirs: _Profile, ours: _Profile) -> JobRules:
         places = {location.name: location.path for location in ours.file_system_locations}
         rules = [
             PathMappingRule(
@@ -152,11 +162,12 @@ class Farm:
             if location.name in places
         ]
         if not rules:
-            return (
+            reason = (
                 f"its storage profile {theirs.display_name!r} has no file system location in common"
                 f" with {ours.display_name!r}"
             )
-        return PathRules(checked_rules(rules))
+            return JobRules(None, reason, theirs.storage_profile_id)
+        return JobRules(PathRules(checked_rules(rules)), profile=theirs.storage_profile_id)
 
     def _profile(self, queue_id: str, profile_id: str) -> _Profile:
         known = self._profiles.get((queue_id, profile_id))

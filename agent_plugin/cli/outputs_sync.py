@@ -18,7 +18,7 @@ from agent_plugin.content.store import Cancellation
 from agent_plugin.farm import Farm
 from agent_plugin.services import open_services, state_directory
 from agent_plugin.session.job import check_id
-from agent_plugin.session.path_rules import MAX_RULES_BYTES, PathRules, read_rules
+from agent_plugin.session.path_rules import MAX_RULES_BYTES, JobRules, PathRules, read_rules
 from agent_plugin.session.sync import RulesFor, SyncedJob, SyncRequest, SyncResult, sync
 from agent_plugin.session.sync_checkpoint import VERSION, Header, open_checkpoint
 from agent_plugin.settings import Settings, load
@@ -188,9 +188,9 @@ def _rules_for(farm: Farm, queue_id: str, profile_id: str | None, file: Path | N
     if profile_id is not None:
         profile = profile_id
         farm.check_profile(queue_id, profile)
-        return lambda job_id: farm.rules_for(queue_id, job_id, profile)
+        return lambda job_id, known: farm.rules_for(queue_id, job_id, profile, known)
     rules = PathRules(None if file is None else read_rules(_read(file), os.fspath(file)))
-    return lambda _job_id: rules
+    return lambda _job_id, _known: JobRules(rules)
 
 
 def _read(path: Path) -> bytes:

@@ -9,10 +9,12 @@ stands in it, leads out of there.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Final, Literal
 
 import msgspec
+import xxhash
 
 from agent_plugin import schema
 from agent_plugin.content.errors import JobInvalidError, PathMappingError, UnsafePathError
@@ -119,6 +121,12 @@ class PathRules:
             # Stable: of two rules for one directory the first counts.
             found.sort(key=lambda rule: -len(rule[0]))
 
+    @property
+    def mark(self) -> str:
+        """By which it is remembered that these rules, in this order, were followed."""
+        rules = "own" if self._rules is None else [*map(msgspec.structs.astuple, self._rules)]
+        return xxhash.xxh3_64_hexdigest(repr(rules).encode())
+
     def below(self, root_path: str) -> Callable[[str], Place | None]:
         """Return what places the entries of a root's manifests, by their paths below the root.
 
@@ -136,6 +144,27 @@ class PathRules:
         if any(len(parts) > len(folded) and parts[: len(folded)] == folded for parts, _ in rules):
             return _each(root, rules)
         return _all(root, _longest(folded, rules))
+
+
+@dataclass(frozen=True, slots=True)
+class JobRules:
+    """Where a job's outputs belong.
+
+    Attributes:
+        rules: None: nobody can say.
+        reason: Why, as a sentence.
+        profile: The storage profile of whoever submitted the job, which never changes; empty if
+            there is none, or nobody asked for it.
+    """
+
+    rules: PathRules | None
+    reason: str = ""
+    profile: str = ""
+
+    @property
+    def mark(self) -> str:
+        """As PathRules has it; empty without rules."""
+        return "" if self.rules is None else self.rules.mark
 
 
 def _own(root_path: str) -> Callable[[str], Place | None]:

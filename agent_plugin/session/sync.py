@@ -37,7 +37,7 @@ from agent_plugin.content.errors import (
 from agent_plugin.content.manifest import FileEntry, Manifest
 from agent_plugin.content.store import DocumentInfo, Store
 from agent_plugin.session.manifests import OutputManifest, fetch_output, list_output_manifests
-from agent_plugin.session.path_rules import PathRules
+from agent_plugin.session.path_rules import JobRules, PathRules
 from agent_plugin.session.sync_checkpoint import Advance, Checkpoint, mark_of
 from agent_plugin.transfer.conflicts import Conflict, settle
 from agent_plugin.transfer.context import TransferContext
@@ -67,7 +67,7 @@ class SyncedJob(msgspec.Struct, rename="camel"):
     Attributes:
         state: `synced`; `failed`: not all could be brought, and the next sync tries again;
             `given-up`: there is nothing but what was given up; `skipped`: nobody can say where its
-            files belong.
+            files belong, until there are rules.
         manifests: How many were new.
         given_up: How many were not brought in MAX_TRIES syncs; no sync tries again unless the job
             is named.
@@ -75,7 +75,7 @@ class SyncedJob(msgspec.Struct, rename="camel"):
         bytes_fetched: Of these, what came from the store.
         left: Files that were not placed because something stands at their path.
         copies: Whole paths of files that were placed under another name.
-        unmapped_files: Files that no rule maps.
+        unmapped_files: Files that no rule maps. They come when other rules do.
         unmapped: Some of their paths, as the job has them.
         roots: The directories of this host that its files are below.
         reason: Why it is not synced.
@@ -118,8 +118,8 @@ class SyncResult(msgspec.Struct, rename="camel"):
     seconds: float
 
 
-# Returns the rules for a job's outputs, or a sentence why there are none.
-RulesFor = Callable[[str], PathRules | str]
+# Returns the rules for a job's outputs; told the profile of its submitter, if that is known.
+RulesFor = Callable[[str, str | None], JobRules]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +152,7 @@ class _Job:
         files: By manifest, and by the directory they go below, the files that are the newest of
             their path.
         broken: The keys of manifests that are of no use.
+        unplaced: The keys of manifests of which a file has no place here.
         failure: Why something can not be brought.
     """
 
@@ -159,6 +160,7 @@ class _Job:
     told: SyncedJob
     files: dict[str, dict[Path, list[FileEntry]]] = field(default_factory=dict)
     broken: set[str] = field(default_factory=set)
+    unplaced: set[str] = field(default_factory=set)
     failure: PropmasterError | None = None
 
     @property
@@ -231,6 +233,7 @@ class _Sync:
         self._context = context
         self._checkpoint = checkpoint
         self._request = request
+        self._found_rules: dict[str, JobRules] = {}
         self._rules: dict[str, PathRules] = {}
         self.jobs: dict[str, _Job] = {}
 
@@ -254,11 +257,14 @@ class _Sync:
         checkpoint = self._checkpoint
         for job_id, infos in listed.items():
             named = job_id in self._request.job_ids
+            placeable = self._placeable(job_id, named=named)
             new, given_up = {}, 0
             for info in infos:
                 mark = mark_of(info)
-                wanted = named or info.last_modified >= checkpoint.header.since
-                if not wanted or checkpoint.has(job_id, mark):
+                if checkpoint.has(job_id, mark):
+                    if mark not in placeable:
+                        continue
+                elif not (named or info.last_modified >= checkpoint.header.since):
                     continue
                 if not named and checkpoint.tries(job_id, mark) >= MAX_TRIES:
                     given_up += 1
@@ -271,21 +277,40 @@ class _Sync:
                     told.state = "given-up"
                     told.reason = f"{MAX_TRIES} syncs have failed; name the job to try it again"
 
+    def _placeable(self, job_id: str, *, named: bool) -> set[str]:
+        """Return the manifests of which a file had no place, and may have one by now."""
+        unplaced = self._checkpoint.unplaced(job_id)
+        if named or not unplaced:
+            return {*unplaced}
+        try:
+            mark = self._rules_of(job_id).mark
+        except InputError:
+            # Of a job or profile that the farm has forgotten: as it was.
+            return set()
+        return {each for each, then in unplaced.items() if then != mark}
+
+    def _rules_of(self, job_id: str) -> JobRules:
+        if job_id not in self._found_rules:
+            known = self._checkpoint.profile(job_id)
+            self._found_rules[job_id] = self._request.rules_for(job_id, known)
+        return self._found_rules[job_id]
+
     def _map(self) -> None:
         """Find out where the jobs' files belong."""
         for job_id, job in self.jobs.items():
             if not job.infos:
                 continue
             try:
-                rules = self._request.rules_for(job_id)
+                found = self._rules_of(job_id)
             except InputError as error:
                 job.broken.update(job.infos)
                 job.fail(error)
                 continue
-            if isinstance(rules, PathRules):
-                self._rules[job_id] = rules
+            if found.rules is not None:
+                self._rules[job_id] = found.rules
             else:
-                job.told.state, job.told.reason = "skipped", rules
+                job.told.state, job.told.reason = "skipped", found.reason
+                job.unplaced.update(job.infos)
 
     def _fetched(self, listed: dict[str, list[DocumentInfo]]) -> list[tuple[str, OutputManifest]]:
         """Return all manifests that have a say in what is the newest of a path, in their order."""
@@ -314,8 +339,7 @@ class _Sync:
             return False
         if job_id not in self._rules and job_id not in self.jobs:
             with suppress(InputError):
-                rules = self._request.rules_for(job_id)
-                if isinstance(rules, PathRules):
+                if (rules := self._rules_of(job_id).rules) is not None:
                     self._rules[job_id] = rules
         return job_id in self._rules
 
@@ -349,6 +373,7 @@ class _Sync:
                 same = path == entry.path
                 yield root, entry if same else msgspec.structs.replace(entry, path=path)
             elif job is not None:
+                job.unplaced.add(output.key)
                 job.told.unmapped_files += 1
                 if len(job.told.unmapped) < SHOWN_PATHS:
                     job.told.unmapped.append(f"{output.root_path}: {entry.path}")
@@ -365,7 +390,13 @@ class _Sync:
         if self._request.dry_run or not job.infos:
             return
         if done:
-            self._checkpoint.advance(Advance(job_id, taken=job.marks(sorted(done))))
+            step = Advance(job_id, taken=job.marks(sorted(done)))
+            if unplaced := sorted(done & job.unplaced):
+                by = self._rules_of(job_id)
+                step = msgspec.structs.replace(
+                    step, unplaced=job.marks(unplaced), rules=by.mark, profile=by.profile
+                )
+            self._checkpoint.advance(step)
         by_tries: dict[int, list[str]] = {}
         for mark in job.marks(sorted(job.infos.keys() - done)):
             tries = min(self._checkpoint.tries(job_id, mark) + 1, MAX_TRIES)

@@ -61,12 +61,18 @@ class Advance(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields
         taken: Marks of manifests whose files are in place, or are not wanted.
         failed: Marks of manifests whose files could not be brought.
         tries: How often that was tried.
+        unplaced: Marks of taken ones of which a file had no place on this host.
+        rules: The mark of the rules by which it had none; empty: there were no rules.
+        profile: The storage profile of whoever submitted the job; None if nobody asked.
     """
 
     job_id: str
     taken: list[str] = []
     failed: list[str] = []
     tries: int = 0
+    unplaced: list[str] = []
+    rules: str = ""
+    profile: str | None = None
 
 
 def mark_of(info: DocumentInfo) -> str:
@@ -89,6 +95,8 @@ class Checkpoint:
         self._path = path
         self._taken: dict[str, set[str]] = {}
         self._tries: dict[str, dict[str, int]] = {}
+        self._unplaced: dict[str, dict[str, str]] = {}
+        self._profiles: dict[str, str] = {}
 
     def has(self, job_id: str, mark: str) -> bool:
         """Whether a manifest's files were brought."""
@@ -97,6 +105,14 @@ class Checkpoint:
     def tries(self, job_id: str, mark: str) -> int:
         """Return in how many syncs a manifest's files could not be brought."""
         return self._tries.get(job_id, {}).get(mark, 0)
+
+    def unplaced(self, job_id: str) -> dict[str, str]:
+        """Return the manifests of which a file had no place, with the mark of the rules then."""
+        return self._unplaced.get(job_id, {})
+
+    def profile(self, job_id: str) -> str | None:
+        """Return the storage profile of whoever submitted a job, as far as it is known."""
+        return self._profiles.get(job_id)
 
     def advance(self, step: Advance) -> None:
         """Remember a step forward; on return it is on the disk.
@@ -126,9 +142,14 @@ class Checkpoint:
         """Take a step that is on the disk."""
         self._taken.setdefault(step.job_id, set()).update(step.taken)
         tries = self._tries.setdefault(step.job_id, {})
+        unplaced = self._unplaced.setdefault(step.job_id, {})
         for mark in step.taken:
             tries.pop(mark, None)
+            unplaced.pop(mark, None)
         tries.update(dict.fromkeys(step.failed, step.tries))
+        unplaced.update(dict.fromkeys(step.unplaced, step.rules))
+        if step.profile is not None:
+            self._profiles[step.job_id] = step.profile
 
     def compact(self, listed: dict[str, set[str]], *, whole: bool) -> None:
         """Write the journal anew, without manifests that the store has no longer.
@@ -143,9 +164,11 @@ class Checkpoint:
         for job_id in [*self._taken]:
             if not whole and job_id not in listed:
                 continue
-            self._taken[job_id] &= listed.get(job_id, set())
-            tries = self._tries.get(job_id, {})
-            self._tries[job_id] = {m: n for m, n in tries.items() if m in listed.get(job_id, ())}
+            marks = listed.get(job_id, set())
+            self._taken[job_id] &= marks
+            tries, unplaced = self._tries[job_id], self._unplaced[job_id]
+            self._tries[job_id] = {mark: tries[mark] for mark in tries.keys() & marks}
+            self._unplaced[job_id] = {mark: unplaced[mark] for mark in unplaced.keys() & marks}
         self.write()
 
     def write(self) -> None:
@@ -173,12 +196,16 @@ class Checkpoint:
 
     def _lines(self) -> Iterator[Advance]:
         for job_id in sorted(self._taken):
-            tries = self._tries.get(job_id, {})
+            tries, unplaced = self._tries[job_id], self._unplaced[job_id]
             if taken := self._taken[job_id]:
                 yield Advance(job_id, sorted(taken))
             for number in sorted(set(tries.values())):
                 failed = sorted(mark for mark, tried in tries.items() if tried == number)
                 yield Advance(job_id, failed=failed, tries=number)
+            profile = self._profiles.get(job_id)
+            for rules in sorted(set(unplaced.values())):
+                marks = sorted(mark for mark, by in unplaced.items() if by == rules)
+                yield Advance(job_id, unplaced=marks, rules=rules, profile=profile)
 
 
 @contextmanager

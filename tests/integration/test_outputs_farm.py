@@ -136,7 +136,43 @@ def test_storage_profiles_map_each_jobs_paths(farm: Farm) -> None:
     assert "no file system location in common" in told[jobs["strange"].job_id]["reason"]
     assert "no storage profile" in told[jobs["none"].job_id]["reason"]
     assert told[jobs["none"].job_id]["state"] == "skipped"
-    assert farm.sync("--storage-profile-id", OURS)["jobs"] == []
+
+
+def test_what_had_no_place_comes_when_a_profile_gives_it_one_and_is_told_when_named(
+    farm: Farm,
+) -> None:
+    """Seen to fail when what was skipped counts as brought, and when it is asked for each time."""
+    jobs = {
+        "elsewhere": farm.work.job("/mnt/other", 1, profile=LINUX),
+        "strange": farm.work.job("/mnt/c", 1, profile=STRANGE),
+        "none": farm.work.job("/mnt/show/d", 1),
+    }
+    farm.work.work({job.job_id: [{f"d/{name}": name.encode()}] for name, job in jobs.items()})
+    profile_of_this_host = ("--storage-profile-id", OURS)
+    assert farm.sync(*profile_of_this_host, *ALL)["files"] == 0
+
+    asked = len(farm.operations)
+    assert farm.sync(*profile_of_this_host)["jobs"] == []
+    # Whose profile is known is not asked for again.
+    assert [each for each in jobs.values() if each.job_id in farm.operations[asked:]] == []
+    again = farm.sync(*profile_of_this_host, jobs["none"].job_id, jobs["strange"].job_id)
+    assert {job["jobId"]: job["state"] for job in again["jobs"]} == {
+        jobs["none"].job_id: "skipped",
+        jobs["strange"].job_id: "skipped",
+    }
+
+    farm.service.storage_profiles = {
+        **farm.service.storage_profiles,
+        OURS: profile("linux", Other=str(farm.here / "other"), Nothing=str(farm.here / "n")),
+    }
+    came = farm.sync(*profile_of_this_host)
+
+    assert {job["jobId"] for job in came["jobs"]} == {
+        jobs["elsewhere"].job_id,
+        jobs["strange"].job_id,
+    }
+    assert contents(farm.here) == {"other/d/elsewhere": b"elsewhere", "n/c/d/strange": b"strange"}
+    assert farm.sync(*profile_of_this_host)["jobs"] == []
 
 
 def test_a_profile_or_queue_that_the_farm_does_not_know_is_told(farm: Farm) -> None:

@@ -23,7 +23,8 @@ from agent_plugin.content.errors import (
     TransferStateError,
     UnsafePathError,
 )
-from agent_plugin.session.path_rules import read_rules
+from agent_plugin.session.job import PathMappingRule
+from agent_plugin.session.path_rules import PathRules, checked_rules, read_rules
 from tests.servers.hooks import FARM, QUEUE
 from tests.servers.render_queue import MTIME_NS, RenderQueue, job_id
 from tests.servers.s3_server import S3Server
@@ -538,6 +539,36 @@ def test_rules_map_roots_of_other_hosts_and_what_none_maps_is_told(queue: Render
     unmapped = told[job_id(2)]
     assert (unmapped["unmappedFiles"], unmapped["unmapped"]) == (1, ["/elsewhere/show: c.exr"])
     assert told[job_id(3)]["roots"] == [str(home / "mnt"), str(home / "textures")]
+
+
+def test_what_no_rule_maps_comes_when_one_does_and_nothing_else_comes_back(
+    queue: RenderQueue,
+) -> None:
+    """Seen to fail when what has no place counts as brought."""
+    home = queue.directory / "here"
+    shown = PathRules(checked_rules([PathMappingRule("posix", "/show", str(home / "show"))]))
+    both = PathRules(
+        checked_rules(
+            [
+                PathMappingRule("posix", "/show", str(home / "show")),
+                PathMappingRule("posix", "/more", str(home / "more")),
+            ]
+        )
+    )
+    queue.render(1, {"a": b"1"}, root="/show")
+    queue.render(1, {"b": b"2"}, root="/more", task=1)
+    assert queue.sync(rules=shown).of(1).unmapped_files == 1
+    assert contents(home) == {"show/a": b"1"}
+    (home / "show/a").unlink()
+
+    assert queue.sync(rules=shown).jobs == {}
+    named = queue.sync(job_id(1), rules=shown).of(1)
+    assert (named.state, named.files, named.unmapped_files) == ("synced", 0, 1)
+    assert queue.sync(rules=both).of(1).files == 1
+    # What its user took away was brought.
+    assert contents(home) == {"more/b": b"2"}
+    assert queue.sync(rules=both).jobs == {}
+    assert queue.sync(rules=shown).jobs == {}
 
 
 def _rule(path_format: str, source: str, destination: Path) -> dict[str, str]:

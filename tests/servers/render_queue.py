@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from agent_plugin.content.errors import PropmasterError
-from agent_plugin.session.path_rules import PathRules
+from agent_plugin.session.path_rules import JobRules, PathRules
 from agent_plugin.session.state import FinishResult
 from agent_plugin.session.sync import SyncedJob, SyncRequest, SyncResult, sync
 from agent_plugin.session.sync_checkpoint import VERSION, Header, open_checkpoint
@@ -101,7 +101,7 @@ class RenderQueue:
         request = SyncRequest(
             farm_id=FARM,
             queue_id=QUEUE,
-            rules_for=lambda _job_id: rules or PathRules(None),
+            rules_for=lambda _job_id, _known: JobRules(rules or PathRules(None)),
             job_ids=job_ids,
             conflict=Conflict(conflict),
             dry_run=dry_run,
