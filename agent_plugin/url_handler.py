@@ -3,7 +3,11 @@
 Two files say it: a desktop entry, and a line for each scheme in `mimeapps.list`, where a user's
 other choices are, too. That file is changed line by line, and every other byte stays. What stood
 there before is kept in a record of ours, so that uninstalling brings it back: to the byte if nobody
-has changed the file since, else line by line.
+has changed the file since, else line by line. A record that can not be read is set aside when
+propmaster goes: our names are taken out of the lines then, behind which the others' still stand.
+
+One process at a time changes these files, by a lock on the user's home directory, which is there
+before anything of ours is and stays when all of it has gone. Other programs know of no lock.
 
 No desktop session is needed, and none is told: desktops look at these files by themselves. The
 index of handlers is made anew by `update-desktop-database`, where there is one.
@@ -12,7 +16,7 @@ Sources: https://specifications.freedesktop.org/mime-apps-spec/latest/ and
 https://specifications.freedesktop.org/desktop-entry-spec/latest/
 """
 
-import base64
+import fcntl
 import os
 import re
 import secrets
@@ -20,35 +24,35 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, Self
 
 import msgspec
 
+from agent_plugin.content.blob_cache_leases import lock_within
 from agent_plugin.content.errors import (
     LocalReadError,
     LocalWriteError,
-    SettingsInvalidError,
     local_write_error,
 )
+from agent_plugin.desktop_entry import command_of, entry_of, is_ours, kind_of
 from agent_plugin.mime_apps import Defaults
-from agent_plugin.session.download_url import SCHEMES
+from agent_plugin.session.download_url import SCHEMES, Scheme
 
 DESKTOP_ID: Final = "propmaster-url.desktop"
-# By which an entry of ours is known, whatever program it names.
-_MARK: Final = "X-Propmaster-Handler=true\n"
 _RECORD: Final = "url-handler.json"
 _UPDATE: Final = "update-desktop-database"
 # What that program makes.
 _INDEX: Final = "mimeinfo.cache"
 _UPDATE_SECONDS: Final = 30.0
+# Another process may be at that.
+_LOCK_SECONDS: Final = 2 * _UPDATE_SECONDS
 _MAX_BYTES: Final = 4 * 1024 * 1024
-# https://specifications.freedesktop.org/desktop-entry-spec/latest/exec-variables.html
-_QUOTED: Final = re.compile(r'(["`$\\])')
-_PLAIN: Final = re.compile(r"[A-Za-z0-9_./+:@,-]+")
+# A list as it was and as it was written, in base64.
+_MAX_RECORD_BYTES: Final = 3 * _MAX_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +63,14 @@ class Desktop:
         applications: The directory of desktop entries.
         defaults: `mimeapps.list`.
         records: The directory of our record.
+        home: What is locked; above all of them, or the next directory that there is.
         overriding: Lists that the desktops of this session prefer to `defaults`.
     """
 
     applications: Path
     defaults: Path
     records: Path
+    home: Path
     overriding: tuple[Path, ...] = ()
 
     @classmethod
@@ -79,7 +85,10 @@ class Desktop:
             for name in desktops
             if re.fullmatch(r"[a-z0-9-]+", name)
         )
-        return cls(data / "applications", config / "mimeapps.list", data / "propmaster", overriding)
+        return cls(
+            *(data / "applications", config / "mimeapps.list", data / "propmaster", home),
+            overriding=overriding,
+        )
 
     @classmethod
     def of_system(cls, root: Path = Path("/")) -> Self:
@@ -88,12 +97,18 @@ class Desktop:
             root / "usr/local/share/applications",
             root / "etc/xdg/mimeapps.list",
             root / "var/lib/propmaster",
+            root,
         )
 
     @property
     def entry(self) -> Path:
         """Our desktop entry."""
         return self.applications / DESKTOP_ID
+
+    @property
+    def record(self) -> Path:
+        """What was there before."""
+        return self.records / _RECORD
 
 
 class HandlerStatus(msgspec.Struct, rename="camel"):
@@ -106,6 +121,7 @@ class HandlerStatus(msgspec.Struct, rename="camel"):
         defaults: By scheme the desktop entry that comes first, empty without one.
         before: By scheme what came first before the installation.
         overridden_by: A list that this session's desktop prefers, and that names another.
+        damage: Why it is not known what was there before, and what to do; empty if it is.
     """
 
     state: Literal["installed", "incomplete", "absent"]
@@ -115,22 +131,27 @@ class HandlerStatus(msgspec.Struct, rename="camel"):
     defaults: dict[str, str]
     before: dict[str, str]
     overridden_by: str = ""
+    damage: str = ""
 
 
 class _Record(msgspec.Struct, forbid_unknown_fields=True, rename="camel"):
     """What was there before.
 
     Attributes:
-        mimeapps: The file's bytes, base64; None when there was no file.
-        written: The bytes that were written in their place, base64.
+        mimeapps: The file's bytes (in JSON as base64); None when there was no file.
+        written: The bytes that were written in their place.
         schemes: Those that were set.
         made: Directories that were made, the outermost first.
     """
 
-    mimeapps: str | None
-    written: str
-    schemes: list[str]
+    mimeapps: bytes | None
+    written: bytes
+    schemes: list[Literal["deadline", "propmaster"]]
     made: list[str] = []
+
+
+class _DamagedError(Exception):
+    """The record can not be read; says why."""
 
 
 def command_line() -> list[str]:
@@ -141,7 +162,7 @@ def command_line() -> list[str]:
     return [sys.executable, "-m", "agent_plugin"]
 
 
-def install(desktop: Desktop, schemes: Sequence[str], command: Sequence[str]) -> HandlerStatus:
+def install(desktop: Desktop, schemes: Sequence[Scheme], command: Sequence[str]) -> HandlerStatus:
     """Make propmaster open URLs of the schemes; what is so already stays.
 
     Args:
@@ -152,21 +173,35 @@ def install(desktop: Desktop, schemes: Sequence[str], command: Sequence[str]) ->
     Raises:
         SettingsInvalidError: The command can not stand in a desktop entry.
         LocalReadError: A file can not be read, or another program has our entry's name.
-        NoSpaceError, LocalWriteError: A file can not be written.
+        NoSpaceError, LocalWriteError: A file can not be written, or another process changes them.
     """
+    with _locked(desktop):
+        _install(desktop, schemes, command)
+        return status(desktop)
+
+
+def _install(desktop: Desktop, schemes: Sequence[Scheme], command: Sequence[str]) -> None:
     found = _read(desktop.entry)
-    if found is not None and _MARK.encode() not in found:
+    if found is not None and not is_ours(found):
         raise LocalReadError(
             f"{desktop.entry} is another program's",
             hint="see who made it, and move it out of the way",
         )
-    record, current = _read_record(desktop), _read(desktop.defaults)
+    try:
+        record = _read_record(desktop)
+    except _DamagedError as error:
+        raise LocalReadError(
+            f"{desktop.record} can not be read: {error}",
+            hint="`propmaster url-handler uninstall` takes propmaster out all the same, and says"
+            " what it can not bring back; install it anew then",
+        ) from error
+    current = _read(desktop.defaults)
     if record is not None:
         schemes = list(dict.fromkeys([*record.schemes, *schemes]))
-    text = _entry(command, schemes)
+    text = entry_of(command, schemes)
     wanted = current or b""
     for scheme in schemes:
-        wanted = Defaults(wanted).preferring(_kind(scheme), DESKTOP_ID)
+        wanted = Defaults(wanted).preferring(kind_of(scheme), DESKTOP_ID)
     # What is to be brought back is told before anything is changed.
     made = [
         os.fspath(at)
@@ -179,7 +214,7 @@ def install(desktop: Desktop, schemes: Sequence[str], command: Sequence[str]) ->
         original = current if record is None else _undone(current, record)
         known = record.made if record else []
         directories = [*dict.fromkeys([*known, *made])]
-        new = _Record(_pack(original), _packed(wanted), [*schemes], directories)
+        new = _Record(original, wanted, [*schemes], directories)
         _write_record(desktop, new)
     _make(desktop.applications)
     _make(desktop.defaults.parent)
@@ -188,7 +223,6 @@ def install(desktop: Desktop, schemes: Sequence[str], command: Sequence[str]) ->
         _update(desktop)
     if wanted != (current or b""):
         _replace(desktop.defaults, wanted)
-    return status(desktop)
 
 
 def uninstall(desktop: Desktop) -> HandlerStatus:
@@ -196,9 +230,27 @@ def uninstall(desktop: Desktop) -> HandlerStatus:
 
     Raises:
         LocalReadError: A file can not be read.
-        NoSpaceError, LocalWriteError: A file can not be written or removed.
+        NoSpaceError, LocalWriteError: A file can not be written or removed, or another process
+            changes them.
     """
-    record = _read_record(desktop)
+    with _locked(desktop):
+        damage = _uninstall(desktop)
+        found = status(desktop)
+        found.damage = damage
+        return found
+
+
+def _uninstall(desktop: Desktop) -> str:
+    damage, record = "", None
+    try:
+        record = _read_record(desktop)
+    except _DamagedError as error:
+        aside = desktop.record.with_name(f"{_RECORD}.damaged")
+        damage = (
+            f"{desktop.record} could not be read ({error}), and is {aside} now: what was the"
+            f" default before is what {desktop.defaults} says now; look whether it is what you want"
+        )
+        _rename(desktop.record, aside)
     current = _read(desktop.defaults)
     wanted = _undone(current, record)
     if wanted != current:
@@ -207,12 +259,12 @@ def uninstall(desktop: Desktop) -> HandlerStatus:
         else:
             _replace(desktop.defaults, wanted)
     found = _read(desktop.entry)
-    if found is not None and _MARK.encode() in found:
+    if found is not None and is_ours(found):
         _remove(desktop.entry)
         _update(desktop)
-    _remove(desktop.records / _RECORD)
+    _remove(desktop.record)
     _remove_made(desktop, record.made if record else [])
-    return status(desktop)
+    return damage
 
 
 def status(desktop: Desktop, schemes: Sequence[str] = ()) -> HandlerStatus:
@@ -225,10 +277,14 @@ def status(desktop: Desktop, schemes: Sequence[str] = ()) -> HandlerStatus:
     Raises:
         LocalReadError: A file can not be read.
     """
-    record = _read_record(desktop)
+    damage, record = "", None
+    try:
+        record = _read_record(desktop)
+    except _DamagedError as error:
+        damage = f"{desktop.record} can not be read: {error}"
     schemes = schemes or (record.schemes if record else SCHEMES)
     entry = _read(desktop.entry) or b""
-    ours = _MARK.encode() in entry
+    ours = is_ours(entry)
     defaults = _first(_read(desktop.defaults), schemes)
     overriding = _overriding(desktop, schemes)
     complete = ours and all(default == DESKTOP_ID for default in defaults.values())
@@ -237,88 +293,47 @@ def status(desktop: Desktop, schemes: Sequence[str] = ()) -> HandlerStatus:
         state="installed" if complete and not overriding else "incomplete" if some else "absent",
         desktop_file=os.fspath(desktop.entry),
         mimeapps=os.fspath(desktop.defaults),
-        command=_command_of(entry) if ours else "",
+        command=command_of(entry) if ours else "",
         defaults=defaults,
-        before=_first(_unpack(record.mimeapps), schemes) if record else {},
+        before=_first(record.mimeapps, schemes) if record else {},
         overridden_by=overriding,
+        damage=damage,
     )
 
 
 def _remove_made(desktop: Desktop, made: Sequence[str]) -> None:
     """Remove the directories that were made, unless others have put something there since."""
     index = desktop.applications / _INDEX
-    ours = os.fspath(desktop.applications) in made and desktop.applications.is_dir()
-    if ours and [*desktop.applications.iterdir()] == [index]:
+    is_ours = os.fspath(desktop.applications) in made and desktop.applications.is_dir()
+    if is_ours and [*desktop.applications.iterdir()] == [index]:
         _remove(index)
+    used = {desktop.applications, desktop.defaults.parent, desktop.records}
+    # Whatever the record says: nothing else was ever made.
+    possible = used | {parent for directory in used for parent in directory.parents}
     for directory in [*map(Path, reversed(made)), desktop.records]:
-        with suppress(OSError):
-            directory.rmdir()
+        if directory in possible:
+            with suppress(OSError):
+                directory.rmdir()
 
 
 # --------------------------------------------------------------------------------- what is written
 
 
-def _entry(command: Sequence[str], schemes: Sequence[str]) -> bytes:
-    # The one is forbidden there; with the other GLib looks for the program as it is spelled here.
-    if {"=", "%"} & set(command[0]):
-        raise _unfit(command[0])
-    program = " ".join(map(_exec_word, command))
-    types = "".join(f"x-scheme-handler/{scheme};" for scheme in schemes)
-    text = (
-        "[Desktop Entry]\n"
-        "Type=Application\n"
-        "Name=propmaster: download outputs\n"
-        "Comment=Brings the outputs of a render job to this computer\n"
-        f"Exec={program} handle-url --prompt-when-complete -- %u\n"
-        "Terminal=true\n"
-        "NoDisplay=true\n"
-        f"MimeType={types}\n"
-        f"{_MARK}"
-    )
-    return os.fsencode(text)
-
-
-def _exec_word(word: str) -> str:
-    """Return a word as it stands in an Exec line: quoted, then escaped like any value."""
-    if not word.isprintable():
-        raise _unfit(word)
-    if _PLAIN.fullmatch(word):
-        return word
-    quoted = _QUOTED.sub(r"\\\1", word).replace("%", "%%")
-    return '"' + quoted.replace("\\", "\\\\") + '"'
-
-
-def _unfit(word: str) -> SettingsInvalidError:
-    return SettingsInvalidError(
-        f"{word!r} can not stand in a desktop entry",
-        hint="install propmaster below a path of letters, digits, `.`, `-` and `_`",
-    )
-
-
-def _command_of(entry: bytes) -> str:
-    found = re.search(rb"^Exec=(.*)$", entry, re.MULTILINE)
-    return os.fsdecode(found[1]) if found else ""
-
-
 def _undone(current: bytes | None, record: _Record | None) -> bytes | None:
     """Return `mimeapps.list` as it would be had there been no installation."""
-    if record is not None and current == _unpack(record.written):
-        return _unpack(record.mimeapps)
+    if record is not None and current == record.written:
+        return record.mimeapps
     if current is None:
         return None
-    before = _unpack(record.mimeapps) if record else None
+    before = record.mimeapps if record else None
     for scheme in record.schemes if record else SCHEMES:
-        current = Defaults(current).without(_kind(scheme), DESKTOP_ID, Defaults(before or b""))
+        current = Defaults(current).without(kind_of(scheme), DESKTOP_ID, Defaults(before or b""))
     return current
-
-
-def _kind(scheme: str) -> str:
-    return f"x-scheme-handler/{scheme}"
 
 
 def _first(data: bytes | None, schemes: Sequence[str]) -> dict[str, str]:
     defaults = Defaults(data or b"")
-    return {scheme: defaults.first(_kind(scheme)) for scheme in schemes}
+    return {scheme: defaults.first(kind_of(scheme)) for scheme in schemes}
 
 
 def _overriding(desktop: Desktop, schemes: Sequence[str]) -> str:
@@ -357,19 +372,46 @@ def _directory(environment: Mapping[str, str], name: str, otherwise: Path) -> Pa
     return Path(value) if value.startswith("/") else otherwise
 
 
-def _read(path: Path) -> bytes | None:
+@contextmanager
+def _locked(desktop: Desktop) -> Iterator[None]:
+    """Keep other processes from changing the files meanwhile.
+
+    Raises:
+        LocalWriteError: One of them does not come to its end.
+    """
+    home = next(at for at in (desktop.home, *desktop.home.parents) if at.is_dir())
+    try:
+        fd = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise LocalWriteError(f"{home}: {error.strerror}") from error
+    try:
+        is_ours = True
+        # NFS locks no directory.
+        with suppress(OSError):
+            is_ours = lock_within(fd, fcntl.LOCK_EX, _LOCK_SECONDS)
+        if not is_ours:
+            raise LocalWriteError(
+                f"another process has kept {home} locked for {_LOCK_SECONDS:.0f} s",
+                hint="see whether another `propmaster url-handler` was stopped, with `fuser`",
+            )
+        yield
+    finally:
+        os.close(fd)
+
+
+def _read(path: Path, most_bytes: int = _MAX_BYTES) -> bytes | None:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(fd, "rb") as file:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise LocalReadError(f"{path} is not a regular file", hint="remove it")
-            data = file.read(_MAX_BYTES + 1)
+            data = file.read(most_bytes + 1)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise LocalReadError(f"{path}: {error.strerror}") from error
-    if len(data) > _MAX_BYTES:
-        raise LocalReadError(f"{path} has more than {_MAX_BYTES} bytes", hint="see what it is")
+    if len(data) > most_bytes:
+        raise LocalReadError(f"{path} has more than {most_bytes} bytes", hint="see what it is")
     return data
 
 
@@ -399,6 +441,13 @@ def _remove(path: Path) -> None:
         raise LocalWriteError(f"{path}: {error.strerror}") from error
 
 
+def _rename(path: Path, to: Path) -> None:
+    try:
+        path.replace(to)
+    except OSError as error:
+        raise local_write_error(error, os.fspath(path)) from error
+
+
 def _make(directory: Path, mode: int = 0o755) -> None:
     try:
         directory.mkdir(mode=mode, parents=True, exist_ok=True)
@@ -407,30 +456,14 @@ def _make(directory: Path, mode: int = 0o755) -> None:
 
 
 def _read_record(desktop: Desktop) -> _Record | None:
-    path = desktop.records / _RECORD
-    data = _read(path)
+    data = _read(desktop.record, _MAX_RECORD_BYTES)
     if data is None:
         return None
     try:
         return msgspec.json.decode(data, type=_Record)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise LocalReadError(
-            f"{path} can not be read: {error}",
-            hint="remove it; what was the default before is forgotten with it",
-        ) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _DamagedError(str(error)) from error
 
 
 def _write_record(desktop: Desktop, record: _Record) -> None:
-    _replace(desktop.records / _RECORD, msgspec.json.encode(record) + b"\n", mode=0o600)
-
-
-def _packed(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")
-
-
-def _pack(data: bytes | None) -> str | None:
-    return None if data is None else _packed(data)
-
-
-def _unpack(text: str | None) -> bytes | None:
-    return None if text is None else base64.b64decode(text)
+    _replace(desktop.record, msgspec.json.encode(record) + b"\n", mode=0o600)

@@ -53,10 +53,12 @@ MAY_IMPORT = {
         *("agent_plugin.session.manifests", "agent_plugin.session.roots"),
     ],
     "agent_plugin/farm.py": [*CONTENT, "agent_plugin.schema", "agent_plugin.session"],
+    "agent_plugin/desktop_entry.py": CONTENT,
     "agent_plugin/mime_apps.py": [],
     "agent_plugin/url_handler.py": [
         *CONTENT,
-        *("agent_plugin.mime_apps", "agent_plugin.session.download_url"),
+        *("agent_plugin.desktop_entry", "agent_plugin.mime_apps"),
+        "agent_plugin.session.download_url",
     ],
     "agent_plugin/schema.py": CONTENT,
     "agent_plugin/sizes.py": [],

@@ -5,7 +5,7 @@ import os
 import click
 
 from agent_plugin.cli.options import print_json, say
-from agent_plugin.session.download_url import SCHEMES
+from agent_plugin.session.download_url import SCHEMES, Scheme
 from agent_plugin.url_handler import (
     Desktop,
     HandlerStatus,
@@ -38,7 +38,7 @@ def command() -> None:
 )
 @_system_option
 @_json_option
-def install_command(schemes: tuple[str, ...], system: bool, as_json: bool) -> None:
+def install_command(schemes: tuple[Scheme, ...], system: bool, as_json: bool) -> None:
     """Make propmaster the default for the URLs; all other defaults stay as they are."""
     _tell(install(_desktop(system), schemes or SCHEMES, command_line()), as_json)
 
@@ -76,3 +76,5 @@ def _tell(found: HandlerStatus, as_json: bool) -> None:
         say(f"command: {found.command}")
     if found.overridden_by:
         say(f"overridden by {found.overridden_by}: remove the line there that names the scheme")
+    if found.damage:
+        say(f"damage: {found.damage}")

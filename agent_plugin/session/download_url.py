@@ -8,7 +8,7 @@ each key is checked, and whatever is not known is refused. Nothing of it becomes
 """
 
 import re
-from typing import Final
+from typing import Final, Literal
 from urllib.parse import parse_qsl
 
 import msgspec
@@ -16,9 +16,10 @@ import msgspec
 from agent_plugin.content.errors import JobInvalidError
 from agent_plugin.session.job import IdKind, check_id
 
+Scheme = Literal["deadline", "propmaster"]
 DEADLINE: Final = "deadline"
 PROPMASTER: Final = "propmaster"
-SCHEMES: Final = (DEADLINE, PROPMASTER)
+SCHEMES: Final[tuple[Scheme, ...]] = (DEADLINE, PROPMASTER)
 
 MAX_URL_CHARACTERS: Final = 4096
 _COMMAND: Final = "download-output"

@@ -3,22 +3,24 @@
 What desktops make of the files is asked of their own programs, where this host has them.
 """
 
+import fcntl
 import json
 import os
 import shutil
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from agent_plugin.content.errors import LocalReadError, SettingsInvalidError
+from agent_plugin.content.errors import LocalReadError, LocalWriteError, SettingsInvalidError
+from agent_plugin.session.download_url import SCHEMES
 from agent_plugin.url_handler import DESKTOP_ID, Desktop, install, status, uninstall
 from tests.servers.command import CALL_SECONDS, Command
 
-SCHEMES = ("deadline", "propmaster")
 COMMAND = ["/opt/propmaster/bin/propmaster"]
 THEIRS = (
     b"# mine\r\n[Added Associations]\ntext/html=vim.desktop;\n\n[Default Applications]\n"
@@ -142,6 +144,91 @@ def test_one_scheme_and_then_the_other_and_a_new_program(desktop: Desktop) -> No
     )
     uninstall(desktop)
     assert desktop.defaults.read_bytes() == THEIRS
+
+
+def test_installations_at_once_lose_nothing_of_each_other(desktop: Desktop) -> None:
+    """Seen to fail when they are not kept apart by a lock."""
+    with_their_files(desktop)
+
+    for _ in range(20):
+        with ThreadPoolExecutor(2) as pool:
+            both = [pool.submit(install, desktop, [scheme], COMMAND) for scheme in SCHEMES]
+            assert [each.result().state for each in both] == ["installed", "installed"]
+        assert status(desktop, SCHEMES).state == "installed"
+        assert uninstall(desktop).state == "absent"
+        assert desktop.defaults.read_bytes() == THEIRS
+
+
+def test_a_stopped_installation_is_not_waited_for_for_ever(
+    desktop: Desktop, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent_plugin.url_handler._LOCK_SECONDS", 0.1)
+    stopped = os.open(home, os.O_RDONLY)
+    fcntl.flock(stopped, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(LocalWriteError, match="another process has kept"):
+            install(desktop, SCHEMES, COMMAND)
+        with pytest.raises(LocalWriteError, match="another process has kept"):
+            uninstall(desktop)
+        assert list(home.iterdir()) == []
+    finally:
+        os.close(stopped)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text.replace('"mimeapps":"', '"mimeapps":"!'),
+        lambda text: text.replace('"written":"', '"written":"A'),
+        lambda text: text.replace('"deadline"', '"deadline;evil"'),
+        lambda text: text[:-9],
+        lambda _: "[" * 100_000,
+        lambda _: "\xff",
+        lambda _: "",
+    ],
+)
+def test_a_damaged_record_is_told_and_propmaster_can_go_all_the_same(
+    desktop: Desktop, damage: Any
+) -> None:
+    """By what stands in the list; seen to crash when the base64 in it is damaged."""
+    with_their_files(desktop)
+    install(desktop, SCHEMES, COMMAND)
+    record = desktop.records / "url-handler.json"
+    damaged = damage(record.read_text()).encode("latin-1")
+    record.write_bytes(damaged)
+
+    with pytest.raises(LocalReadError, match=r"url-handler.json can not be read") as refused:
+        install(desktop, SCHEMES, COMMAND)
+    assert "url-handler uninstall" in refused.value.hint
+    told = status(desktop)
+    assert (told.state, told.before) == ("installed", {})
+    assert "url-handler.json can not be read" in told.damage
+    gone = uninstall(desktop)
+
+    assert gone.state == "absent"
+    assert f"{record}.damaged" in gone.damage
+    assert str(desktop.defaults) in gone.damage
+    assert gone.defaults == {"deadline": "deadline.desktop", "propmaster": ""}
+    # The form of the line is what is lost.
+    assert desktop.defaults.read_bytes() == THEIRS
+    assert Path(f"{record}.damaged").read_bytes() == damaged
+    assert install(desktop, SCHEMES, COMMAND).before["deadline"] == "deadline.desktop"
+    assert uninstall(desktop).damage == ""
+
+
+def test_a_record_leads_to_no_directory_but_those_that_are_ours(
+    desktop: Desktop, home: Path
+) -> None:
+    """Seen to fail when each directory of the record is removed."""
+    install(desktop, SCHEMES, COMMAND)
+    (home / "empty").mkdir()
+    record = desktop.records / "url-handler.json"
+    document = json.loads(record.read_text())
+    record.write_text(json.dumps({**document, "made": [*document["made"], str(home / "empty")]}))
+
+    uninstall(desktop)
+
+    assert list(home.iterdir()) == [home / "empty"]
 
 
 def test_an_interrupted_installation_is_gone_after_uninstall(
