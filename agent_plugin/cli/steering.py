@@ -1,32 +1,109 @@
 """What the commands about transfers and those about tasks share: queries, ids, changes."""
 
 import functools
+import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final, ParamSpec, TypeVar
+from typing import Any, Final, TypeVar
 
 import click
+import msgspec
 
-from agent_plugin.cli.options import say
-from agent_plugin.cli.tables import lines, room
+from agent_plugin.cli.options import common_options, print_json, say
+from agent_plugin.cli.tables import lines, room, with_errors
 from agent_plugin.content.errors import PropmasterError, QueryInvalidError, TransferStateError
 from agent_plugin.settings import load
 from agent_plugin.transfer.api import Session
 from agent_plugin.transfer.entities import Found
 from agent_plugin.transfer.find import EVERYWHERE, Scopes
 from agent_plugin.transfer.progress import format_bytes
-from agent_plugin.transfer.query import Place, where
+from agent_plugin.transfer.query import ENTITY_WORDS, Entity, Place, refuse, where
+from agent_plugin.transfer.states import DEFAULT_PRIORITY
 from agent_plugin.transfers import ledger_path, open_session
 
-P = ParamSpec("P")
 R = TypeVar("R")
 
-_WHOLE: Final = re.compile(
-    r"\s*(?:transfer|job|task|artifact|attributes|entitytypes)\s*(?:$|\swhere\b)", re.IGNORECASE
-)
+_WHOLE: Final = re.compile(rf"\s*({'|'.join(ENTITY_WORDS)})\s*(?:$|\swhere\b)", re.IGNORECASE)
+_VOCABULARY: Final = (Entity.ATTRIBUTES, Entity.ENTITYTYPES)
 _BYTES: Final = frozenset({"size", "done"})
+# Of what was changed; there may be a hundred thousand.
+_SAID: Final = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Noun:
+    """What a group of commands finds and steers.
+
+    Attributes:
+        entity: What its queries are about.
+        titles, cells: The table of what was found; see tables.lines.
+        result: Makes the JSON of it.
+        absent: What is said when nothing is found.
+        settable: The states that people may set.
+        change: Changes those with some ids, or that a query finds.
+        name: What one is called.
+    """
+
+    entity: Entity
+    titles: Sequence[str]
+    cells: Callable[[Found], Sequence[str]]
+    result: Callable[[list[Found]], msgspec.Struct]
+    absent: str
+    settable: Collection[str]
+    change: "Callable[[Session, Choice, Change], Changed]"
+    name: Callable[[Found], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a command is to change: by ids, by a query, or both."""
+
+    ids: Sequence[int]
+    condition: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a command is to set, and keys of the metadata."""
+
+    attributes: Mapping[str, Any]
+    metadata: Mapping[str, str]
+
+    @property
+    def only_status(self) -> str | None:
+        """The state, if nothing else is to be set."""
+        alone = len(self.attributes) == 1 and not self.metadata
+        return self.attributes.get("status") if alone else None
+
+    def of(self, found: Found) -> dict[str, Any]:
+        """Return what is to be set of something that has `metadata`; a key without value leaves."""
+        if not self.metadata:
+            return dict(self.attributes)
+        both = {**found["metadata"], **self.metadata}
+        kept = {key: value for key, value in both.items() if key not in self.metadata or value}
+        return {**self.attributes, "metadata": kept}
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """What a command has changed, as it is afterwards, and the ids of what was so already."""
+
+    found: list[Found]
+    already: Collection[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a command is to find, and how much of it."""
+
+    query: Sequence[str]
+    scopes: Scopes
+    limit: int | None
+    skip: int
+    attributes: Sequence[str] | None
 
 
 def reading(config: Path | None) -> Session:
@@ -43,64 +120,155 @@ def writing(config: Path | None) -> Session:
     return open_session(load(config))
 
 
-def find_options(command: Callable[P, R]) -> Callable[P, R]:
-    """Give a command a query, and what says where and how much to find."""
+# ------------------------------------------------------------------------------------- finding
+
+
+def find_help(about: str, examples: Sequence[str], entity: Entity) -> str:
+    """Return the help of a command that finds: what a query is, as much as most need.
+
+    Args:
+        about: What the command does.
+        examples: Queries.
+        entity: What they are about.
+    """
+    # The backspace keeps click from filling the lines of a paragraph.
+    lines_of_examples = "\n".join(f"  {example}" for example in examples)
+    return (
+        f"{about}\n\n\b\nQUERY compares attributes, as in\n{lines_of_examples}\n\n"
+        "By = != < > <= >= IN, CONTAINS and MATCHES, with NOT before each of these words. An"
+        " asterisk stands for anything; a value with blanks needs quotation marks.\n\n"
+        f"\b\nThe attributes are listed by\n"
+        f"  propmaster {entity} find 'attributes WHERE entitytype={entity}'"
+    )
+
+
+def find_options(command: Callable[..., R]) -> Callable[..., R]:
+    """Give a command a query, and what says where and how much to find, as `wanted`."""
 
     @click.argument("query", nargs=-1)
     @click.option("--finished", is_flag=True, help="What ended more than an hour ago.")
-    @click.option("--archived", is_flag=True, help="What ended more than two weeks ago.")
+    @click.option("--archived", is_flag=True, help="What ended two weeks ago, or was deleted.")
     @click.option("--all", "everywhere", is_flag=True, help="Active, finished and archived.")
-    @click.option("--limit", type=click.IntRange(0), help="How many at most.")
-    @click.option("--skip", type=click.IntRange(0), default=0, help="How many to leave out before.")
+    @click.option("--limit", type=click.IntRange(0), metavar="N", help="How many at most.")
     @click.option(
-        "--attributes", metavar="NAME,NAME", help="Only these, of those in docs/PROTOCOL.md."
+        *("--skip",),
+        type=click.IntRange(0),
+        default=0,
+        metavar="N",
+        help="How many to leave out before.",
     )
+    @click.option("--attributes", metavar="NAME,NAME", help="Only these, in this order.")
     @functools.wraps(command)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        return command(*args, **kwargs)
+    def wrapped(
+        *,
+        query: tuple[str, ...],
+        finished: bool,
+        archived: bool,
+        everywhere: bool,
+        limit: int | None,
+        skip: int,
+        attributes: str | None,
+        **more: object,
+    ) -> R:
+        scopes = Scopes(active=not (finished or archived), finished=finished, archived=archived)
+        names = None
+        if attributes is not None:
+            names = [name.strip() for name in attributes.split(",") if name.strip()]
+        wanted = Wanted(query, EVERYWHERE if everywhere else scopes, limit, skip, names)
+        return command(wanted=wanted, **more)
 
     return wrapped
 
 
-def scopes_of(*, finished: bool, archived: bool, everywhere: bool) -> Scopes:
-    """Return where to look."""
-    if everywhere:
-        return EVERYWHERE
-    return Scopes(active=not (finished or archived), finished=finished, archived=archived)
+def print_found(
+    noun: Noun, session: Session, wanted: Wanted, *, as_json: bool, transfer: int | None = None
+) -> None:
+    """Print what a query finds, or which attributes there are.
+
+    Args:
+        noun: What is looked for.
+        session: The host's transfers.
+        wanted: What to find.
+        as_json: Whether as JSON.
+        transfer: Only tasks of this one.
+
+    Raises:
+        QueryInvalidError: With the column in what was typed.
+    """
+    page: dict[str, Any] = {"limit": wanted.limit, "skip": wanted.skip}
+    text = " ".join(wanted.query)
+    entity = _entity_of(text)
+    if entity in _VOCABULARY:
+        found = session.search(text, scopes=Scopes(), attributes=wanted.attributes, **page)
+        if as_json:
+            print_json({str(entity): found})
+        elif found:
+            _print_all(table_of(found, list(found[0])))
+        return
+    names = wanted.attributes
+    found = found_by(
+        session,
+        noun.entity,
+        text,
+        scopes=wanted.scopes,
+        transfer=transfer,
+        attributes=names,
+        **page,
+    )
+    if as_json:
+        print_json(noun.result(found))
+    elif not found:
+        say(noun.absent)
+    elif names is not None:
+        _print_all(table_of(found, names))
+    else:
+        _print_all(with_errors(noun.titles, [noun.cells(each) for each in found], found))
 
 
-def names_of(attributes: str | None) -> list[str] | None:
-    """Return the attributes that were asked for."""
-    if attributes is None:
-        return None
-    return [name.strip() for name in attributes.split(",") if name.strip()]
+def _print_all(made: Iterable[str]) -> None:
+    for line in made:
+        print(line)
+
+
+def _entity_of(text: str) -> Entity | None:
+    """Return what a text is about that is a whole query, and no condition."""
+    whole = _WHOLE.match(text)
+    return None if whole is None else ENTITY_WORDS[whole[1].lower()]
 
 
 def found_by(
     session: Session,
-    noun: str,
-    words: Sequence[str],
+    entity: Entity,
+    text: str,
     **search: Any,  # noqa: ANN401 - Session.search checks them
 ) -> list[Found]:
     """Return what a query on the command line finds.
 
     Args:
         session: The host's transfers.
-        noun: `transfer` or `task`, which need not be said again.
-        words: A condition, or a whole query.
+        entity: What is looked for, which need not be said again.
+        text: A condition, or a whole query, or nothing.
         search: As Session.search has it.
 
     Raises:
         QueryInvalidError: With the column in what was typed.
     """
-    text = " ".join(words)
     if not text.strip():
-        return session.search(noun, **search)
-    if _WHOLE.match(text):
+        return session.search(entity, **search)
+    said = _entity_of(text)
+    if said is not None:
+        if said is not entity and (said, entity) != (Entity.ARTIFACT, Entity.TASK):
+            column = len(text) - len(text.lstrip()) + 1
+            other = Entity.TASK if said is Entity.ARTIFACT else said
+            refuse(
+                f'{entity}s are meant here, and the query is about "{said}"',
+                Place(1, column),
+                hint=f"`propmaster {other}` is about those" if other not in _VOCABULARY else "",
+            )
         return session.search(text, **search)
     try:
         # On a line of its own, where its columns are those of what was typed.
-        return session.search(f"{noun} WHERE\n{text}", **search)
+        return session.search(f"{entity} WHERE\n{text}", **search)
     except QueryInvalidError as error:
         if error.line <= 1:
             raise
@@ -118,22 +286,123 @@ def table_of(found: Sequence[Found], keys: Sequence[str]) -> list[str]:
 
 
 def cell(key: str, value: object) -> str:
-    """Return the value of an attribute for people."""
+    """Return the value of an attribute for people; as queries take it, where that is one line."""
     if value is None:
         return "-"
     if isinstance(value, datetime):
-        return f"{value:%Y-%m-%d %H:%M:%S}"
+        return f"{value:%Y-%m-%d %H:%M:%S}Z"
     if key in _BYTES and isinstance(value, int):
         return format_bytes(value) if value >= 0 else "-"
     if key == "speed":
         return f"{value:.1f} MB/s"
     if isinstance(value, dict) and "path" in value:
         return str(value["path"])
-    return str(value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+# ------------------------------------------------------------------------------------ changing
+
+
+def choice_options(noun: Noun) -> Callable[[Callable[..., R]], Callable[..., R]]:
+    """Give a command ids and --where, as `choice`."""
+
+    def decorate(command: Callable[..., R]) -> Callable[..., R]:
+        metavar = f"{noun.entity.upper()}..."
+        text = f"All {noun.entity}s that it finds among active ones."
+
+        @click.argument("ids", type=int, nargs=-1, metavar=metavar)
+        @click.option("--where", "condition", metavar="QUERY", help=text)
+        @functools.wraps(command)
+        def wrapped(*, ids: tuple[int, ...], condition: str | None, **more: object) -> R:
+            if not ids and condition is None:
+                raise click.UsageError(f"name a {noun.entity} by its id, or several by --where")
+            return command(choice=Choice(ids, condition), **more)
+
+        return wrapped
+
+    return decorate
+
+
+def set_command(noun: Noun, about: str, *options: click.Option) -> click.Command:
+    """Return the command that sets attributes.
+
+    Args:
+        noun: What it changes.
+        about: Its help.
+        options: Further attributes that it can set.
+    """
+
+    @click.option("--status", type=click.Choice(sorted(noun.settable)), help="What it is to do.")
+    @click.option("--priority", metavar="N", help="0 to 1000, higher first; or high, medium, low.")
+    @click.option(
+        *("--metadata",),
+        multiple=True,
+        callback=pairs,
+        metavar="K=V",
+        help="Kept with it; K= removes K.",
+    )
+    @choice_options(noun)
+    @common_options
+    def command(
+        *,
+        choice: Choice,
+        metadata: dict[str, str],
+        as_json: bool,
+        config: Path | None,
+        **given: str | None,
+    ) -> None:
+        attributes = {key: value for key, value in given.items() if value is not None}
+        if not attributes and not metadata:
+            raise click.UsageError("say what is to be set")
+        changed = noun.change(writing(config), choice, Change(attributes, metadata))
+        print_changed(noun, changed, as_json=as_json)
+
+    made = click.command(name="set", help=about)(command)
+    # After --status and --priority.
+    made.params[2:2] = options
+    return made
+
+
+def steering_command(noun: Noun, name: str, status: str, about: str) -> click.Command:
+    """Return a command that sets one status.
+
+    Args:
+        noun: What it changes.
+        name: Of the command.
+        status: What is set.
+        about: Its help.
+    """
+
+    @click.command(name=name, help=about)
+    @choice_options(noun)
+    @common_options
+    def command(*, choice: Choice, as_json: bool, config: Path | None) -> None:
+        changed = noun.change(writing(config), choice, Change({"status": status}, {}))
+        print_changed(noun, changed, as_json=as_json)
+
+    return command
+
+
+def print_changed(noun: Noun, changed: Changed, *, as_json: bool) -> None:
+    """Print what was changed, as it is afterwards."""
+    if as_json:
+        print_json(noun.result(changed.found))
+        return
+    for each in changed.found[:_SAID]:
+        was, so = ("was", " already") if each["id"] in changed.already else ("is", "")
+        say(f"{noun.name(each)} {was} {each['status']}{so}{_priority(each)}")
+    if len(changed.found) > _SAID:
+        say(f"and {len(changed.found) - _SAID} more")
+    if not changed.found:
+        say(f"no {noun.entity} was found; --where looks among active ones")
+
+
+def _priority(each: Found) -> str:
+    return "" if each["priority"] == DEFAULT_PRIORITY else f", priority {each['priority']}"
 
 
 def each_of(ids: Iterable[int], change: Callable[[int], Found]) -> list[Found]:
-    """Change several things one after the other, and tell at the end if one could not be.
+    """Change several transfers one after the other, and tell at the end if one could not be.
 
     Raises:
         PropmasterError: What the first one that could not be changed was refused for.
@@ -164,24 +433,14 @@ def pairs(_ctx: click.Context, _param: click.Parameter, given: Sequence[str]) ->
     return found
 
 
-def merged(old: Mapping[str, Any], new: Mapping[str, str]) -> dict[str, Any]:
-    """Return metadata with some keys set anew; an empty value removes its key."""
-    both = {**old, **new}
-    return {key: value for key, value in both.items() if key not in new or value}
-
-
-def chosen(session: Session, ids: Sequence[int], condition: str | None) -> list[int]:
-    """Return the ids of the transfers that a command is about: those given, and those found.
-
-    Raises:
-        click.UsageError: Neither was given.
-    """
-    if condition is None:
-        if not ids:
-            raise click.UsageError("name a transfer by its id, or several by --where")
-        return list(dict.fromkeys(ids))
-    found = found_by(session, "transfer", [condition], scopes=Scopes(), attributes=["id"])
-    return list(dict.fromkeys([*ids, *(each["id"] for each in found)]))
+def chosen(session: Session, choice: Choice) -> list[int]:
+    """Return the ids of the transfers that a command is about: those given, and those found."""
+    found: list[Found] = []
+    if choice.condition is not None:
+        found = found_by(
+            session, Entity.TRANSFER, choice.condition, scopes=Scopes(), attributes=["id"]
+        )
+    return list(dict.fromkeys([*choice.ids, *(each["id"] for each in found)]))
 
 
 def absent(transfer: int) -> TransferStateError:

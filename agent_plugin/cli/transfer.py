@@ -1,7 +1,6 @@
 """`propmaster transfer`: find, make, carry out and steer what moves bytes on this host."""
 
 from collections import Counter
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,30 +9,32 @@ import msgspec
 
 from agent_plugin.cli.options import common_options, print_json, say
 from agent_plugin.cli.steering import (
+    Change,
+    Changed,
+    Choice,
+    Noun,
+    Wanted,
     absent,
     cell,
     chosen,
     each_of,
+    find_help,
     find_options,
-    found_by,
-    merged,
-    names_of,
-    pairs,
+    print_found,
     reading,
-    scopes_of,
-    table_of,
+    set_command,
+    steering_command,
     writing,
 )
-from agent_plugin.cli.tables import with_errors
 from agent_plugin.cli.transfer_create import create_command, run_command
 from agent_plugin.cli.transfer_watch import watch_command
+from agent_plugin.transfer.api import Session
 from agent_plugin.transfer.entities import DERIVED, Found
 from agent_plugin.transfer.query import Entity
 from agent_plugin.transfer.states import SETTABLE_TRANSFER, TransferStatus, is_so_already
 
-_TITLES: Final = (">ID", "STATUS", ">%", ">SIZE", ">SPEED", ">LEFT", "NAME")
 _FAILED_SHOWN: Final = 10
-_STATUSES: Final = sorted(status.value for status in SETTABLE_TRANSFER)
+_EVENTS_SHOWN: Final = 10
 
 
 class TransfersResult(msgspec.Struct):
@@ -49,58 +50,16 @@ class ShowResult(msgspec.Struct):
         transfer: The transfer.
         tasks: By status, how many.
         failed: Tasks that failed, some of them.
+        events: What people have changed, the last of it or all.
     """
 
     transfer: Found
     tasks: dict[str, int]
     failed: list[Found]
+    events: list[Found]
 
 
-@click.group(name="transfer")
-def command() -> None:
-    """Look at and steer what moves bytes on this host: session inputs, outputs, copies.
-
-    A QUERY is a condition such as  status=failed AND size>1GB  (docs/PROTOCOL.md, Queries).
-    """
-
-
-@command.command(name="find")
-@find_options
-@common_options
-def find_command(
-    query: tuple[str, ...],
-    finished: bool,
-    archived: bool,
-    everywhere: bool,
-    limit: int | None,
-    skip: int,
-    attributes: str | None,
-    as_json: bool,
-    config: Path | None,
-) -> None:
-    """List transfers, those that QUERY finds, or all that are active."""
-    scopes = scopes_of(finished=finished, archived=archived, everywhere=everywhere)
-    names = names_of(attributes)
-    found = found_by(
-        reading(config),
-        "transfer",
-        query,
-        scopes=scopes,
-        attributes=names,
-        limit=limit,
-        skip=skip,
-    )
-    if as_json:
-        print_json(TransfersResult(found))
-    elif not found:
-        say("no transfer was found; `--all` looks at finished and archived ones as well")
-    elif names is not None:
-        _say_all(table_of(found, names))
-    else:
-        _say_all(with_errors(_TITLES, [transfer_cells(each) for each in found], found))
-
-
-def transfer_cells(each: Found) -> list[str]:
+def _cells(each: Found) -> list[str]:
     """Return a transfer as the cells of a row: how far, how large, how fast, how long still."""
     running = each["status"] == "running"
     return [
@@ -114,90 +73,121 @@ def transfer_cells(each: Found) -> list[str]:
     ]
 
 
+def _change(session: Session, choice: Choice, change: Change) -> Changed:
+    """Change transfers, one after the other."""
+    already: set[int] = set()
+
+    def set_one(transfer: int) -> Found:
+        before = session.get("transfer", transfer, ["status", "metadata"])
+        if before is None:
+            raise absent(transfer)
+        wish = change.only_status
+        if wish and is_so_already(TransferStatus(before["status"]), TransferStatus(wish)):
+            already.add(transfer)
+        return session.update("transfer", transfer, change.of(before))
+
+    return Changed(each_of(chosen(session, choice), set_one), already)
+
+
+_TRANSFERS: Final = Noun(
+    entity=Entity.TRANSFER,
+    titles=(">ID", "STATUS", ">%", ">SIZE", ">SPEED", ">LEFT", "NAME"),
+    cells=_cells,
+    result=TransfersResult,
+    absent="no transfer was found; `--all` looks at finished and archived ones as well",
+    settable=[status.value for status in SETTABLE_TRANSFER],
+    change=_change,
+    name=lambda each: f"transfer {each['id']}",
+)
+
+
+@click.group(name="transfer")
+def command() -> None:
+    """Look at and steer what moves bytes on this host: session inputs, outputs, copies.
+
+    A QUERY is a condition such as  status=failed AND size>1GB  (transfer find --help).
+    """
+
+
+_FIND: Final = find_help(
+    "List transfers, those that QUERY finds, or all that are active.",
+    (
+        "status=failed AND size>1GB",
+        "code CONTAINS edit OR metadata.shot IN (sh010, sh020)",
+        "created>-2h AND user NOT IN (anna, bob)",
+    ),
+    Entity.TRANSFER,
+)
+
+
+@command.command(name="find", help=_FIND)
+@find_options
+@common_options
+def find_command(wanted: Wanted, as_json: bool, config: Path | None) -> None:
+    """List transfers."""
+    print_found(_TRANSFERS, reading(config), wanted, as_json=as_json)
+
+
 @command.command(name="show")
 @click.argument("transfer", type=int)
+@click.option("--events", "all_events", is_flag=True, help="All changes, not only the last ten.")
 @common_options
-def show_command(transfer: int, as_json: bool, config: Path | None) -> None:
-    """Show all about one TRANSFER, and what its tasks are doing."""
+def show_command(transfer: int, all_events: bool, as_json: bool, config: Path | None) -> None:
+    """Show all about one TRANSFER.
+
+    And how many of its tasks are doing what, which failed, and what people have changed.
+    """
     session = reading(config)
     found = session.get("transfer", transfer)
     if found is None:
         raise absent(transfer)
     tasks = session.find("task", entityid=transfer, attributes=["status"])
     failed = session.find("task WHERE status=failed", entityid=transfer, limit=_FAILED_SHOWN)
-    result = ShowResult(found, dict(Counter(task["status"] for task in tasks)), failed)
+    events = session.events(transfer)
+    shown = events if all_events else events[-_EVENTS_SHOWN:]
+    counts = dict(Counter(task["status"] for task in tasks))
     if as_json:
-        print_json(result)
+        print_json(ShowResult(found, counts, failed, shown))
         return
     plain = {key: value for key, value in found.items() if key not in DERIVED[Entity.TRANSFER]}
+    if found["status"] != "running":
+        del plain["speed"]
     widest = max(map(len, plain))
     for key, value in plain.items():
         if value not in ("", None, {}):
             say(f"{key:<{widest}}  {cell(key, value)}")
-    counted = ", ".join(f"{number} {status}" for status, number in sorted(result.tasks.items()))
+    counted = ", ".join(f"{number} {status}" for status, number in sorted(counts.items()))
     say(f"{'tasks':<{widest}}  {counted or 'none'}")
     for task in failed:
         say(f"task {task['id']} failed: {cell('source', task['source'])}: {task['error']}")
+    if len(shown) < len(events):
+        say(f"{len(events) - len(shown)} earlier changes: --events")
+    for event in shown:
+        say(_event_line(event))
+
+
+def _event_line(event: dict[str, Any]) -> str:
+    task = "" if event["task"] is None else f"task {event['task']}: "
+    return f"at {cell('time', event['time'])} by {event['who'] or 'nobody'}: {task}{event['what']}"
 
 
 # ------------------------------------------------------------------------------------- steering
 
-
-@command.command(name="set")
-@click.argument("transfer", type=int)
-@click.option("--status", type=click.Choice(_STATUSES), help="What it is to do.")
-@click.option("--priority", metavar="N", help="0 to 1000, higher first; or high, medium, low.")
-@click.option("--destination", metavar="PLACE", help="Where to, while it is pending.")
-@click.option(
-    "--metadata", multiple=True, callback=pairs, metavar="K=V", help="Kept with it; K= removes K."
+_DESTINATION: Final = click.Option(
+    ["--destination"], metavar="PLACE", help="Where to, while it is pending."
 )
-@common_options
-def set_command(
-    transfer: int,
-    status: str | None,
-    priority: str | None,
-    destination: str | None,
-    metadata: dict[str, str],
-    as_json: bool,
-    config: Path | None,
-) -> None:
-    """Change a TRANSFER; whoever carries it out obeys within a second."""
-    session = writing(config)
-    given = {"status": status, "priority": priority, "destination": destination}
-    changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    if metadata:
-        found = session.get("transfer", transfer, ["metadata"])
-        changes["metadata"] = merged(found["metadata"] if found else {}, metadata)
-    _print_changed([session.update("transfer", transfer, changes)], as_json=as_json)
-
-
-def _steering(name: str, status: str, text: str) -> None:
-    """Add a command that sets one status of several transfers."""
-
-    @command.command(name=name, help=text)
-    @click.argument("transfers", type=int, nargs=-1, metavar="TRANSFER...")
-    @click.option("--where", "condition", metavar="QUERY", help="All active ones that it finds.")
-    @common_options
-    def steer(
-        transfers: tuple[int, ...], condition: str | None, as_json: bool, config: Path | None
-    ) -> None:
-        session = writing(config)
-        already: set[int] = set()
-
-        def change(transfer: int) -> Found:
-            before = session.get("transfer", transfer, ["status"])
-            if before and is_so_already(TransferStatus(before["status"]), TransferStatus(status)):
-                already.add(transfer)
-            return session.update("transfer", transfer, {"status": status})
-
-        changed = each_of(chosen(session, transfers, condition), change)
-        _print_changed(changed, as_json=as_json, already=already)
-
-
-_steering("pause", "paused", "Hold transfers; what is under way stops at the next part.")
-_steering("resume", "waiting", "Let transfers go on that are paused or pending.")
-_steering("abort", "aborted", "Stop transfers, and leave nothing half-written behind.")
-_steering("retry", "waiting", "Try again what failed of transfers that have ended.")
+command.add_command(
+    set_command(
+        _TRANSFERS, "Change transfers; whoever carries one out obeys within a second.", _DESTINATION
+    )
+)
+for _name, _status, _about in (
+    ("pause", "paused", "Hold transfers; what is under way stops at the next part."),
+    ("resume", "waiting", "Let transfers go on that are paused or pending."),
+    ("abort", "aborted", "Stop transfers, and leave nothing half-written behind."),
+    ("retry", "waiting", "Try again what failed of transfers that have ended."),
+):
+    command.add_command(steering_command(_TRANSFERS, _name, _status, _about))
 
 
 @command.command(name="delete")
@@ -211,23 +201,12 @@ def delete_command(transfers: tuple[int, ...], as_json: bool, config: Path | Non
         session.delete_one("transfer", transfer)
         return session.get("transfer", transfer) or {}
 
-    _print_changed(each_of(transfers, put_away), as_json=as_json)
-
-
-def _print_changed(changed: list[Found], *, as_json: bool, already: Collection[int] = ()) -> None:
+    put = each_of(transfers, put_away)
     if as_json:
-        print_json(TransfersResult(changed))
+        print_json(TransfersResult(put))
         return
-    for each in changed:
-        if each["id"] in already:
-            say(f"transfer {each['id']} was {each['status']} already")
-        else:
-            say(f"transfer {each['id']} is {each['status']}, priority {each['priority']}")
-
-
-def _say_all(made: list[str]) -> None:
-    for line in made:
-        print(line)
+    for each in put:
+        say(f"transfer {each['id']} is in the archive; it was {each['status']}")
 
 
 command.add_command(create_command)

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 import msgspec
@@ -17,6 +17,12 @@ from agent_plugin.transfer.create import MAX_DOCUMENT_BYTES
 from agent_plugin.transfer.entities import Found
 from agent_plugin.transfer.progress import format_bytes
 from agent_plugin.transfers import open_session, run_copies
+
+_NEXT_STEPS: Final = {
+    "waiting": "run {}",
+    "paused": "resume {}",
+    "pending": "set {} --destination PLACE --status waiting",
+}
 
 
 class CreateResult(msgspec.Struct):
@@ -37,7 +43,7 @@ def _speed(_ctx: click.Context, _param: click.Parameter, text: str | None) -> in
     return size.bytes
 
 
-@click.command(name="create")
+@click.command(name="create", short_help="Make a transfer that copies SOURCE to DESTINATION.")
 @click.argument("source", required=False)
 @click.argument("destination", required=False)
 @click.option("--spec", metavar="JSON|FILE", help="The whole document instead; - is stdin.")
@@ -47,7 +53,12 @@ def _speed(_ctx: click.Context, _param: click.Parameter, text: str | None) -> in
 @click.option("--include", multiple=True, metavar="PATTERN", help="Copy what has such a name.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Do not copy it.")
 @click.option("--ignore-existing", is_flag=True, help="Leave what is at the destination already.")
-@click.option("--speed-limit", callback=_speed, metavar="SIZE", help="A second, such as 10MB.")
+@click.option(
+    *("--speed-limit",),
+    callback=_speed,
+    metavar="SIZE",
+    help="A second, such as 10MB; not of copies within a store.",
+)
 @click.option("--metadata", multiple=True, callback=pairs, metavar="K=V", help="Kept with it.")
 @common_options
 def create_command(
@@ -73,6 +84,8 @@ def create_command(
     """
     if (spec is None) == (source is None):
         raise click.UsageError("give SOURCE and DESTINATION, or --spec")
+    if source is not None and source.lstrip().startswith("{"):
+        raise click.UsageError("a whole document is given by --spec")
     told = {
         "include": include,
         "exclude": exclude,
@@ -97,7 +110,10 @@ def create_command(
     if as_json:
         print_json(CreateResult(made))
         return
-    say(f"transfer {made['id']} is {made['status']}: {made['code']}, {format_bytes(made['size'])}")
+    size = f", {format_bytes(made['size'])}" if made["destination"] else ""
+    say(f"transfer {made['id']} is {made['status']}: {made['code']}{size}")
+    if next_step := _NEXT_STEPS.get(made["status"]):
+        say(f"hint: `propmaster transfer {next_step.format(made['id'])}`", err=True)
 
 
 def _spec(spec: str) -> str | Path:
@@ -125,7 +141,7 @@ class RunResult(msgspec.Struct):
     seconds: float
 
 
-@click.command(name="run")
+@click.command(name="run", short_help="Carry out the copies that wait.")
 @click.argument("transfers", type=int, nargs=-1, metavar="[TRANSFER]...")
 @common_options
 def run_command(transfers: tuple[int, ...], as_json: bool, config: Path | None) -> None:

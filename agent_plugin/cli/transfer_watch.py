@@ -15,7 +15,7 @@ import click
 
 from agent_plugin.cli.options import common_options, escaped, print_json, say
 from agent_plugin.cli.signals import cancel_on_signals
-from agent_plugin.cli.steering import absent, chosen, reading
+from agent_plugin.cli.steering import Choice, absent, chosen, reading
 from agent_plugin.cli.tables import cut
 from agent_plugin.content.errors import CancelledError
 from agent_plugin.transfer.api import Session
@@ -40,6 +40,9 @@ _STYLES: Final = {
     "paused": "yellow",
     "pending": "yellow",
 }
+# Narrower screens show fewer columns, so that a bar has room.
+_WIDE_COLUMNS: Final = 70
+_NARROW_COLUMNS: Final = 50
 _ENDED_BADLY: Final = frozenset({"failed", "aborted"})
 _TROUBLED: Final = "status IN (booting, executing, queued, failed) AND error_code<>''"
 
@@ -74,7 +77,7 @@ def watch_command(
     session = reading(config)
     ids: list[int] | None = None
     if transfers or condition is not None:
-        ids = chosen(session, transfers, condition)
+        ids = chosen(session, Choice(transfers, condition))
     for transfer in transfers:
         if session.get("transfer", transfer, ["id"]) is None:
             raise absent(transfer)
@@ -144,7 +147,7 @@ def _view(*, as_json: bool) -> Iterator[_View]:
 def files_of(counts: dict[str, int]) -> str:
     """Return how many files are in place, and what is with the others."""
     total = sum(number for status, number in counts.items() if status != "excluded")
-    parts = [f"{counts.get('done', 0)} of {total} files"]
+    parts = [f"{counts.get('done', 0)} of {total} file{'s' * (total != 1)}"]
     parts += [
         f"{counts[status]} {words}"
         for status, words in (("failed", "failed"), ("onhold", "on hold"), ("excluded", "excluded"))
@@ -253,20 +256,27 @@ class _Screen:
         from rich.table import Table  # noqa: PLC0415
 
         status, running = each["status"], each["status"] == "running"
+        right = [
+            (5, f"{each['progress']} %"),
+            (19, _short_amount(each)),
+            (10, f"{each['speed']:.1f} MB/s" if running else ""),
+            (8, each["etr"] if running else ""),
+        ]
+        # The time that is left, and how much of it all, say most.
+        for least, dropped in ((_WIDE_COLUMNS, 1), (_NARROW_COLUMNS, -2)):
+            if self._console.width < least:
+                del right[dropped]
         grid = Table.grid(padding=(0, 1), expand=True)
         grid.add_column(width=max(4, len(str(each["id"]))), justify="right", no_wrap=True)
         grid.add_column(width=7, no_wrap=True)
         grid.add_column(ratio=1)
-        for width in (5, 19, 10, 8):
+        for width, _ in right:
             grid.add_column(width=width, justify="right", no_wrap=True)
         grid.add_row(
             str(each["id"]),
             self._text(status, _STYLES.get(status, "")),
             ProgressBar(total=100, completed=each["progress"]),
-            f"{each['progress']} %",
-            _short_amount(each),
-            f"{each['speed']:.1f} MB/s" if running else "",
-            each["etr"] if running else "",
+            *(text for _, text in right),
         )
         return grid
 

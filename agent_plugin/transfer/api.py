@@ -33,7 +33,7 @@ from agent_plugin.transfer.create import (
     task_specs,
 )
 from agent_plugin.transfer.entities import Found
-from agent_plugin.transfer.find import EVERYWHERE, Scopes, Search, count_tasks, find
+from agent_plugin.transfer.find import EVERYWHERE, Scopes, Search, count_tasks, find, find_events
 from agent_plugin.transfer.ledger import Ledger
 from agent_plugin.transfer.query import ENTITY_WORDS, Entity, nearest, parse
 from agent_plugin.transfer.query_attributes import ATTRIBUTES, named
@@ -183,6 +183,18 @@ class Session:
             LocalReadError: The ledger can not be read.
         """
         return count_tasks(self._path, [_number(transfer) for transfer in transfers])
+
+    def events(self, transfer: Id) -> list[Found]:
+        """Return what people have changed of a transfer, oldest first.
+
+        Returns:
+            Dicts of `time`, `task` (its id; None: the transfer itself), `what` (`attribute=value`)
+            and `who` (`uid:name`).
+
+        Raises:
+            LocalReadError: The ledger can not be read.
+        """
+        return find_events(self._path, _number(transfer))
 
     # ---------------------------------------------------------------------------- changing
 
@@ -387,10 +399,20 @@ class Session:
     # ------------------------------------------------------------------------------ inside
 
     def _transfer(self, transfer_id: int) -> Found:
-        found = self.get("transfer", transfer_id)
-        if found is None:
-            raise TransferStateError(f"there is no transfer {transfer_id}")
-        return found
+        """Return a transfer that can be changed."""
+        query = f"transfer WHERE id={transfer_id}"
+        found = self.search(query, scopes=Scopes(active=True, finished=True))
+        if not found and self.search(query, scopes=EVERYWHERE, attributes=["id"]):
+            raise TransferStateError(
+                f"transfer {transfer_id} is in the archive, and can not be changed any more",
+                hint="make a new one",
+            )
+        if not found:
+            raise TransferStateError(
+                f"there is no transfer {transfer_id}",
+                hint="`propmaster transfer find --all` lists those that there are",
+            )
+        return found[0]
 
     def _tasks(self, transfer_id: int, ids: Sequence[int]) -> list[Found]:
         wanted = set(ids)

@@ -8,6 +8,7 @@ import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -23,7 +24,15 @@ from agent_plugin.transfer.entities import (
 from agent_plugin.transfer.ledger_archive import ACTIVE_SECONDS, archive_path
 from agent_plugin.transfer.ledger_file import ARCHIVE, from_sql
 from agent_plugin.transfer.ledger_rows import TRANSFER_COLUMNS
-from agent_plugin.transfer.ledger_view import measure, measure_archive, unpacked, viewed
+from agent_plugin.transfer.ledger_view import (
+    Event,
+    archived_events,
+    events,
+    measure,
+    measure_archive,
+    unpacked,
+    viewed,
+)
 from agent_plugin.transfer.query import ENTITY_WORDS, Entity, Query
 from agent_plugin.transfer.query_attributes import ABOUT, ATTRIBUTES
 from agent_plugin.transfer.query_sql import prepare, translate
@@ -119,6 +128,25 @@ def count_tasks(ledger: Path, transfers: Sequence[int]) -> dict[int, dict[str, i
             )
             counts[transfer] = dict(rows)
     return counts
+
+
+def find_events(ledger: Path, transfer: int) -> list[Found]:
+    """Return what people have changed of a transfer, wherever it is, oldest first.
+
+    Raises:
+        LocalReadError: A file can not be read.
+    """
+    told: list[Event] = []
+    with viewed(ledger) as connection:
+        if connection is not None:
+            told = events(connection, transfer)
+    if not told:
+        with viewed(archive_path(ledger), ARCHIVE) as archive:
+            told = [] if archive is None else archived_events(archive, transfer)
+    return [
+        {"time": datetime.fromtimestamp(moment, UTC), "task": task, "what": what, "who": who}
+        for moment, task, what, who in told
+    ]
 
 
 def _found(ledger: Path, statement: "_Statement") -> Iterator[Found]:

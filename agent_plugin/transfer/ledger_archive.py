@@ -147,11 +147,15 @@ class Archive:
             ).fetchall()
         if found is None:
             return
-        if tasks:
+        # Whoever was killed while it removed them has left only some.
+        rows = {row[0]: row for row in _packed(archive, transfer_id, found[0])}
+        rows.update({row[0]: row for row in tasks})
+        if rows or told:
+            whole = [rows[task_id] for task_id in sorted(rows)]
             with archive.write() as connection:
                 connection.execute(
                     "INSERT OR REPLACE INTO packed VALUES (?, ?, ?, ?)",
-                    (transfer_id, found[0], _pack(tasks), _pack(told)),
+                    (transfer_id, found[0], _pack(whole), _pack(told)),
                 )
         removed = ROWS_REMOVED_AT_ONCE
         while removed == ROWS_REMOVED_AT_ONCE:
@@ -202,17 +206,10 @@ class Archive:
 
     def tasks(self, row: TransferRow) -> list[TaskRow]:
         """Return the tasks of a transfer that were packed; none if there are none."""
-        return [task_row(task) for task in self._packed(row.id, row.created)]
-
-    def _packed(self, transfer_id: int, created: float) -> list[list[Any]]:
         if not self._path.exists():
             return []
-        with self.opened() as archive, archive.read() as connection:
-            found = connection.execute(
-                f"SELECT tasks FROM packed WHERE {_PAIR}",  # noqa: S608 - a constant
-                (transfer_id, created),
-            ).fetchone()
-        return unpack(found[0]) if found is not None else []
+        with self.opened() as archive:
+            return [task_row(task) for task in _packed(archive, row.id, row.created)]
 
     def restore(self, connection: sqlite3.Connection, transfer_id: int) -> None:
         """Bring back, in the caller's transaction on the ledger, the tasks that were packed.
@@ -224,9 +221,10 @@ class Archive:
         status, created = connection.execute(
             "SELECT status, created FROM transfer WHERE id = ?", (transfer_id,)
         ).fetchone()
-        if status != TransferStatus.DONE:
+        if status != TransferStatus.DONE or not self._path.exists():
             return
-        packed = self._packed(transfer_id, created)
+        with self.opened() as archive:
+            packed = _packed(archive, transfer_id, created)
         there = {
             row[0]
             for row in connection.execute("SELECT id FROM task WHERE transfer = ?", (transfer_id,))
@@ -236,6 +234,16 @@ class Archive:
             f"INSERT INTO task ({TASK_COLUMNS}) VALUES ({marks})",  # noqa: S608 - constants
             (row for row in packed if row[0] not in there),
         )
+
+
+def _packed(archive: LedgerFile, transfer_id: int, created: float) -> Sequence[Sequence[Any]]:
+    """Return the rows of a transfer's tasks that were packed; none if there are none."""
+    with archive.read() as connection:
+        found = connection.execute(
+            f"SELECT tasks FROM packed WHERE {_PAIR}",  # noqa: S608 - a constant
+            (transfer_id, created),
+        ).fetchone()
+    return unpack(found[0]) if found is not None else []
 
 
 def _has_ended(connection: sqlite3.Connection, transfer_id: int) -> bool:

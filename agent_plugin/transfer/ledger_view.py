@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from agent_plugin.content.errors import LocalReadError, QueryInvalidError
 from agent_plugin.transfer.ledger_archive import unpack
-from agent_plugin.transfer.ledger_file import BUSY_TIMEOUT_SECONDS, LEDGER, Schema
+from agent_plugin.transfer.ledger_file import BUSY_TIMEOUT_SECONDS, LEDGER, Schema, from_sql
 from agent_plugin.transfer.ledger_rows import TASK_COLUMNS, TRANSFER_COLUMNS, transfer_row
 from agent_plugin.transfer.progress import describe_transfer, percent
 from agent_plugin.transfer.query_sql import prepare
@@ -30,6 +30,8 @@ _OF_THE_QUERY: Final = {
 }
 # What samples of the last minute say of a transfer: MB/s, and seconds that are left if known.
 Pace = tuple[float, float | None]
+# When, of which task (None: of the transfer itself), what, and who.
+Event = tuple[float, int | None, str, str]
 
 
 @contextmanager
@@ -138,8 +140,26 @@ def measure_archive(connection: sqlite3.Connection) -> None:
     _give(connection, {}, maker)
 
 
-def _told(packed: bytes | None) -> list[tuple[float, int | None, str, str]]:
-    return [(row[0], row[2], row[3], row[4]) for row in unpack(packed)] if packed else []
+def events(connection: sqlite3.Connection, transfer_id: int) -> list[Event]:
+    """Return what people have changed of a transfer that is in the ledger, oldest first."""
+    rows = connection.execute(
+        "SELECT time, task, what, who FROM event WHERE transfer = ? ORDER BY id", (transfer_id,)
+    )
+    return [(moment, task, from_sql(what), who) for moment, task, what, who in rows]
+
+
+def archived_events(connection: sqlite3.Connection, transfer_id: int) -> list[Event]:
+    """Return the same of one that is in the archive; of several lives of a ledger, of the last."""
+    packed = connection.execute(
+        "SELECT events FROM packed WHERE transfer = ? ORDER BY created DESC LIMIT 1",
+        (transfer_id,),
+    ).fetchone()
+    return [] if packed is None else _told(packed[0])
+
+
+def _told(packed: bytes | None) -> list[Event]:
+    rows = unpack(packed) if packed else []
+    return [(row[0], row[2], from_sql(row[3]), row[4]) for row in rows]
 
 
 def _paces(connection: sqlite3.Connection, now: float) -> dict[int, Pace]:

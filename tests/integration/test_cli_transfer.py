@@ -207,6 +207,41 @@ def test_t3_find_takes_a_condition_in_several_words_or_a_whole_query(busy: Here)
     assert chosen["created"].endswith("Z")
 
 
+def test_t3_the_attributes_and_entities_are_listed(here: Here) -> None:
+    """Seen to fail when they are printed as transfers are."""
+    query = "attributes WHERE entitytype=task AND update=true"
+    listed = here("transfer", "find", query)["attributes"]
+
+    assert [each["name"] for each in listed] == ["status", "priority", "metadata"]
+    assert here("task", "find", query, "--limit", "1", "--skip", "1")["attributes"] == listed[1:2]
+    text = here.text("task", "find", query).splitlines()
+    assert text[0].split() == ["ENTITYTYPE", "NAME", "TYPE", "CREATE", "UPDATE", "ABOUT"]
+    assert text[1].split()[:5] == ["task", "status", "status", "false", "true"]
+    assert "artifact" in here.text("transfer", "find", "entitytypes")
+
+
+@pytest.mark.parametrize(
+    ("words", "column"),
+    [
+        (("transfer", "pause", "--where", "task where status=queued"), 1),
+        (("transfer", "find", " artifact"), 2),
+        (("transfer", "watch", "--where", "attributes"), 1),
+        (("task", "hold", "--where", "Job where status=waiting"), 1),
+        (("task", "find", "transfer where status=waiting"), 1),
+    ],
+)
+def test_t3_a_query_about_other_things_is_refused_and_changes_nothing(
+    filled: Here, ledger: Ledger, words: tuple[str, ...], column: int
+) -> None:
+    """Seen to fail when any whole query will do: transfers were paused that have tasks' numbers."""
+    before = [ledger.transfer(1), *ledger.tasks(1)]
+
+    with pytest.raises(QueryInvalidError, match=f"column {column}: .*s are meant here"):
+        filled(*words)
+
+    assert [ledger.transfer(1), *ledger.tasks(1)] == before
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -248,6 +283,29 @@ def test_t3_show_tells_all_of_a_transfer(busy: Here) -> None:
     text = busy.text("transfer", "show", "2")
     assert "error_code   E_NOT_FOUND" in text
     assert "source_hr" not in text
+    assert "required     false" in text
+
+
+def test_t14_show_tells_who_changed_what(filled: Here) -> None:
+    """The last ten, or all; also of what is in the archive."""
+    filled("task", "hold", "--where", "job.id=1")
+    for priority in range(11):
+        filled("transfer", "set", "1", "--priority", str(priority))
+    filled("transfer", "abort", "1")
+
+    shown = filled("transfer", "show", "1")["events"]
+    everything = filled("transfer", "show", "1", "--events")["events"]
+
+    assert [each["what"] for each in shown][-2:] == ["priority=10", "status=aborted"]
+    assert (len(shown), shown) == (10, everything[-10:])
+    assert [(each["task"], each["what"]) for each in everything[:3]] == [
+        *((None, "created=waiting"), (1, "status=onhold"), (2, "status=onhold")),
+    ]
+    text = filled.text("transfer", "show", "1")
+    assert f"{len(everything) - 10} earlier changes: --events" in text
+    assert re.search(r"(?m)^at \S+ \S+Z by \d+:\w+: status=aborted$", text)
+    filled("transfer", "delete", "1")
+    assert filled("transfer", "show", "1", "--events")["events"] == everything
 
 
 # --------------------------------------------------------------------------------------- steering
@@ -281,6 +339,29 @@ def test_t5_all_that_a_query_finds_are_steered_and_refusals_are_told(
     assert "error[transfer-state]: there is no transfer 77" in done.stderr
     with pytest.raises(click.UsageError, match="name a transfer by its id"):
         filled("transfer", "pause")
+
+
+def test_t5_several_are_set_at_once_and_nothing_is_no_change(filled: Here) -> None:
+    found = filled("transfer", "set", "--where", "kind<>copy", "3", "--priority", "high")
+    assert [(each["id"], each["priority"]) for each in found["transfers"]] == [
+        *((3, 999), (1, 999), (2, 999)),
+    ]
+    assert filled("transfer", "pause", "--where", "id>100") == {"transfers": []}
+    assert filled.text("transfer", "pause", "--where", "id>100").startswith("no transfer was found")
+    for noun in ("transfer", "task"):
+        with pytest.raises(click.UsageError, match="say what is to be set"):
+            filled(noun, "set", "1")
+        with pytest.raises(click.UsageError, match=f"name a {noun} by its id"):
+            filled(noun, "set", "--priority", "1")
+
+
+def test_t7_what_is_in_the_archive_is_told_and_not_changed(filled: Here) -> None:
+    filled("transfer", "abort", "1")
+    assert "transfer 1 is in the archive" in filled.text("transfer", "delete", "1")
+
+    for words in (("transfer", "resume", "1"), ("transfer", "delete", "1"), ("task", "hold", "1")):
+        with pytest.raises(TransferStateError, match="transfer 1 is in the archive"):
+            filled(*words)
 
 
 def test_t5_metadata_is_set_key_by_key(filled: Here) -> None:
@@ -334,6 +415,8 @@ def test_t10_many_tasks_are_changed_as_few_are(
 
     assert len(opened) == few
     assert [task["status"] for task in held] == ["onhold"] * 400
+    said = filled.text("task", "retry", "--where", f"job.id={many}").splitlines()
+    assert (len(said), said[-1]) == (21, "and 380 more")
 
 
 # ------------------------------------------------------------------------------------------ watch
@@ -371,7 +454,7 @@ def test_t12_watch_ends_when_what_was_named_has_ended_and_says_how(
 
 
 @pytest.mark.usefixtures("busy")
-@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("columns", [40, 60, 80, 120])
 def test_t12_watch_draws_a_picture_that_fits_and_leaves_on_ctrl_c(
     command: Command, columns: int
 ) -> None:
@@ -385,11 +468,13 @@ def test_t12_watch_draws_a_picture_that_fits_and_leaves_on_ctrl_c(
         *(["1", "running"], ["3", "pending"], ["2", "failed"]),
     ]
     assert "62 %" in picture[0]
-    assert "2.5 / 4.0 MB" in picture[0]
-    assert picture[1].startswith("      2 of 4 files  sync-in s3://")
+    assert re.search(r"━  +62 %.* 0:00:\d\d$", picture[0]), "whole, whatever the room"
+    assert ("2.5 / 4.0 MB" in picture[0]) == (columns >= 70)
+    assert ("0.1 MB/s" in picture[0]) == (columns >= 50)
+    assert picture[1].startswith("      2 of 4 files  s")
     assert picture[1].endswith(r"a\nb")
     assert picture[2] == "      E_NETWORK: the store answered 503"
-    assert picture[-1].startswith("3 transfers: 1 running, 1 pending, 1 failed; ")
+    assert picture[-1].startswith("3 transfers: 1 run")
 
 
 def _last_picture(told: str) -> list[str]:

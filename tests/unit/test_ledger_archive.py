@@ -87,6 +87,26 @@ def test_t1_nothing_is_archived_twice_by_whoever_was_killed_in_between(
             assert again.packed_tasks(row) == tasks
 
 
+def test_t1_who_is_killed_while_it_removes_packed_tasks_loses_none(
+    ledger: Ledger, now: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen to fail when the next one packs only what it finds."""
+    row = carried_out(ledger, "a")
+    tasks = ledger.tasks(row.id)
+    now[0] += 2 * DAY
+    monkeypatch.setattr(ledger_archive, "ROWS_REMOVED_AT_ONCE", 1)
+    with monkeypatch.context() as killing:
+        answers = iter([True])
+        killing.setattr(ledger_archive, "_has_ended", lambda *_: next(answers))
+        with pytest.raises(StopIteration):
+            ledger.housekeep()
+    assert len(ledger.tasks(row.id)) == 1
+
+    ledger.housekeep()
+
+    assert (ledger.tasks(row.id), ledger.packed_tasks(row)) == ([], tasks)
+
+
 def test_t1_a_ledger_that_was_lost_does_not_overwrite_what_is_archived(
     tmp_path: Path, now: list[float]
 ) -> None:
