@@ -3,13 +3,19 @@
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import click
 
-from agent_plugin.cli.options import config_option, escaped, session_dir_option
+from agent_plugin.cli.options import (
+    config_option,
+    escaped,
+    parameters_option,
+    session_dir_option,
+)
 from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.content import events
 from agent_plugin.content.errors import JobInvalidError, LocalReadError, PropmasterError
@@ -100,6 +106,7 @@ def enter_command(
     metavar="SECONDS",
     help="What it has between SIGTERM and SIGKILL when it is cancelled; empty: SIGKILL at once.",
 )
+@parameters_option
 @config_option
 @click.argument("argv", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- COMMAND...")
 def run_command(
@@ -107,35 +114,35 @@ def run_command(
     no_outputs: bool,
     timeout: float | None,
     notify_period: float | None,
+    parameters: Mapping[str, str],
     config: Path | None,
     argv: tuple[str, ...],
 ) -> None:
     """Run a task's command, and store what it left behind; exit with its code.
 
-    Outside of a session that `openjd enter` started, the command is run, and that is all.
+    Outside of a session that `openjd enter` started, the command is run, and that is all. Within
+    another `openjd run`, a wrap hook's, only the parts of sources come that --parameter says.
     """
     session = os.environ.get(hooks.SESSION_VARIABLE)
-    notify_seconds = notify_period or 0.0
+    run = partial(_run, argv, seconds=timeout, notify_seconds=notify_period or 0.0)
     if no_outputs or not session:
-        with cancel_on_signals() as cancellation:
-            ended = run_wrapped(
-                argv, seconds=timeout, notify_seconds=notify_seconds, cancellation=cancellation
-            )
-        raise click.exceptions.Exit(_code_of(ended))
-    if not step_name and not is_named_by_service(os.environ):
+        raise click.exceptions.Exit(_code_of(run()))
+    is_within = os.environ.get(hooks.RUN_VARIABLE) == session
+    if not is_within and not step_name and not is_named_by_service(os.environ):
         raise click.UsageError("--step NAME: this runtime does not say which step the task is of")
     session_dir, settings = Path(session), load(config)
     started_at = time.time()
     with _told(), cancel_on_signals() as cancellation:
-        hooks.sync_before_task(
-            session_dir, step_name, settings, os.environ, cancellation=cancellation, say=_say
-        )
-    with cancel_on_signals() as cancellation:
-        ended = run_wrapped(
-            argv, seconds=timeout, notify_seconds=notify_seconds, cancellation=cancellation
-        )
+        if not is_within:
+            hooks.sync_before_task(
+                session_dir, step_name, settings, os.environ, cancellation=cancellation, say=_say
+            )
+        if parameters or not is_within:
+            hooks.begin(session_dir, parameters, settings, cancellation=cancellation, say=_say)
+    os.environ[hooks.RUN_VARIABLE] = session
+    ended = run()
     code = _code_of(ended)
-    if ended.cancelled:
+    if ended.cancelled or is_within:
         raise click.exceptions.Exit(code)
     try:
         with _told(), cancel_on_signals() as cancellation:
@@ -155,6 +162,13 @@ def run_command(
         # The command's own failure came first, and is what the farm is to hear of.
         _say(f"error[{error.reference}]: {error.message}")
     raise click.exceptions.Exit(code)
+
+
+def _run(argv: tuple[str, ...], *, seconds: float | None, notify_seconds: float) -> Ended:
+    with cancel_on_signals() as cancellation:
+        return run_wrapped(
+            argv, seconds=seconds, notify_seconds=notify_seconds, cancellation=cancellation
+        )
 
 
 @command.command(name="exit")

@@ -36,9 +36,31 @@ session_dir_option = click.option(
     "--session-dir",
     required=True,
     type=click.Path(path_type=Path, file_okay=False, resolve_path=True),
-    help="The session's directory; the same for all four session commands.",
+    help="The session's directory; the same for all session commands.",
 )
 
+
+def _parameters(
+    _ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]
+) -> dict[str, str]:
+    told: dict[str, str] = {}
+    for each in values:
+        name, equals, value = each.partition("=")
+        if not equals or not name:
+            raise click.BadParameter(f"{each[:100]!r} is no NAME=VALUE")
+        if told.setdefault(name, value) != value:
+            raise click.BadParameter(f"{name} is said twice: {told[name]!r} and {value[:100]!r}")
+    return told
+
+
+parameters_option = click.option(
+    "--parameter",
+    "parameters",
+    multiple=True,
+    callback=_parameters,
+    metavar="NAME=VALUE",
+    help="A parameter of the task; those that no source asks for do not matter.",
+)
 
 config_option = click.option(
     "--config",

@@ -1,8 +1,8 @@
-"""`propmaster session`: start, sync-step, finish-task and end, as the worker agent calls them."""
+"""`propmaster session`: start, sync-step, begin-task, finish-task and end: what runtimes call."""
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import click
 from agent_plugin.cli.options import (
     common_options,
     open_document,
+    parameters_option,
     print_json,
     say,
     session_dir_option,
@@ -22,8 +23,10 @@ from agent_plugin.mounting import open_mounts
 from agent_plugin.publications import ending_publications
 from agent_plugin.queue_settings import settings_of_queue
 from agent_plugin.services import open_records, open_services, state_directory
+from agent_plugin.session.begin_task import begin_task
 from agent_plugin.session.end import end
 from agent_plugin.session.finish_task import TaskAction, finish_task
+from agent_plugin.session.input_sources import SourceResult
 from agent_plugin.session.job import MAX_JOB_BYTES, JobDocument, check_id, with_sources
 from agent_plugin.session.roots import LAST_SECOND
 from agent_plugin.session.start import start
@@ -35,6 +38,7 @@ from agent_plugin.settings import Settings, load
 from agent_plugin.sources.command_line import parse_source
 from agent_plugin.transfer.context import TransferContext
 from agent_plugin.transfer.progress import format_bytes
+from agent_plugin.workers.openjd.hooks import SESSION_VARIABLE
 
 
 def _seconds(_ctx: click.Context, _param: click.Parameter, value: float | None) -> float | None:
@@ -48,7 +52,7 @@ def _seconds(_ctx: click.Context, _param: click.Parameter, value: float | None) 
 
 @click.group(name="session")
 def command() -> None:
-    """What the worker agent calls: start; for each task sync-step and finish-task; end."""
+    """What the worker agent calls: start; for each task sync-step, begin-task, finish-task; end."""
 
 
 @command.command(name="start")
@@ -132,6 +136,31 @@ def sync_step_command(
         mounts = open_mounts(settings, queue_id=queue_id)
         result = sync_step(step_id, depends_on or None, context, state_file, mounts=mounts)
     _print_started(result, as_json=as_json)
+
+
+@command.command(name="begin-task")
+@click.option(
+    "--session-dir",
+    required=True,
+    envvar=SESSION_VARIABLE,
+    type=click.Path(path_type=Path, file_okay=False, resolve_path=True),
+    help="The session's directory; in an OpenJD session it is known.",
+)
+@parameters_option
+@common_options
+def begin_task_command(
+    session_dir: Path, parameters: Mapping[str, str], as_json: bool, config: Path | None
+) -> None:
+    """Bring the task's part of each source that an IndexParameter parts, before the task runs."""
+    settings = load(config)
+    with _started(settings, session_dir) as (context, state_file, queue_id):
+        mounts = open_mounts(settings, queue_id=queue_id)
+        result = begin_task(parameters, context, state_file, mounts=mounts)
+    if as_json:
+        print_json(result)
+        return
+    _print_sources(result.sources)
+    say(f"{result.seconds} s")
 
 
 @command.command(name="finish-task")
@@ -292,14 +321,23 @@ def _print_started(result: StartResult, *, as_json: bool) -> None:
             f" {format_bytes(root.bytes)}, {format_bytes(root.bytes_fetched)} fetched,"
             f" {format_bytes(root.bytes_reused)} reused ({root.file_system}{why})"
         )
-    for source in result.sources:
+    _print_sources(result.sources)
+    say(f"{result.seconds} s")
+
+
+def _print_sources(sources: Sequence[SourceResult]) -> None:
+    for source in sources:
+        what = f"source {source.source}"
+        if source.part is not None:
+            what += f", part {source.part}"
         if not source.file_system:
-            say(f"source {source.source}: done without: {source.reason}")
+            waits = source.index_parameter and source.files
+            found = f"{source.files} files, {format_bytes(source.bytes)}; " if waits else ""
+            say(f"{what}: {found or 'done without: '}{source.reason}")
             continue
         why = f": {source.reason}" if source.reason else ""
         say(
-            f"source {source.source} -> {source.local_root}: {source.files} files,"
+            f"{what} -> {source.local_root}: {source.files} files,"
             f" {format_bytes(source.bytes)}, {format_bytes(source.bytes_fetched)} fetched,"
             f" {format_bytes(source.bytes_reused)} reused ({source.file_system}{why})"
         )
-    say(f"{result.seconds} s")

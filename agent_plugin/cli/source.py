@@ -79,6 +79,11 @@ def resolve_command(
         f"{len(snapshot)} files, {format_bytes(snapshot.total_bytes)}"
         f" ({snapshot.total_bytes} bytes), for {source.target_path}; sha256 {snapshot.digest}"
     )
+    if source.index_parameter and source.partition is not None and partition_index is None:
+        say(
+            f"each task has one of {source.partition.count} parts, by its parameter"
+            f" {source.index_parameter}; --partition-index shows one"
+        )
     say(f"{'bytes':>14} {'modified (us)':>17} path")
     for entry in shown:
         say(f"{entry.size:>14} {entry.mtime:>17} {entry.path}")

@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Container, Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
-from typing import Final
 
 import msgspec
 
@@ -19,11 +18,10 @@ from agent_plugin.content.errors import PropmasterError, SessionStateError, loca
 from agent_plugin.content.leftovers import remove_tree
 from agent_plugin.session.inputs import hidden_root
 from agent_plugin.session.mounts import Mounts
+from agent_plugin.session.source_place import names_above, way_to
 from agent_plugin.session.state import VIRTUAL, SessionState, StateFile, session_id
 from agent_plugin.session.virtual import work_dir_name
 from agent_plugin.transfer.context import Records
-
-_OPEN_PATH: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
 log = events.get_logger()
 
@@ -118,9 +116,7 @@ def _remove_roots(session_dir: Path, state: SessionState, *, but: Container[str]
             continue
         stood = os.path.lexists(local) or os.path.lexists(hidden_root(local))
         try:
-            # Only an input source may be further down.
-            further = root.source is not None
-            above = local.parent.relative_to(state.session_dir).parts if further else ()
+            above = names_above(root, state)
             _remove(inside, above, local.name, hidden_root(local).name, work_dir_name(local))
             if stood:
                 removed.append(root.local_root)
@@ -146,10 +142,7 @@ def _remove(directory: str, above: Sequence[str], *names: str) -> None:
     """
     with ExitStack() as opened:
         try:
-            # O_PATH, since a job may have taken the right to read it away.
-            fds = [_opened(opened, directory, _OPEN_PATH)]
-            for name in above:
-                fds.append(_opened(opened, name, _OPEN_PATH | os.O_NOFOLLOW, dir_fd=fds[-1]))
+            fds = opened.enter_context(way_to(directory, above))
         except (FileNotFoundError, NotADirectoryError):
             # What a job has put there instead of a directory is the job's.
             return
@@ -159,12 +152,6 @@ def _remove(directory: str, above: Sequence[str], *names: str) -> None:
             # What else is there is the job's.
             with suppress(OSError):
                 os.rmdir(name, dir_fd=fd)
-
-
-def _opened(stack: ExitStack, path: str, flags: int, dir_fd: int | None = None) -> int:
-    fd = os.open(path, flags, dir_fd=dir_fd)
-    stack.callback(os.close, fd)
-    return fd
 
 
 def _forget(key: str, store_url: str, records: Records, state_file: StateFile) -> None:

@@ -7,7 +7,7 @@ nobody's output.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -29,8 +29,10 @@ from agent_plugin.content.manifest import Manifest
 from agent_plugin.content.object_snapshot import ObjectSnapshot
 from agent_plugin.content.snapshot_store import SnapshotStore, manifest_of
 from agent_plugin.session.job import JobDocument
+from agent_plugin.session.mounts import Mounts
 from agent_plugin.session.roots import SESSION_DIRECTORY_PREFIX
 from agent_plugin.session.state import COPIED, RootState, SessionState, StateFile
+from agent_plugin.sources.parts import part_of
 from agent_plugin.sources.spec import InputSource, is_below
 from agent_plugin.transfer.context import TransferContext
 from agent_plugin.transfer.download import TransferResult
@@ -50,6 +52,8 @@ class SourceResult(msgspec.Struct, rename="camel"):
     Attributes:
         file_system: `COPIED` or `VIRTUAL`; empty for one that could be done without, and was.
         reason: Why it could not be had, or why the file system is not the one that was wished.
+        index_parameter: The task parameter that says which part a task has; empty if none does.
+        part: Which part is in place; None for what has no parts, and where none is.
     """
 
     source: str
@@ -61,6 +65,8 @@ class SourceResult(msgspec.Struct, rename="camel"):
     bytes_fetched: int
     bytes_reused: int
     reason: str = ""
+    index_parameter: str = ""
+    part: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +87,18 @@ class OpenSource:
         """Return where a download takes the content from."""
         names = {entry.path: self.snapshot.info(entry).url for entry in self.snapshot.entries}
         return Origin(lambda: self.store, names)
+
+
+def with_part(source: OpenSource, root: RootState, index: int) -> OpenSource:
+    """Return of a source what one task takes.
+
+    Raises:
+        SourceEmptyError: The part has no objects, and the source does not allow that.
+        SourceInvalidError: There is no such part, or the partition's pattern takes too long.
+    """
+    assert root.source is not None  # noqa: S101 - only sources are opened
+    part = part_of(root.source, source.snapshot, index)
+    return OpenSource(part, manifest_of(part), source.store)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,11 +184,19 @@ def _refuse_clash(
                 f"{shown} is in or above {root.local_root}, where {root.root_path} goes",
                 hint="give the source another Target",
             )
-    # A link in the session directory is a job's, or whoever's who planted it there.
+    refuse_link_above(source, local, session_dir)
+
+
+def refuse_link_above(source: InputSource, local: Path, session_dir: Path) -> None:
+    """See that a source's place is reached without a link below the session directory.
+
+    Raises:
+        UnsafePathError: A link is on the way: a job's, or whoever's who planted it there.
+    """
     above, inside = os.path.realpath(local.parent), os.path.realpath(session_dir)
     if above != os.path.normpath(os.path.join(inside, os.path.dirname(source.target_path))):  # noqa: PTH118, PTH120 - normalised as text
         raise UnsafePathError(
-            f"{shown} is behind a symbolic link, at {above}",
+            f"the Target {source.target} of {source.name} is behind a symbolic link, at {above}",
             hint="remove the link; see what the job did to its session directory",
         )
 
@@ -220,7 +246,7 @@ def open_sources(
             root.snapshot = state_file.keep_snapshot(snapshot.encode())
             found.new.add(root.local_root)
         try:
-            opened = _open(root, snapshot, asking)
+            opened = open_source(root, snapshot, asking)
         except PropmasterError as error:
             if is_required(root):
                 raise
@@ -233,10 +259,15 @@ def open_sources(
     return found
 
 
-def _open(
+def open_source(
     root: RootState, snapshot: ObjectSnapshot | None, servers: "SourceServers"
 ) -> OpenSource | None:
-    """Return a source by its snapshot, or by the one that is kept; None if it has neither."""
+    """Return a source by its snapshot, or by the one that is kept; None if it has neither.
+
+    Raises:
+        SessionStateError, SourceInvalidError: What is kept is gone or damaged.
+        StoreAccessError, SettingsInvalidError: There are no credentials, or they make no sense.
+    """
     if snapshot is None:
         if not root.snapshot:
             return None
@@ -310,11 +341,15 @@ def source_result(
     skipped = found.skipped.get(root.local_root)
     opened = found.opened.get(root.local_root) if skipped is None else None
     manifest = opened.manifest if opened is not None else None
+    source = root.source
+    waits = root.is_parted and root.part is None and skipped is None
+    if waits and source is not None:
+        reason = f"each task has the part that its parameter {source.index_parameter} says"
     return SourceResult(
         source=root.root_path,
-        alias=root.source.alias if root.source is not None else "",
+        alias=source.alias if source is not None else "",
         local_root=root.local_root,
-        file_system=root.file_system if skipped is None else "",
+        file_system=root.file_system if skipped is None and not waits else "",
         files=len(manifest) - len(done.excluded) if manifest is not None else 0,
         bytes=(
             manifest.total_bytes - sum(entry.size for entry in done.excluded)
@@ -324,4 +359,22 @@ def source_result(
         bytes_fetched=done.bytes_fetched,
         bytes_reused=done.bytes_reused,
         reason=reason if skipped is None else skipped,
+        index_parameter=source.index_parameter if source is not None else "",
+        part=root.part if skipped is None else None,
     )
+
+
+def open_servers(environment: Mapping[str, str], mounts: Mounts) -> "SourceServers":
+    """Return how sources are reached, with the host's limits.
+
+    Args:
+        environment: The AWS variables.
+        mounts: The host's, which have the limits as well.
+    """
+    # Here, because it loads libraries for S3 that sessions without sources do without.
+    from agent_plugin.sources.access import SourceServers  # noqa: PLC0415 - see above
+
+    limits = mounts.store_limits
+    if limits is None:
+        return SourceServers(environment)
+    return SourceServers(environment, policy=limits.retry_policy(), bandwidth=limits.bandwidth())

@@ -10,55 +10,43 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from agent_plugin.content import events
 from agent_plugin.content.errors import (
-    CancelledError,
-    MountFailedError,
     PropmasterError,
     SessionStateError,
     local_write_error,
 )
 from agent_plugin.content.manifest import Manifest, merge
-from agent_plugin.session.baseline import baseline_of
+from agent_plugin.session.bring import bring
 from agent_plugin.session.input_sources import (
-    FoundSources,
     SourceResult,
-    is_required,
+    open_servers,
     open_sources,
     source_result,
     source_roots,
-    wish_for,
 )
-from agent_plugin.session.inputs import materialise
 from agent_plugin.session.job import JobDocument
 from agent_plugin.session.manifests import fetch_input_manifest
 from agent_plugin.session.mounts import Mounts
 from agent_plugin.session.roots import (
     LocalRoot,
     choose_local_roots,
-    is_below,
     path_mapping_rules,
 )
+from agent_plugin.session.source_place import set_aside
 from agent_plugin.session.start_result import NOTHING_MOVED, RootResult, StartResult, root_result
 from agent_plugin.session.state import (
     COPIED,
     VERSION,
-    VIRTUAL,
     RootState,
     SessionState,
     StateFile,
     session_id,
 )
-from agent_plugin.session.virtual import Choice, choose, fall_back, mount
 from agent_plugin.transfer.context import TransferContext
-from agent_plugin.transfer.download import TransferResult
-
-if TYPE_CHECKING:
-    from agent_plugin.sources.access import SourceServers
 
 log = events.get_logger()
 
@@ -106,19 +94,28 @@ def start(
         job=job,
         roots=[*roots, *sources],
         account_id=_account_id(context),
+        wished=file_system or job.attachments.file_system,
     )
     if before is not None:
         _carry_over(before, state)
     state_file.write(state)
     try:
-        servers = partial(_servers, environment, mounts)
+        servers = partial(open_servers, environment, mounts)
         found = open_sources(state, state_file, sources, context, servers)
+        for root in sources:
+            if root.is_parted:
+                # Who starts a session again has no task, and so no part of anything.
+                set_aside(root, state, mounts)
         manifests = {root.local_root: _manifest_of(root, job, context, given) for root in roots}
-        manifests |= {local_root: source.manifest for local_root, source in found.opened.items()}
-        moved, reasons = _bring(
+        manifests |= {
+            root.local_root: found.opened[root.local_root].manifest
+            for root in sources
+            if root.local_root in found.opened and not root.is_parted
+        }
+        moved, reasons = bring(
             manifests,
             found,
-            file_system or job.attachments.file_system,
+            state.wished,
             state,
             context,
             mounts,
@@ -170,81 +167,6 @@ def start(
     return result
 
 
-def _bring(
-    manifests: Mapping[str, Manifest | None],
-    found: FoundSources,
-    wish: str,
-    state: SessionState,
-    context: TransferContext,
-    mounts: Mounts,
-    environment: Mapping[str, str],
-) -> tuple[dict[str, TransferResult], dict[str, str]]:
-    """Mount or copy roots and sources.
-
-    Returns:
-        By local root what was copied, and why the file system is not the one that was wished, or
-        why AUTO chose so.
-    """
-    inputs = [root for root in state.roots if root.local_root in manifests]
-    reasons = {}
-    copied = []
-    for root in inputs:
-        manifest = manifests[root.local_root]
-        # What was ready once stays as it is, but for a source that was not known then.
-        again = state.was_ready and root.local_root not in found.new
-        reasons[root.local_root] = _mount(
-            root, manifest, wish, state, context, mounts, environment, again=again
-        )
-        if root.file_system == COPIED:
-            copied.append((root, _without_outputs(manifest, root) if state.was_ready else manifest))
-    moved = _copy(copied, state, context, found)
-    for root, manifest in copied:
-        baseline = baseline_of(root, manifest, state, context, only_known=state.was_ready)
-        root.baseline = {**root.baseline, **baseline}
-    return moved, reasons
-
-
-def _copy(
-    copied: Sequence[tuple[RootState, Manifest | None]],
-    state: SessionState,
-    context: TransferContext,
-    found: FoundSources,
-) -> dict[str, TransferResult]:
-    """Bring what is copied; return what moved, by local root.
-
-    A source that can be done without comes after all else, and is skipped if it can not be had.
-    """
-    origins = {
-        root.local_root: found.opened[root.local_root].origin()
-        for root, _ in copied
-        if root.local_root in found.opened
-    }
-    bring = partial(materialise, state=state, context=context, kind="sync-in", origins=origins)
-    needed = [(root, manifest) for root, manifest in copied if is_required(root)]
-    done = bring(needed)
-    moved = {root.local_root: result for (root, _), result in zip(needed, done, strict=True)}
-    for root, manifest in copied:
-        if is_required(root):
-            continue
-        try:
-            [moved[root.local_root]] = bring([(root, manifest)])
-        except CancelledError:
-            raise
-        except PropmasterError as error:
-            found.skip(root, error)
-    return moved
-
-
-def _servers(environment: Mapping[str, str], mounts: Mounts) -> "SourceServers":
-    # Here, because it loads libraries for S3 that sessions without sources do without.
-    from agent_plugin.sources.access import SourceServers  # noqa: PLC0415 - see above
-
-    limits = mounts.store_limits
-    if limits is None:
-        return SourceServers(environment)
-    return SourceServers(environment, policy=limits.retry_policy(), bandwidth=limits.bandwidth())
-
-
 def _state_before(
     state_file: StateFile, job: JobDocument, session_dir: Path
 ) -> SessionState | None:
@@ -256,43 +178,6 @@ def _state_before(
             hint="end it first: `propmaster session end` with the same --session-dir",
         )
     return before
-
-
-def _mount(
-    root: RootState,
-    manifest: Manifest | None,
-    wish: str,
-    state: SessionState,
-    context: TransferContext,
-    mounts: Mounts,
-    environment: Mapping[str, str],
-    *,
-    again: bool,
-) -> str:
-    """Mount a root if it is to be; return why it is not, or why AUTO chose so.
-
-    `again` says that it was in place before, in a session that was ready.
-    """
-    if root.file_system == VIRTUAL:
-        # Of a session that is started again: as it was.
-        choice = Choice(VIRTUAL)
-    elif again:
-        return ""
-    else:
-        choice = choose(wish_for(root, wish), root, manifest, state)
-    if choice.file_system == COPIED or manifest is None:
-        if mounts.knows(Path(root.local_root)):
-            # Of a start that failed, when something else was wished.
-            mounts.end(Path(root.local_root))
-        return choice.reason
-    try:
-        mount(root, manifest, state, context, mounts, environment)
-    except MountFailedError as error:
-        if again:
-            raise
-        return fall_back(root, error)
-    root.file_system = VIRTUAL
-    return choice.reason
 
 
 def _carry_over(before: SessionState, state: SessionState) -> None:
@@ -314,19 +199,7 @@ def _carry_over(before: SessionState, state: SessionState) -> None:
                 root.file_system, root.written_to = same.file_system, same.written_to
                 root.control, root.gone = same.control, same.gone
                 root.layers, root.errors_told = same.layers, same.errors_told
-
-
-def _without_outputs(manifest: Manifest | None, root: RootState) -> Manifest | None:
-    """Return the manifest without what stands in the output directories, a task's work perhaps."""
-    if manifest is None:
-        return None
-    entries = [
-        entry
-        for entry in manifest.entries
-        if not is_below(entry.path, root.output_directories)
-        or not os.path.lexists(os.path.join(root.local_root, entry.path))  # noqa: PTH118 - speed
-    ]
-    return Manifest.of(entries) if entries else None
+                root.part = same.part
 
 
 def _make_session_dir(session_dir: Path) -> None:

@@ -77,6 +77,7 @@ class RootState(msgspec.Struct, rename="camel"):
         source: Of an input source, what the job says of it; else None.
         snapshot: Of an input source, the file that says which objects it is, in which state; empty
             until it is resolved. Nothing of the session asks for them by listing ever after.
+        part: Of an input source that is parted, the part that is in place; None if none is.
         served_by: Of a root that was mounted for the session by another command, the process of
             its mount, `pid:start-time`; else empty.
     """
@@ -95,6 +96,12 @@ class RootState(msgspec.Struct, rename="camel"):
     served_by: str = ""
     source: InputSource | None = None
     snapshot: str = ""
+    part: int | None = None
+
+    @property
+    def is_parted(self) -> bool:
+        """Whether it is an input source of which each task has its part, by a parameter of it."""
+        return self.source is not None and self.source.index_parameter != ""
 
 
 class OutputManifestResult(msgspec.Struct, rename="camel", omit_defaults=True):
@@ -161,6 +168,7 @@ class SessionState(msgspec.Struct, rename="camel"):
         account_id: Of the bucket's owner; empty: not to be had; None: not asked yet.
         was_ready: The session had started once when it was started again: tasks may have run.
         unfinished_steps: The steps whose sync has begun and not finished.
+        wished: How inputs are to be brought in, `COPIED`, `VIRTUAL` or `AUTO`.
         answered: The last action that stored anything, for whom the answer did not reach.
     """
 
@@ -174,6 +182,7 @@ class SessionState(msgspec.Struct, rename="camel"):
     was_ready: bool = False
     unfinished_steps: list[str] = []
     answered: AnsweredAction | None = None
+    wished: str = COPIED
 
     def owns(self, root: RootState) -> bool:
         """Whether a root is a directory of the session: no link, and removed when it ends.

@@ -63,7 +63,14 @@ def mount_obstacle(session_dir: Path) -> str:
     return ""
 
 
-def choose(wished: str, root: RootState, manifest: Manifest | None, state: SessionState) -> Choice:
+def choose(
+    wished: str,
+    root: RootState,
+    manifest: Manifest | None,
+    state: SessionState,
+    *,
+    taken: int = 0,
+) -> Choice:
     """Decide for one root.
 
     Args:
@@ -71,6 +78,7 @@ def choose(wished: str, root: RootState, manifest: Manifest | None, state: Sessi
         root: The root.
         manifest: Its inputs, None if it has none.
         state: The session.
+        taken: Bytes that are going to be copied to the session's disk besides.
     """
     if wished == COPIED:
         return Choice(COPIED)
@@ -81,8 +89,11 @@ def choose(wished: str, root: RootState, manifest: Manifest | None, state: Sessi
         return Choice(VIRTUAL)
     filesystem = os.statvfs(state.session_dir)
     free = filesystem.f_bavail * filesystem.f_frsize
-    if manifest.total_bytes and manifest.total_bytes + SPARE_BYTES > free:
-        return Choice(VIRTUAL, f"{manifest.total_bytes} bytes do not fit where {free} are free")
+    if manifest.total_bytes and manifest.total_bytes + taken + SPARE_BYTES > free:
+        beside = f" beside {taken} of other inputs" if taken else ""
+        return Choice(
+            VIRTUAL, f"{manifest.total_bytes} bytes do not fit{beside} where {free} are free"
+        )
     if manifest.total_bytes <= AUTO_COPIED_BYTES and len(manifest) <= AUTO_COPIED_FILES:
         return Choice(COPIED, f"{len(manifest)} files of {manifest.total_bytes} bytes are few")
     return Choice(VIRTUAL, f"{len(manifest)} files of {manifest.total_bytes} bytes are many")

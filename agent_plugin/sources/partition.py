@@ -114,19 +114,20 @@ class Share:
     Args:
         partition: Has passed `partition_defects`; None for all objects.
         prefix: What all keys begin with, as the source says it: the rest is what is looked at.
-        index: Which part, from 0; None for what the partition itself says.
+        index: Which part, from 0; None for what the partition itself says, and for all objects
+            where a task parameter says it.
 
     Attributes:
-        count, index: Which of how many parts.
+        count: How many parts there are.
+        index: Which of them; None for all of them together.
 
     Raises:
-        SourceInvalidError: The part is said by a task parameter and not known here, or there is no
-            such part.
+        SourceInvalidError: There is no such part.
     """
 
     def __init__(self, partition: Partition | None, prefix: str, index: int | None = None) -> None:
         self.count = 1
-        self.index = 0
+        self.index: int | None = 0
         self.prefix = prefix
         if partition is None and index is not None:
             raise SourceInvalidError(
@@ -137,8 +138,8 @@ class Share:
             self._part_of: _PartOfKey = _whole_key
             return
         self.count = partition.count
-        self.index = _index_of(partition, index)
-        if not 0 <= self.index < self.count:
+        self.index = partition.index if index is None else index
+        if self.index is not None and not 0 <= self.index < self.count:
             reason, hint = _beyond(self.index, self.count)
             raise SourceInvalidError(f"Partition: {reason}", hint=hint)
         self._part_of = _part_of_key(partition)
@@ -149,7 +150,7 @@ class Share:
         Raises:
             SourceInvalidError: The regular expression takes too long.
         """
-        return self.count == 1 or self.part_of(key) == self.index
+        return self.count == 1 or self.index is None or self.part_of(key) == self.index
 
     def part_of(self, key: str) -> int:
         """Return which part has the object of a key.
@@ -160,18 +161,6 @@ class Share:
         rest = key.removeprefix(self.prefix).removeprefix("/")
         part = self._part_of(key, rest)
         return FALLBACK if part is None else fnv1a_32(part.encode()) % self.count
-
-
-def _index_of(partition: Partition, index: int | None) -> int:
-    if index is not None:
-        return index
-    if partition.index is not None:
-        return partition.index
-    raise SourceInvalidError(
-        f"Partition.IndexParameter: the value of {partition.index_parameter} is not known here",
-        hint="a session does not know the parameters of its tasks: give Index; `propmaster source"
-        " resolve --partition-index` shows any part",
-    )
 
 
 def _part_of_key(partition: Partition) -> _PartOfKey:

@@ -32,6 +32,7 @@ from agent_plugin.sources.access import SourceServers
 from agent_plugin.sources.archives import refuse_archived
 from agent_plugin.sources.mapping import path_of, prefix_of
 from agent_plugin.sources.partition import Share
+from agent_plugin.sources.parts import share_of
 from agent_plugin.sources.spec import InputSource
 
 # What some servers and clients keep for a directory.
@@ -63,7 +64,8 @@ def resolve(
     Args:
         source: The source.
         servers: Where it is asked.
-        index: Which part of its partition, from 0; None for what the partition itself says.
+        index: Which part of its partition, from 0; None for what the partition itself says, and for
+            all parts together where a task parameter says it.
         cancellation: Checked while objects are listed.
 
     Raises:
@@ -78,9 +80,7 @@ def resolve(
         CancelledError: Cancellation was wished.
     """
     begun = time.monotonic()
-    share = Share(
-        source.partition, source.key if source.is_single else prefix_of(source.key), index
-    )
+    share = share_of(source, index)
     access = servers.access_of(source)
     objects = servers.objects(access)
     found = _Found()

@@ -23,7 +23,7 @@ from agent_plugin.content.errors import InputError, SourceInvalidError
 from agent_plugin.content.objects import MAX_KEY_BYTES
 from agent_plugin.content.pattern import Pattern, PatternInvalidError
 from agent_plugin.sources.mapping import names_one_object
-from agent_plugin.sources.partition import Defect, Partition, partition_defects
+from agent_plugin.sources.partition import NONE, Defect, Partition, partition_defects
 
 DEFAULT_TARGET: Final = "/inputs"
 MAX_SOURCES: Final = 100
@@ -100,6 +100,14 @@ class InputSource(
     def target_path(self) -> str:
         """The target relative to the session's directory, without slashes around it."""
         return self.target.removeprefix("/").removesuffix("/")
+
+    @property
+    def index_parameter(self) -> str:
+        """The task parameter that says which part a task takes; empty if none does."""
+        partition = self.partition
+        if partition is None or partition.type == NONE:
+            return ""
+        return partition.index_parameter or ""
 
     @property
     def is_single(self) -> bool:

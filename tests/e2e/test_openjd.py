@@ -11,6 +11,7 @@ import pytest
 from tests.servers.command import Command
 from tests.servers.deadline_peers import FARM_ID, QUEUE_ID, DeadlinePeers, new_job_id
 from tests.servers.openjd_runtime import (
+    COMMAND,
     PLAIN,
     RUN_SECONDS,
     WRAP,
@@ -19,12 +20,18 @@ from tests.servers.openjd_runtime import (
     session_of,
 )
 from tests.servers.s3_server import S3Server
+from tests.servers.source_jobs import source_of, store_objects
 from tests.servers.trees import write_files
 
 pytestmark = [pytest.mark.peers, pytest.mark.timeout(300)]
 
 RENDER = 'mkdir -p "$PROPMASTER_ROOT_0/renders"; cd "$PROPMASTER_ROOT_0"; '
 FRAME = RENDER + "tr a-z A-Z < scene.usd > renders/{{Task.Param.Frame}}.exr"
+
+LIST_PART = (
+    'mkdir -p "$PROPMASTER_ROOT_0/renders"; '
+    'ls "$PROPMASTER_SOURCE_0" > "$PROPMASTER_ROOT_0/renders/$0"'
+)
 
 
 class Farm:
@@ -59,6 +66,69 @@ class Farm:
 @pytest.fixture
 def farm(tmp_path: Path) -> Farm:
     return Farm(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("template", [WRAP, PLAIN])
+@pytest.mark.parametrize("mode", ["copied", "virtual"])
+def test_s8_tasks_take_their_parts_of_a_source(
+    tmp_path: Path, s3: S3Server, s3_prefix: str, template: str, mode: str
+) -> None:
+    """The worked example of docs/PROTOCOL.md, in a real runtime.
+
+    The mutation that was caught: an inner `openjd run` that stores outputs once more.
+    """
+    names = [f"{at:02}" for at in range(12)]
+    store_objects(s3, s3_prefix, dict.fromkeys(names, 100))
+    partition = {"Type": "object", "Count": 3, "IndexParameter": "Part"}
+    source = source_of(s3, s3_prefix, Partition=partition, Target="plates", Mode=mode)
+    job_id, store = new_job_id(), f"file://{tmp_path}/store"
+    document = {
+        "farmId": FARM_ID,
+        "queueId": QUEUE_ID,
+        "jobId": job_id,
+        "store": store,
+        "attachments": {
+            "manifests": [
+                {
+                    "rootPath": "/mnt/show",
+                    "rootPathFormat": "posix",
+                    "outputRelativeDirectories": ["renders"],
+                }
+            ]
+        },
+        "inputSources": [source],
+    }
+    part = {"name": "Part", "type": "INT", "range": "0-2"}
+    command = {
+        "command": str(COMMAND),
+        "args": [
+            *("openjd", "run", "--step=Render", "--parameter=Part={{Task.Param.Part}}", "--"),
+            *("sh", "-euc", LIST_PART, "{{Task.Param.Part}}"),
+        ],
+    }
+    step = {
+        "name": "Render",
+        "parameterSpace": {"taskParameterDefinitions": [part]},
+        "script": {"actions": {"onRun": command}},
+    }
+    runtime = OpenJDRuntime(tmp_path / "worker", s3.environment)
+
+    ended = runtime.run(
+        template, {"name": "Show", "steps": [step]}, "Render", PropmasterJob=json.dumps(document)
+    )
+    got = Command(tmp_path / "artist")(
+        *("outputs", "get", job_id, "--store", store, "--json"),
+        *("--farm-id", FARM_ID, "--queue-id", QUEUE_ID, "--to", tmp_path / "got"),
+    )
+
+    assert ended.succeeded, ended.log
+    assert ended.log.count("output files") == (3 if template == WRAP else 4)
+    assert got.code == 0, got.stderr
+    listed = [(tmp_path / "got/renders" / str(number)).read_text().split() for number in range(3)]
+    assert sorted(name for part in listed for name in part) == names
+    assert all(listed)
+    assert runtime.state_files() == []
 
 
 # ------------------------------------------------------------------------------------ with hooks

@@ -14,6 +14,8 @@ from agent_plugin.content.mount_table import read_mounts
 from agent_plugin.session import virtual
 from agent_plugin.session.input_sources import SourceResult
 from agent_plugin.session.mounts import ask_mount
+from agent_plugin.sources.parts import share_of
+from agent_plugin.transfer.plan import SPARE_BYTES
 from tests.mount.conftest import by_each_transport_in_time
 from tests.servers.fault_proxy import FaultProxy
 from tests.servers.faults import Fault
@@ -329,6 +331,104 @@ def test_s7_auto_mounts_what_does_not_fit_and_says_so(
 
     assert told.file_system == "VIRTUAL"
     assert told.reason == "11000 bytes do not fit where 8192 are free"
+    assert content_below(session_dir / "inputs") == content
+
+
+def test_s7_auto_copies_only_what_fits_beside_all_else_that_is_copied(
+    host: Host, s3: S3Server, s3_prefix: str, session_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that fit singly, and not together. Caught: each compared with all of the free space.
+
+    The last in the list is copied whatever AUTO does, so that its bytes count for the others.
+    """
+    sizes = {"a": 5000, "b": 6000, "c": 7000}
+    content = store_objects(s3, s3_prefix, {f"{name}/1": size for name, size in sizes.items()})
+    sources = [
+        source_of(s3, f"{s3_prefix}/a", Target="a"),
+        source_of(s3, f"{s3_prefix}/b", Target="b"),
+        source_of(s3, f"{s3_prefix}/c", Target="c", Mode="copied"),
+    ]
+    real = os.statvfs
+    free = SPARE_BYTES + 13_000
+
+    def nearly_full(path: object) -> os.statvfs_result:
+        fields = list(real(path))  # type: ignore[arg-type]
+        # f_frsize and f_bavail: blocks of one byte.
+        fields[1], fields[4] = 1, free
+        return os.statvfs_result(fields)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "statvfs", nearly_full)
+        job = job_with_sources(host, *sources)
+        first, second, third = host.start(job, session_dir, file_system="AUTO").sources
+
+    assert (first.file_system, first.reason) == ("COPIED", "1 files of 5000 bytes are few")
+    assert second.file_system == "VIRTUAL"
+    assert (
+        second.reason == f"6000 bytes do not fit beside 12000 of other inputs where {free} are free"
+    )
+    assert (third.file_system, third.reason) == ("COPIED", "")
+    for name in sizes:
+        assert content_below(session_dir / name) == {"1": content[f"{name}/1"]}
+
+
+@pytest.mark.slow
+def test_s8_a_mounted_part_takes_the_place_of_the_one_before(
+    host: Host, s3: S3Server, s3_prefix: str, session_dir: Path
+) -> None:
+    """Caught: what a task wrote over its part shown over the next one; a mount that stays."""
+    content = store_objects(s3, s3_prefix, {f"{at:02}": 1000 + at for at in range(12)})
+    partition = {"Type": "object", "Count": 3, "IndexParameter": "Part"}
+    job = job_with_sources(host, source_of(s3, s3_prefix, Partition=partition))
+    share = share_of(job.input_sources[0], 0)
+    key = job.input_sources[0].key
+    parts = [
+        {name: data for name, data in content.items() if share.part_of(f"{key}{name}") == part}
+        for part in range(3)
+    ]
+    root = session_dir / "inputs"
+    host.start(job, session_dir, file_system="VIRTUAL")
+    assert not root.exists()
+
+    [first] = host.begin_task(session_dir, Part="0").sources
+    assert (first.file_system, first.reason, first.part) == ("VIRTUAL", "", 0)
+    assert (first.files, first.bytes_fetched) == (len(parts[0]), 0)
+    name = min(parts[0])
+    assert (root / name).read_bytes() == parts[0][name]
+    assert fetched(host, root) == len(parts[0][name])
+    (root / name).write_bytes(b"a task's")
+    (root / "own").write_bytes(b"a task's")
+    assert host.finish_task(session_dir, action()).files == 0
+    with (root / max(parts[0])).open("rb") as left_open:
+        host.begin_task(session_dir, Part="2")
+        with pytest.raises(OSError, match=r"not connected|Input/output"):
+            os.pread(left_open.fileno(), 10, 0)
+    assert content_below(root) == parts[2]
+    host.begin_task(session_dir, Part="2")
+    assert fetched(host, root) == sum(map(len, parts[2].values())), "it is the same mount"
+    host.begin_task(session_dir, Part="0")
+    assert content_below(root) == parts[0]
+    assert host.finish_task(session_dir, action()).files == 0
+
+    [again] = host.start(job, session_dir, file_system="VIRTUAL").sources
+    assert (again.file_system, again.part, root.exists()) == ("", None, False)
+    host.begin_task(session_dir, Part="1")
+    host.end(session_dir)
+    assert list(session_dir.iterdir()) == []
+
+
+def test_s8_a_part_whose_mount_has_died_is_mounted_again(
+    host: Host, s3: S3Server, s3_prefix: str, session_dir: Path
+) -> None:
+    content = store_objects(s3, s3_prefix, {"a": 1000})
+    partition = {"Type": "object", "Count": 1, "IndexParameter": "Part"}
+    job = job_with_sources(host, source_of(s3, s3_prefix, Partition=partition))
+    host.start(job, session_dir, file_system="VIRTUAL")
+    host.begin_task(session_dir, Part="0")
+    host.mounts.end(session_dir / "inputs")
+
+    host.begin_task(session_dir, Part="0")
+
     assert content_below(session_dir / "inputs") == content
 
 

@@ -20,6 +20,7 @@ import msgspec
 from agent_plugin.content.store import Cancellation
 from agent_plugin.mounting import open_mounts
 from agent_plugin.services import open_records, open_services, state_directory
+from agent_plugin.session.begin_task import BeginResult, begin_task
 from agent_plugin.session.end import EndResult, end
 from agent_plugin.session.finish_task import TaskAction, finish_task
 from agent_plugin.session.job import JobDocument
@@ -215,6 +216,16 @@ class Host:
     ) -> StartResult:
         with self.state(session_dir) as state_file, self.services() as context:
             return sync_step(step_id, depends_on, context, state_file, mounts=self.mounts)
+
+    def begin_task(self, session_dir: Path, **parameters: str) -> BeginResult:
+        with self.state(session_dir) as state_file, self.services() as all_:
+            return begin_task(
+                parameters,
+                all_,
+                state_file,
+                mounts=self.mounts,
+                environment={**os.environ, **self.environment},
+            )
 
     def finish_task(
         self,

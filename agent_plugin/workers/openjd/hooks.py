@@ -1,6 +1,6 @@
 """The life of a session in an OpenJD runtime: entered, tasks in it, left.
 
-It is the four session hooks, said in the runtime's words: `openjd_…` lines on standard output.
+It is the session hooks, said in the runtime's words: `openjd_…` lines on standard output.
 Everything runs as whoever the runtime runs its actions as, which is the job's user.
 """
 
@@ -19,6 +19,7 @@ from agent_plugin.mounting import open_mounts
 from agent_plugin.publications import ending_publications
 from agent_plugin.queue_settings import settings_of_queue
 from agent_plugin.services import open_records, open_services, state_directory
+from agent_plugin.session.begin_task import awaited_parameters, begin_task, put_aside
 from agent_plugin.session.end import end
 from agent_plugin.session.finish_task import TaskAction, finish_task
 from agent_plugin.session.input_sources import SourceResult
@@ -33,6 +34,8 @@ from agent_plugin.transfer.progress import SilentView, Snapshot, describe, forma
 from agent_plugin.workers.openjd.document import session_action_id, step_id, task_id
 
 SESSION_VARIABLE: Final = "PROPMASTER_SESSION_DIR"
+# What `openjd run` tells another one within it: the session whose task it runs already.
+RUN_VARIABLE: Final = "PROPMASTER_TASK_RUN"
 ROOT_VARIABLE: Final = "PROPMASTER_ROOT_"
 SOURCE_VARIABLE: Final = "PROPMASTER_SOURCE_"
 RULES_VARIABLE: Final = "PROPMASTER_PATH_MAPPING_FILE"
@@ -110,7 +113,7 @@ def enter(
         for index in root.manifests:
             say(_variable(f"{ROOT_VARIABLE}{index}", root.local_root))
     for index, source in enumerate(result.sources):
-        if source.file_system:
+        if source.file_system or (source.index_parameter and source.files):
             say(_variable(f"{SOURCE_VARIABLE}{index}", source.local_root))
     say(_variable(RULES_VARIABLE, os.fspath(rules)))
     # Last: whoever has it can rely on the session.
@@ -146,6 +149,38 @@ def sync_before_task(
         except OSError as error:
             raise local_write_error(error, os.fspath(synced)) from error
     say(f"openjd_status: {sum(root.files for root in result.roots)} files of other steps in place")
+
+
+def begin(
+    session_dir: Path,
+    parameters: Mapping[str, str],
+    settings: Settings,
+    *,
+    cancellation: Cancellation,
+    say: Say,
+) -> None:
+    """Bring the parts of sources that a task takes; without parameters see that it finds none.
+
+    A wrap hook is told no parameters of the task that it wraps. There the task's own command says
+    them, which comes here a second time.
+
+    Raises:
+        PropmasterError: As session begin-task does.
+    """
+    with locked_state(state_directory(settings), session_dir) as state_file:
+        state = state_file.read_ready()
+        parted = [root for root in state.roots if root.is_parted]
+        if not parted:
+            return
+        mounts = open_mounts(settings, queue_id=state.job.queue_id)
+        if not parameters:
+            put_aside(parted, state, state_file, mounts)
+            for name, sources in awaited_parameters(state).items():
+                say(f"openjd_status: {', '.join(sources)}: until the task says --parameter {name}")
+            return
+        with _services(settings, state, cancellation) as context:
+            result = begin_task(parameters, context, state_file, mounts=mounts)
+    say(f"openjd_status: {sum(source.files for source in result.sources)} files of parts in place")
 
 
 def finish(
