@@ -244,6 +244,7 @@ def test_a_chunk_has_no_task_in_its_keys(
     assert not any("task-" in key for key in ours)
 
 
+@pytest.mark.slow
 def test_a_root_of_outputs_only_and_an_ascii_root_are_named_as_the_scripts_name_them(
     peers: DeadlinePeers, propmaster: Propmaster, s3: S3Server, s3_prefix: str, tmp_path: Path
 ) -> None:
@@ -274,6 +275,7 @@ def test_a_root_of_outputs_only_and_an_ascii_root_are_named_as_the_scripts_name_
     assert outputs_below(s3, by_us) == outputs_below(s3, by_scripts)
 
 
+@pytest.mark.slow
 def test_names_that_start_with_a_dot_come_on_top_of_what_the_scripts_find(
     peers: DeadlinePeers, propmaster: Propmaster, s3: S3Server, s3_prefix: str, tmp_path: Path
 ) -> None:

@@ -60,8 +60,13 @@ def in_pipe(stream: IO[bytes] | None) -> int:
     return int(count)
 
 
+def sleeps(pid: int) -> bool:
+    """Whether a process waits for something; source: proc_pid_stat(5)."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("S")
+
+
 def await_that(truth: Callable[[], bool], process: "subprocess.Popen[bytes]") -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not truth():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "the command did not get that far"
@@ -102,6 +107,7 @@ def test_a_command_that_waits_for_its_input_is_stopped(
         process.stdin.write(b'{"half a line')
         process.stdin.flush()
         await_that(lambda: in_pipe(process.stdin) == 0, process)
+        await_that(lambda: sleeps(process.pid), process)
 
         stopped_by(number, process)
 

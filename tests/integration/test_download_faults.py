@@ -521,10 +521,10 @@ def test_a_store_that_hangs_does_not_delay_a_wish_to_stop(
     ("fault", "exit_code", "reference"),
     [
         (Fault.NOT_FOUND, 69, "blob-not-found"),
-        (Fault.FORBIDDEN, 70, "store-access-denied"),
-        (Fault.WRONG_BYTES, 71, "blob-corrupt"),
+        pytest.param(Fault.FORBIDDEN, 70, "store-access-denied", marks=pytest.mark.slow),
+        pytest.param(Fault.WRONG_BYTES, 71, "blob-corrupt", marks=pytest.mark.slow),
         (Fault.UNAVAILABLE, 68, "store-throttled"),
-        (Fault.REDIRECT_301, 82, "store-protocol"),
+        pytest.param(Fault.REDIRECT_301, 82, "store-protocol", marks=pytest.mark.slow),
     ],
 )
 def test_the_command_ends_with_the_documented_exit_code(

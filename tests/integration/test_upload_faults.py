@@ -24,6 +24,7 @@ from agent_plugin.session.state import FinishResult
 from agent_plugin.transfer.states import TransferStatus
 from tests.servers.fault_proxy import FaultProxy
 from tests.servers.faults import Fault
+from tests.servers.gate import always
 from tests.servers.hooks import Host, action, job_with_outputs
 from tests.servers.promptness import STOP_SECONDS
 from tests.servers.s3_server import S3Server
@@ -162,7 +163,7 @@ def survives(case: Case, tmp_path: Path, fault: Fault, rate: float) -> None:
     assert case.proxy.count("PUT", "Data/") <= 2.2 * DISTINCT["small"]
 
 
-@pytest.mark.parametrize("fault", TRANSIENT)
+@pytest.mark.parametrize("fault", always(Fault.RESET, Fault.STALL, Fault.XML_OK, of=TRANSIENT))
 def test_faults_of_a_tenth_of_all_requests_are_survived(
     make_case: Callable[..., Case], tmp_path: Path, fault: Fault
 ) -> None:
@@ -199,7 +200,7 @@ OPERATIONS = {
         pytest.param(Fault.RESET, marks=pytest.mark.slow),
         Fault.REPLY_LOST,
         Fault.EMPTY_OK,
-        Fault.XML_OK,
+        pytest.param(Fault.XML_OK, marks=pytest.mark.slow),
     ],
 )
 def test_a_large_file_arrives_though_any_one_request_fails(
@@ -233,7 +234,9 @@ def test_an_upload_that_fails_with_status_200_is_completed_again(
     case.assert_complete(case.finish(), tmp_path)
 
 
-@pytest.mark.parametrize("fault", TRANSIENT)
+@pytest.mark.parametrize(
+    "fault", always(Fault.UNAVAILABLE, Fault.REPLY_LOST, Fault.EMPTY_OK, of=TRANSIENT)
+)
 def test_a_manifest_is_stored_though_its_request_fails(
     make_case: Callable[..., Case], tmp_path: Path, fault: Fault
 ) -> None:
@@ -273,7 +276,14 @@ LASTING = [
 ]
 
 
-@pytest.mark.parametrize(("fault", "exit_code", "cause"), LASTING)
+@pytest.mark.parametrize(
+    ("fault", "exit_code", "cause"),
+    always(
+        *(Fault.UNAVAILABLE, Fault.FORBIDDEN, Fault.REDIRECT_301, Fault.EMPTY_OK),
+        *(Fault.RESET, Fault.STALL),
+        of=LASTING,
+    ),
+)
 def test_a_fault_that_lasts_is_told_and_once_it_is_gone_the_same_command_succeeds(
     make_case: Callable[..., Case], tmp_path: Path, fault: Fault, exit_code: int, cause: str
 ) -> None:
@@ -301,7 +311,7 @@ def test_a_fault_that_lasts_is_told_and_once_it_is_gone_the_same_command_succeed
         pytest.param(Fault.RESET, 68, marks=pytest.mark.slow),
         (Fault.FORBIDDEN, 70),
         (Fault.REPLY_LOST, 68),
-        (Fault.EMPTY_OK, 82),
+        pytest.param(Fault.EMPTY_OK, 82, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("operation", ["create", "part", "complete"])

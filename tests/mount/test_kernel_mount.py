@@ -559,8 +559,8 @@ def test_who_answers_goes_before_others_and_who_fetches_does_not(
     ours = os.nice(0)
     assert niceness.pop(server) == -10
     assert len(niceness) > 1
-    # What it starts does not even have the priority that the tests have.
-    assert set(niceness.values()) <= {ours, max(ours, 0)}
+    # What was there before it is as the tests are; what it starts is as everybody is.
+    assert set(niceness.values()) <= {ours, 0}
     assert os.getpriority(os.PRIO_PROCESS, mounter.status(at)["supervisor"]) == ours
 
 
@@ -670,7 +670,8 @@ def test_whoever_unmounts_it_by_hand_ends_all_of_it(
     assert (mounter.mount(inputs, writes=writes) / "scene.usd").read_bytes() == b"#usda 1.0\n"
 
 
-@by_each_transport_in_time
+@pytest.mark.slow
+@by_each_transport
 def test_twenty_mounts_leave_nothing_behind(
     mounter: Mounter, inputs: Manifest, transport: str
 ) -> None:

@@ -708,7 +708,7 @@ class Openers:
             process.communicate()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def openers() -> Iterator[Openers]:
     started = Openers()
     yield started
@@ -799,6 +799,7 @@ def test_a_ledger_that_can_not_be_made_is_an_error_that_names_it(tmp_path: Path)
         Ledger.open(tmp_path / "absent" / "ledger.db")
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_tasks_are_begun_noted_and_finished(
     path: Path, record_property: Callable[[str, object], None]
 ) -> None:
