@@ -32,7 +32,10 @@ _CONNECT_SECONDS: Final = 5.0
 _READ_SECONDS: Final = 30.0
 _ATTEMPTS: Final = 5
 # What a profile, or the environment, says of another identity than the queue's.
-_IDENTITY: Final = ("AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_SESSION_TOKEN")
+_IDENTITY: Final = (
+    *("AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_CREDENTIAL_EXPIRATION"),
+    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
+)
 
 
 class _Location(msgspec.Struct, frozen=True, rename="camel"):
@@ -88,10 +91,15 @@ class Farm:
             )
         return f"s3://{settings.s3_bucket_name}/{settings.root_prefix}"
 
-    def queue_environment(self, queue_id: str) -> dict[str, str]:
-        """Return the environment with the keys of a queue's role instead of the user's own.
+    @property
+    def store_environment(self) -> dict[str, str]:
+        """The environment of what uses `queue_keys`: without the user's own identity."""
+        region = region_of(self._environment)
+        kept = {name: v for name, v in self._environment.items() if name not in _IDENTITY}
+        return {**({"AWS_REGION": region} if region else {}), **kept}
 
-        They hold for an hour or so, and are not renewed.
+    def queue_keys(self, queue_id: str) -> dict[str, object]:
+        """Return keys of a queue's role, which hold for an hour or so, as `Keys` has them.
 
         Raises:
             StoreAccessError: The user may not have them.
@@ -101,16 +109,14 @@ class Farm:
         answer = self._call("assume_queue_role_for_user", what, queueId=queue_id)
         try:
             keys = answer["credentials"]
-            found = {
-                "AWS_ACCESS_KEY_ID": str(keys["accessKeyId"]),
-                "AWS_SECRET_ACCESS_KEY": str(keys["secretAccessKey"]),
-                "AWS_SESSION_TOKEN": str(keys["sessionToken"]),
+            return {
+                "AccessKeyId": str(keys["accessKeyId"]),
+                "SecretAccessKey": str(keys["secretAccessKey"]),
+                "SessionToken": str(keys["sessionToken"]),
+                "Expiration": keys["expiration"].isoformat(),
             }
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise StoreProtocolError(f"{what}: the answer has no keys") from error
-        region = region_of(self._environment)
-        kept = {name: v for name, v in self._environment.items() if name not in _IDENTITY}
-        return {**({"AWS_REGION": region} if region else {}), **kept, **found}
 
     def rules_for(
         self, queue_id: str, job_id: str, profile_id: str, theirs: str | None = None

@@ -29,6 +29,7 @@ from agent_plugin.transfer.ledger import Ledger
 from agent_plugin.transfer.progress import SilentView, View
 
 if TYPE_CHECKING:
+    from agent_plugin.content.s3_environment import Keys
     from agent_plugin.content.s3_objects import S3Objects
     from agent_plugin.transfer.copying import Copying
 
@@ -47,7 +48,7 @@ class LazyStore:
         limits: StoreLimits,
         environment: Mapping[str, str],
         account_id: str | None,
-        keys: Mapping[str, object] | None = None,
+        keys: "Keys | None" = None,
     ) -> None:
         self._url = url
         self._limits = limits
@@ -210,6 +211,7 @@ def ask_store(
     cancellation: Cancellation,
     queue_id: str = "",
     environment: Mapping[str, str] = os.environ,
+    keys: "Keys | None" = None,
 ) -> Asking:
     """Return what asks a store, for a command that needs nothing else of this host.
 
@@ -219,8 +221,9 @@ def ask_store(
         cancellation: Ends the wait for an answer.
         queue_id: Whose settings hold; empty for none.
         environment: Where credentials and endpoints come from.
+        keys: As build_store has them.
     """
-    open_store = LazyStore(store_url, store_limits(settings, queue_id), environment, None)
+    open_store = LazyStore(store_url, store_limits(settings, queue_id), environment, None, keys)
     return Asking(open_store=open_store, cancellation=cancellation)
 
 
@@ -236,7 +239,7 @@ def open_services(
     quiet: bool = False,
     existence_max_age: int | None = None,
     environment: Mapping[str, str] = os.environ,
-    keys: Mapping[str, object] | None = None,
+    keys: "Keys | None" = None,
     owner: Owner | None = None,
     view: Callable[[str], View] | None = None,
     expect: Callable[[int, int], None] = lambda _files, _bytes: None,

@@ -4,6 +4,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -14,6 +15,7 @@ from agent_plugin.cli.outputs_sync import conflict_option
 from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.content.errors import CancelledError, PropmasterError
 from agent_plugin.content.named_file import open_named
+from agent_plugin.content.s3_environment import Keys
 from agent_plugin.content.store import Cancellation
 from agent_plugin.farm import Farm
 from agent_plugin.services import ask_store, open_services
@@ -78,13 +80,14 @@ def _handle(
     which = {"step_id": wanted.step_id, "task_id": wanted.task_id}
     queue_id = wanted.queue_id
     with cancel_on_signals() as cancellation:
-        store_url, environment = _store(wanted, cancellation)
+        store_url, environment, keys = _store(wanted, cancellation)
         asking = ask_store(
             settings,
             store_url,
             cancellation=cancellation,
             queue_id=queue_id,
             environment=environment,
+            keys=keys,
         )
         found = list_outputs(asking, job, **which)
     to = to or _otherwise(wanted, found)
@@ -99,6 +102,7 @@ def _handle(
             cancellation=cancellation,
             queue_id=queue_id,
             environment=environment,
+            keys=keys,
         ) as context,
     ):
         result = get_outputs(context, job, to, by_root=to is not None, conflict=conflict, **which)
@@ -109,16 +113,19 @@ def _handle(
     return 0
 
 
-def _store(wanted: DownloadUrl, cancellation: Cancellation) -> tuple[str, Mapping[str, str]]:
-    """Return where the outputs are, and the environment with the keys for it."""
+def _store(
+    wanted: DownloadUrl, cancellation: Cancellation
+) -> tuple[str, Mapping[str, str], Keys | None]:
+    """Return where the outputs are, and environment and keys for it."""
     environment = dict(os.environ)
     if wanted.profile:
         environment = {name: v for name, v in environment.items() if name not in _KEYS}
         environment["AWS_PROFILE"] = wanted.profile
     if wanted.store:
-        return wanted.store, environment
+        return wanted.store, environment, None
     farm = Farm(wanted.farm_id, environment, cancellation)
-    return farm.store_url(wanted.queue_id), farm.queue_environment(wanted.queue_id)
+    keys = partial(farm.queue_keys, wanted.queue_id)
+    return farm.store_url(wanted.queue_id), farm.store_environment, keys
 
 
 def _otherwise(wanted: DownloadUrl, found: OutputsResult) -> Path | None:

@@ -5,6 +5,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Final, ParamSpec, TypeVar
 
@@ -14,14 +15,14 @@ from agent_plugin.cli.options import common_options, farm_option, print_json, qu
 from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.content.errors import JobInvalidError, LocalReadError
 from agent_plugin.content.named_file import open_named
-from agent_plugin.content.store import Cancellation
+from agent_plugin.content.s3_environment import Keys
 from agent_plugin.farm import Farm
 from agent_plugin.services import open_services, state_directory
 from agent_plugin.session.job import check_id
 from agent_plugin.session.path_rules import MAX_RULES_BYTES, JobRules, PathRules, read_rules
 from agent_plugin.session.sync import RulesFor, SyncedJob, SyncRequest, SyncResult, sync
 from agent_plugin.session.sync_checkpoint import VERSION, Header, open_checkpoint
-from agent_plugin.settings import Settings, load
+from agent_plugin.settings import load
 from agent_plugin.transfer.conflicts import Conflict
 from agent_plugin.transfer.progress import format_bytes
 
@@ -117,9 +118,10 @@ def sync_command(
         farm = Farm(farm_id, os.environ, cancellation)
         rules_for = _rules_for(farm, queue_id, storage_profile_id, path_mapping_rules)
         environment: Mapping[str, str] = os.environ
+        keys: Keys | None = None
         if store_url is None:
             store_url = farm.store_url(queue_id)
-            environment = farm.queue_environment(queue_id)
+            environment, keys = farm.store_environment, partial(farm.queue_keys, queue_id)
         scope = storage_profile_id or (_RULES if path_mapping_rules else _OWN)
         directory = checkpoint_dir or state_directory(settings) / "sync"
         path = directory / f"{queue_id}_{scope}.jsonl"
@@ -132,30 +134,18 @@ def sync_command(
             conflict=Conflict(conflict_resolution.lower()),
             dry_run=dry_run,
         )
-        _run(settings, request, header, path, cancellation, environment, force_bootstrap, as_json)
-
-
-def _run(
-    settings: Settings,
-    request: SyncRequest,
-    header: Header,
-    path: Path,
-    cancellation: Cancellation,
-    environment: Mapping[str, str],
-    anew: bool,
-    as_json: bool,
-) -> None:
-    with (
-        open_checkpoint(path, header, anew=anew, keep=request.dry_run) as checkpoint,
-        open_services(
-            settings,
-            header.store_url,
-            cancellation=cancellation,
-            queue_id=request.queue_id,
-            environment=environment,
-        ) as context,
-    ):
-        result, failures = sync(context, checkpoint, request, path)
+        with (
+            open_checkpoint(path, header, anew=force_bootstrap, keep=dry_run) as checkpoint,
+            open_services(
+                settings,
+                store_url,
+                cancellation=cancellation,
+                queue_id=queue_id,
+                environment=environment,
+                keys=keys,
+            ) as context,
+        ):
+            result, failures = sync(context, checkpoint, request, path)
     if as_json:
         print_json(result)
     else:

@@ -12,6 +12,7 @@ from agent_plugin.content.errors import SettingsInvalidError
 from agent_plugin.content.retry import RetryPolicy
 
 if TYPE_CHECKING:
+    from agent_plugin.content.s3_environment import Keys
     from agent_plugin.content.s3_store import S3Store
 
 _HINT = "A store is s3://bucket/prefix or file:///directory."
@@ -25,7 +26,7 @@ def build_store(
     account_id: str | None = None,
     concurrency: int = 16,
     bandwidth: Bandwidth | None = None,
-    keys: Mapping[str, object] | None = None,
+    keys: "Keys | None" = None,
 ) -> "S3Store | DirectoryStore":
     """Return the store at a URL; a directory that is missing is made by the first write.
 
@@ -39,7 +40,8 @@ def build_store(
             ask STS and take up to 4 s.
         concurrency: Threads that are expected to use the store at once, >= 1.
         bandwidth: How much may move; as much as there is by default.
-        keys: What `s3_environment.keys_of` has found for this environment, to begin with.
+        keys: What `s3_environment.keys_of` has found for this environment, to begin with; or what
+            finds keys, whenever they are needed anew.
 
     Raises:
         SettingsInvalidError: The URL, or one of the AWS variables and files, makes no sense.

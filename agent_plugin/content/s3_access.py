@@ -25,6 +25,7 @@ from agent_plugin.content.retry import RetryPolicy
 from agent_plugin.content.s3_environment import (
     Anonymous,
     Credentials,
+    Keys,
     locate,
     resolve_account_id,
 )
@@ -125,7 +126,7 @@ class Access:
         environment: Mapping[str, str],
         policy: RetryPolicy,
         account_id: str | None,
-        keys: Mapping[str, object] | None = None,
+        keys: Keys | None = None,
         credentials: Credentials | Anonymous | None = None,
         spare_checksums: bool = False,
     ) -> None:
@@ -135,6 +136,8 @@ class Access:
         self._lock = threading.Lock()
         self.location = locate(bucket, prefix, environment)
         self._credentials: Credentials | Anonymous = credentials or Credentials(environment, keys)
+        # Those that were found once are of no use when they are refused.
+        self._find_keys = None if isinstance(keys, Mapping) else keys
         if account_id is None:
             account_id = resolve_account_id(environment, self.location, self._credentials)
             if not account_id:
@@ -202,7 +205,7 @@ class Access:
             if clients.generation == self.clients.generation:
                 if self._credentials.fixed:
                     return False
-                self._credentials = Credentials(self._environment)
+                self._credentials = Credentials(self._environment, self._find_keys)
                 self.clients = self._make_clients(clients.generation + 1)
             return True
 

@@ -7,10 +7,11 @@ instance roles) is botocore's, which also renews what expires.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
@@ -40,6 +41,10 @@ _TRUE: Final = frozenset({"true", "1"})
 # and underscores of other servers.
 _BUCKET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]")
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f?#\\]")
+
+
+# Keys in the form of `keys_of`, or what finds them whenever it is asked.
+Keys = Mapping[str, object] | Callable[[], Mapping[str, object]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +86,8 @@ class Credentials:
 
     Args:
         environment: AWS variables.
-        keys: What `keys_of` has found elsewhere; the chain is asked when they expire.
+        keys: What `keys_of` has found elsewhere, and then the chain is asked when they expire; or
+            what is asked for keys, then and to begin with.
 
     Attributes:
         fixed: Whether reading them again would give the same.
@@ -91,9 +97,7 @@ class Credentials:
         SettingsInvalidError: The profile or its file makes no sense.
     """
 
-    def __init__(
-        self, environment: Mapping[str, str], keys: Mapping[str, object] | None = None
-    ) -> None:
+    def __init__(self, environment: Mapping[str, str], keys: Keys | None = None) -> None:
         self._environment = environment
         self.fixed = bool(
             environment.get("AWS_ACCESS_KEY_ID") and environment.get("AWS_SECRET_ACCESS_KEY")
@@ -232,14 +236,15 @@ def keys_of(environment: Mapping[str, str]) -> dict[str, object]:
 def _provide(
     session: "botocore.session.Session",
     environment: Mapping[str, str],
-    keys: Mapping[str, object],
+    keys: Keys,
 ) -> None:
     """Give a session keys that were found elsewhere, and what they are renewed by."""
     from botocore.credentials import RefreshableCredentials  # noqa: PLC0415 - see the module
 
+    find = partial(keys_of, environment) if isinstance(keys, Mapping) else keys
     chain = RefreshableCredentials.create_from_metadata(
-        _metadata(keys),
-        refresh_using=lambda: _metadata(keys_of(environment)),
+        _metadata(keys if isinstance(keys, Mapping) else keys()),
+        refresh_using=lambda: _metadata(find()),
         method=_METHOD,
     )
     _find_always(session, chain)

@@ -112,6 +112,19 @@ def test_the_store_and_its_keys_come_from_the_farm(farm: Farm) -> None:
     assert {"sessions", "session-actions", "jobs"}.isdisjoint(farm.operations)
 
 
+def test_the_keys_of_a_queue_are_renewed_before_they_end(farm: Farm) -> None:
+    """Seen to fail when they are taken as they were at the start."""
+    job = farm.work.job(str(farm.here / "own"), 1)
+    farm.work.work({job.job_id: [{"a": b"1"}]})
+    ended = Credentials("AKIDTHATENDS", "not known to the store any more", "token")
+    farm.service.ending = (ended, 60.0)
+
+    result = farm.sync(*ALL)
+
+    assert (result["files"], result["failed"]) == (1, 0)
+    assert farm.operations.count("user-roles") == 2
+
+
 def test_storage_profiles_map_each_jobs_paths(farm: Farm) -> None:
     jobs = {
         "same": farm.work.job(str(farm.here / "own"), 1, profile=OURS),

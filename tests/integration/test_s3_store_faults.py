@@ -629,6 +629,37 @@ def test_expired_credentials_are_renewed_once(
     assert store.get(SMALL_DIGEST) == SMALL
 
 
+def test_keys_from_a_source_of_their_own_are_asked_for_there_again(
+    fault_proxy: FaultProxy, s3: S3Server, s3_prefix: str, behind: Callable[[str, bytes], None]
+) -> None:
+    """Before they end, and when they are refused; nothing else is asked for keys.
+
+    Seen to fail when the environment's chain is asked instead.
+    """
+    behind(layout.blob_key(SMALL_DIGEST), SMALL)
+    ends = iter(["2001-01-01T00:00:00Z", "2100-01-01T00:00:00Z", "2100-01-01T00:00:00Z"])
+    asked: list[str] = []
+
+    def find() -> dict[str, object]:
+        asked.append(end := next(ends))
+        keys = {"AccessKeyId": s3.access_key, "SecretAccessKey": s3.secret_key}
+        return {"Version": 1, **keys, "SessionToken": "", "Expiration": end}
+
+    store = build_store(
+        f"s3://{s3.bucket}/{s3_prefix}",
+        environment={"AWS_CONFIG_FILE": os.devnull, "AWS_ENDPOINT_URL_S3": fault_proxy.url},
+        policy=QUICK,
+        account_id="",
+        keys=find,
+    )
+    assert store.get(SMALL_DIGEST) == SMALL
+    assert len(asked) == 2
+
+    fault_proxy.inject(Fault.EXPIRED_TOKEN, times=1)
+    assert store.get(SMALL_DIGEST) == SMALL
+    assert len(asked) == 3
+
+
 def test_a_prefix_with_a_trailing_slash_gives_two(
     fault_proxy: FaultProxy, s3: S3Server, s3_prefix: str
 ) -> None:

@@ -102,6 +102,7 @@ class DeadlineService:
         session_per, concurrent: See DeadlineJobs.
         storage_profiles: By their ids, `displayName`, `osFamily` and `fileSystemLocations`.
         exchanges: Every request since the start, with its answer.
+        ending: What the first role that is assumed has: other credentials, for so many seconds.
         stopping: Tell the worker that it shall stop once it has nothing to do.
     """
 
@@ -113,6 +114,7 @@ class DeadlineService:
     session_per: Literal["step", "job"] = "step"
     concurrent: int = 4
     storage_profiles: Mapping[str, JSON] = field(default_factory=dict)
+    ending: tuple[Credentials, float] | None = None
     exchanges: list[Exchange] = field(default_factory=list)
     statuses: list[str] = field(default_factory=list)
 
@@ -221,13 +223,15 @@ class DeadlineService:
     # ------------------------------------------------------------------------------- the worker
 
     def _assume_role(self, _call: _Call) -> JSON:
-        keys = self.credentials
+        keys, seconds = self.credentials, _CREDENTIALS_SECONDS
+        if self.ending is not None:
+            (keys, seconds), self.ending = self.ending, None
         return {
             "credentials": {
                 "accessKeyId": keys.access_key,
                 "secretAccessKey": keys.secret_key,
                 "sessionToken": keys.session_token,
-                "expiration": iso(time.time() + _CREDENTIALS_SECONDS),
+                "expiration": iso(time.time() + seconds),
             }
         }
 
