@@ -140,6 +140,15 @@ def abort(buckets: Buckets, bucket: str, key: str, upload_id: str) -> None:
     upload.end(Cancellation())
 
 
+def drop(buckets: Buckets, bucket: str, key: str, upload_id: str) -> None:
+    """Abort an upload that nobody goes on with, or say why it is there still.
+
+    Raises:
+        StoreError: It is.
+    """
+    Upload(buckets.of(bucket), key, {}, 0, upload_id=upload_id).drop()
+
+
 def _upload(buckets: Buckets, target: Target, upload_id: str) -> Upload:
     def is_complete(sent: "Sequence[CompletedPartTypeDef]", cancellation: Cancellation) -> bool:
         try:

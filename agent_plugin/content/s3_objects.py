@@ -437,6 +437,10 @@ class S3Objects:
         """Abort an upload that nobody goes on with; what can not be aborted is logged."""
         s3_multipart.abort(self._buckets, bucket, key, upload_id)
 
+    def drop_upload(self, bucket: str, key: str, upload_id: str) -> None:
+        """Abort an upload that nobody goes on with; one that is gone is no error."""
+        s3_multipart.drop(self._buckets, bucket, key, upload_id)
+
     def delete(self, bucket: str, keys: Collection[str]) -> None:
         """Delete the newest versions of objects; those that are not there are no error.
 

@@ -16,6 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import wait
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -309,13 +310,26 @@ class Upload:
             self._abort()
 
     def _abort(self) -> None:
+        try:
+            self.drop()
+        except PropmasterError as error:
+            log.warning(events.UPLOAD_LEFT, extra={"object": self._place, "reason": error.message})
+        if self._memory is not None:
+            self._memory.remember("", ())
+
+    def drop(self) -> None:
+        """Have the store forget it, as far as it has not done so already.
+
+        Raises:
+            StoreError: It is there still.
+        """
         policy = self._requests.policy
         policy = replace(
             policy,
             attempts=min(ABORT_ATTEMPTS, policy.attempts),
             deadline_seconds=min(ABORT_SECONDS, policy.deadline_seconds),
         )
-        try:
+        with suppress(UploadGoneError):
             self._requests.boto(
                 lambda client, common: client.abort_multipart_upload(
                     **common, Key=self._key, UploadId=self.id
@@ -323,12 +337,6 @@ class Upload:
                 f"abort the upload of {self._place}",
                 policy=policy,
             )
-        except UploadGoneError:
-            pass  # As wished.
-        except PropmasterError as error:
-            log.warning(events.UPLOAD_LEFT, extra={"object": self._place, "reason": error.message})
-        if self._memory is not None:
-            self._memory.remember("", ())
 
 
 def _completed(part: SentPart) -> "CompletedPartTypeDef":

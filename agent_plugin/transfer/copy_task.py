@@ -381,11 +381,15 @@ class _Ranges:
 
 
 def drop(task: CopyTask, settings: CopySettings, open_objects: OpenObjects) -> None:
-    """Remove what an attempt has left of a task that nobody goes on with."""
+    """Remove what an attempt has left of a task that nobody goes on with.
+
+    Raises:
+        PropmasterError: It is there still.
+    """
     if task.upload_id:
         destination = Place.parse(task.destination)
         objects = open_objects(settings.destination.access)
-        objects.abort(destination.bucket, destination.key, task.upload_id)
+        objects.drop_upload(destination.bucket, destination.key, task.upload_id)
     if name := task.kept.get("partial"):
         with suppress(OSError):
             Path(str(name)).unlink()

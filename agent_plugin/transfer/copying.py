@@ -2,8 +2,9 @@
 
 It works on all such transfers of the ledger at once, in the order that the ledger tells, and looks
 four times a second what people have said meanwhile. What is paused stops at the next part and goes
-on there later; what is aborted or excluded stops and leaves nothing behind. An attempt that fails
-for a reason that may pass is made again after 1, 2, 4, 8 and 16 seconds, or so.
+on there later; what is aborted or excluded stops and leaves nothing behind. What has to give way to
+something of higher priority keeps what it has in hand, and pauses at its next part. An attempt that
+fails for a reason that may pass is made again after 1, 2, 4, 8 and 16 seconds, or so.
 
 Concurrency: one thread runs the engine; each task has a thread of its own, which may be left behind
 in a request when it is to stop, and then changes nothing any more. Only the ledger is shared.
@@ -14,13 +15,14 @@ import random
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from agent_plugin.content import events
-from agent_plugin.content.bandwidth import Allowance, Bandwidth, Both, Limit
+from agent_plugin.content.bandwidth import Bandwidth
 from agent_plugin.content.errors import (
     CancelledError,
     LocalReadError,
@@ -30,11 +32,15 @@ from agent_plugin.content.flight import Lanes
 from agent_plugin.content.objects import ObjectAccess
 from agent_plugin.content.retry import RetryPolicy
 from agent_plugin.content.store import Cancellation
-from agent_plugin.transfer.copy_places import OpenObjects, Place
-from agent_plugin.transfer.copy_queue import CopyQueue, CopyTask, Outcome
+from agent_plugin.transfer.copy_notes import Outcome
+from agent_plugin.transfer.copy_order import MOVING, PAUSED, Candidate, turns
+from agent_plugin.transfer.copy_places import Place
+from agent_plugin.transfer.copy_queue import CopyQueue, CopyTask, Standing
+from agent_plugin.transfer.copy_servers import Servers
 from agent_plugin.transfer.copy_settings import CopySettings
 from agent_plugin.transfer.copy_task import Attempt, Halt, drop
 from agent_plugin.transfer.ledger import Ledger
+from agent_plugin.transfer.ledger_file import BUSY_TIMEOUT_SECONDS
 from agent_plugin.transfer.states import TaskStatus, TransferStatus
 
 if TYPE_CHECKING:
@@ -51,6 +57,8 @@ REQUEST_ATTEMPTS: Final = 3
 REQUEST_DEADLINE_SECONDS: Final = 10.0
 # How long tasks that were told to stop are waited for.
 _STOP_SECONDS: Final = 1.0
+# Of those that pause for the sake of others; more of them would be threads and open files for none.
+_PAUSED_AT_MOST: Final = 2
 _BEGUN: Final = frozenset({TaskStatus.BOOTING, TaskStatus.EXECUTING})
 _DROPPED: Final = frozenset({TaskStatus.EXCLUDED, TaskStatus.DONE, TaskStatus.FAILED})
 _DROPPING: Final = frozenset({TransferStatus.ABORTED, TransferStatus.DONE, TransferStatus.FAILED})
@@ -78,10 +86,28 @@ class CopyResult:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What could not be removed of a task that nobody goes on with.
+
+    Attributes:
+        destination: Of the task.
+        reason: Why.
+    """
+
+    destination: str
+    reason: str
+
+
 @dataclass(slots=True)
 class _Active:
     task: CopyTask
     halt: Halt = field(default_factory=Halt)
+
+    @property
+    def state(self) -> int:
+        """As `turns` has it."""
+        return PAUSED if self.halt.paused else MOVING
 
 
 class Copying:
@@ -113,20 +139,25 @@ class Copying:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._queue = CopyQueue(ledger.file, clock, only)
-        self._servers = _Servers(open_objects, bandwidth, account)
+        self._servers = Servers(open_objects, bandwidth, account)
         self._cancellation = cancellation
         self._concurrency = concurrency
         self._told = told
         self._clock = clock
-        self._lanes = Lanes(2 * concurrency)
+        self._lanes = Lanes((2 + _PAUSED_AT_MOST) * concurrency)
         self._ended: queue.SimpleQueue[tuple[int, BaseException | None]] = queue.SimpleQueue()
         self._active: dict[int, _Active] = {}
+        # Of our transfers, of the tasks under way, and of what other processes move.
+        self._standing: tuple[dict[int, Standing], dict[int, Standing], int] = ({}, {}, -1)
+        self._yielding: frozenset[int] = frozenset()
+        self._free = 0
         self._settings: dict[int, CopySettings] = {}
         self._tries: dict[int, int] = {}
         self._moved: dict[int, int] = {}
         self._counting = threading.Lock()
         self._bytes = self._files = self._failed = 0
         self._leaves = True
+        self._clearing: Future[list[Left]] | None = None
         # What no attempt should end with.
         self._crash: BaseException | None = None
         self._next_beat = 0.0
@@ -160,17 +191,44 @@ class Copying:
         )
         return result
 
-    def clear(self) -> None:
-        """Remove what is left of tasks that nobody goes on with."""
-        self._leaves = False
+    def clear(self, patience: float) -> list[Left]:
+        """Remove what is left of tasks that nobody goes on with; return what could not be.
+
+        What could not be removed is tried again by the next run.
+
+        Args:
+            patience: Seconds to wait for servers.
+        """
+        future = self._lanes.submit(self._clear_all)
+        wait([future], timeout=patience)
+        if future.done():
+            return future.result()
+        return [
+            Left(task.destination, f"it was not done within {patience:g} s")
+            for task in self._queue.leftovers()
+        ]
+
+    def _clear_all(self) -> list[Left]:
+        left: list[Left] = []
+        unreachable: dict[object, str] = {}
         for task in self._queue.leftovers():
+            access: object = None
             try:
                 settings = self._settings_of(task.transfer)
-                drop(task, settings, self._servers.opener(task.transfer, settings))
+                access = settings.destination.access if task.upload_id else None
+                reason = unreachable.get(access, "")
+                # A server that does not answer is not asked for each of a thousand tasks.
+                if not reason:
+                    drop(task, settings, self._servers.opener(task.transfer, settings))
+                    self._queue.forget(task.id)
+                    continue
             except PropmasterError as error:
-                extra = {"object": task.destination, "reason": error.message}
-                log.warning(events.UPLOAD_LEFT, extra=extra)
-            self._queue.forget(task.id)
+                reason = error.message
+                if error.retryable:
+                    unreachable[access] = reason
+            log.warning(events.UPLOAD_LEFT, extra={"object": task.destination, "reason": reason})
+            left.append(Left(task.destination, reason))
+        return left
 
     # ------------------------------------------------------------------------------ one turn
 
@@ -178,6 +236,11 @@ class Copying:
         """Begin what there is room for, look around, and wait a moment; False at the end."""
         if time.monotonic() >= self._next_beat:
             self._beat()
+        elif any(active.halt.paused for active in self._active.values()):
+            # What pauses goes on before anything of the same priority begins.
+            self._rank()
+        else:
+            self._free = self._concurrency - len(self._active)
         begun = self._begin()
         if not (begun or self._active):
             # Nothing is left, unless people have said something since the last beat.
@@ -189,29 +252,68 @@ class Copying:
         if begun:
             return True
         due = self._queue.next_due()
+        clearing = self._clearing is not None and not self._clearing.done()
+        if self._yielding or self._queue.behind or clearing:
+            due = self._clock() + BEAT_SECONDS
         if due is None:
             return False
-        self._cancellation.sleep(max(0.0, min(due - self._clock(), BEAT_SECONDS)))
+        self._cancellation.sleep(max(0.01, min(due - self._clock(), BEAT_SECONDS)))
         return True
 
     def _beat(self) -> None:
         """Take what waits, and look around."""
         self._next_beat = time.monotonic() + BEAT_SECONDS
-        for transfer in self._queue.take():
+        for transfer in self._queue.take(self._yielding):
             # What it is told may be another thing than when it was paused.
             self._settings.pop(transfer, None)
             self._transfers.pop(transfer, None)
         self._look()
-        if self._leaves:
-            self.clear()
+        self._clear_meanwhile()
+        self._rank()
 
     def _begin(self) -> bool:
-        """Begin tasks as long as there is room; return whether there were any."""
-        room = self._concurrency - len(self._active)
-        claimed = self._queue.claim(room, self._active) if room > 0 else []
+        """Begin the tasks whose turn it is; return whether there were any."""
+        claimed = self._queue.claim(self._free, self._active, self._yielding)
         for task in claimed:
             self._start(task)
         return bool(claimed)
+
+    def _rank(self) -> None:
+        """See who may move something now; the others pause, and their transfers give way."""
+        transfers, tasks, elsewhere = self._standing
+        candidates = self._queue.waiting(self._concurrency, self._active)
+        for task_id, active in self._active.items():
+            transfer, task = transfers.get(active.task.transfer), tasks.get(task_id)
+            # One that began since the last beat has the priorities that it had then.
+            if transfer is not None and not active.halt.wished:
+                priority = task.priority if task else active.task.priority
+                candidates.append(Candidate(task_id, transfer.priority, priority, active.state))
+        now = turns(candidates, self._concurrency, elsewhere)
+        self._free = now.free
+        paused = 0
+        for task_id, active in self._active.items():
+            if task_id in now.moving:
+                active.halt.resume()
+            elif not active.halt.wished:
+                active.halt.pause()
+                paused += 1
+                if paused > _PAUSED_AT_MOST * self._concurrency:
+                    active.halt.stop(drops=False)
+        before = self._yielding
+        self._yielding = frozenset(
+            transfer for transfer, standing in transfers.items() if standing.priority < now.priority
+        )
+        if before != self._yielding:
+            self._queue.give_way(self._yielding, before)
+
+    def _clear_meanwhile(self) -> None:
+        """Have removed what tasks have left, on another thread: a server may take its time."""
+        if self._clearing is not None and not self._clearing.done():
+            return
+        self._clearing = None
+        if self._leaves:
+            self._leaves = False
+            self._clearing = self._lanes.submit(self._clear_all)
 
     def _start(self, task: CopyTask) -> None:
         """Have a claimed task carried out by a thread of its own."""
@@ -228,7 +330,7 @@ class Copying:
 
         def measured(size: int) -> None:
             if size != task.size:
-                self._queue.measured(task.id, size)
+                self._queue.notes.measured(task.id, size)
 
         attempt = Attempt(
             task,
@@ -236,7 +338,7 @@ class Copying:
             self._servers.opener(task.transfer, settings),
             active.halt,
             partial(self._count, task.transfer),
-            partial(self._queue.keep, task.id),
+            partial(self._queue.notes.keep, task.id),
             measured,
             time.monotonic,
         )
@@ -256,17 +358,26 @@ class Copying:
         with self._counting:
             moved, self._moved = self._moved, {}
         transfers, tasks = self._queue.beat(moved, list(self._active))
+        self._standing = transfers, tasks, self._queue.elsewhere()
         self._told(sum(moved.values()))
         for task_id, active in self._active.items():
             # Absent: another engine has taken it over, and goes on with what there is.
             transfer = transfers.get(active.task.transfer)
             task = tasks.get(task_id)
-            if transfer in _DROPPING or (transfer and task in _DROPPED):
+            if transfer is None or task is None:
+                active.halt.stop(drops=False)
+            elif transfer.status in _DROPPING or task.status in _DROPPED:
                 active.halt.stop(drops=True)
-            elif transfer is not TransferStatus.RUNNING or task not in _BEGUN:
+            elif not self._goes_on(active.task.transfer, transfer) or task.status not in _BEGUN:
                 active.halt.stop(drops=False)
         busy = {active.task.transfer for active in self._active.values()}
         self._transfers.update(self._queue.let_go(busy, stopping=False))
+
+    def _goes_on(self, transfer: int, standing: Standing) -> bool:
+        """Whether a transfer runs, if only others did not come first."""
+        if standing.status == TransferStatus.WAITING:
+            return transfer in self._yielding
+        return standing.status == TransferStatus.RUNNING
 
     def _await(self, seconds: float) -> None:
         """Deal with tasks that have ended; wait for one, no longer than that, if none has."""
@@ -313,7 +424,7 @@ class Copying:
             if outcome.status is not TaskStatus.QUEUED:
                 # A person who has it tried again gives it all its tries.
                 self._tries.pop(outcome.task_id, None)
-        self._queue.settle(outcomes)
+        self._queue.notes.settle(outcomes)
 
     # ---------------------------------------------------------------------------------- end
 
@@ -330,11 +441,16 @@ class Copying:
             del self._active[task_id]
             self._files += error is None
             status = TaskStatus.QUEUED if error else TaskStatus.DONE
-            self._queue.settle([Outcome(task_id, status)])
+            self._queue.notes.settle([Outcome(task_id, status)])
+        if self._clearing is not None:
+            wait([self._clearing], timeout=max(0.0, until - time.monotonic()))
         with self._counting:
             moved, self._moved = self._moved, {}
-        self._queue.beat(moved, ())
-        self._transfers.update(self._queue.let_go((), stopping=True))
+        # Who was told to stop is to end; the next engine finds that this one is gone.
+        patience = _STOP_SECONDS if self._cancellation.wished else BUSY_TIMEOUT_SECONDS
+        self._queue.beat(moved, (), patience)
+        let_go = self._queue.let_go((), stopping=True, patience=patience)
+        self._transfers.update(let_go)
 
     def _count(self, transfer: int, size: int) -> None:
         with self._counting:
@@ -346,48 +462,6 @@ class Copying:
         if found is None:
             found = self._settings[transfer] = CopySettings.read(self._queue.settings(transfer))
         return found
-
-
-class _Servers:
-    """The objects that transfers see, each with its own speed limit.
-
-    Args:
-        open_objects, bandwidth, account: As Copying has them.
-    """
-
-    def __init__(
-        self,
-        open_objects: "Callable[[ObjectAccess, Bandwidth], S3Objects]",
-        bandwidth: Bandwidth,
-        account: Callable[[int], str],
-    ) -> None:
-        self._open = open_objects
-        self._bandwidth = bandwidth
-        self._account = account
-        self._lock = threading.Lock()
-        self._opened: dict[tuple[ObjectAccess, int], S3Objects] = {}
-
-    def opener(self, transfer: int, settings: CopySettings) -> OpenObjects:
-        """Return what opens the objects that an access sees, for a transfer."""
-        limit = settings.speed_limit
-
-        def open_objects(access: ObjectAccess) -> "S3Objects":
-            # Without a limit of their own, transfers share connections.
-            key = (access, transfer if limit else 0)
-            with self._lock:
-                if key not in self._opened:
-                    self._opened[key] = self._open(access, self._allowed(transfer, limit))
-                return self._opened[key]
-
-        return open_objects
-
-    def _allowed(self, transfer: int, limit: int) -> Bandwidth:
-        if not limit:
-            return self._bandwidth
-        own = Allowance(Limit(limit, self._account(transfer)))
-        return Bandwidth(
-            download=Both(self._bandwidth.download, own), upload=Both(self._bandwidth.upload, own)
-        )
 
 
 def retry_wait(tries: int, drawn: float) -> float:

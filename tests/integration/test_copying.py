@@ -31,7 +31,7 @@ from agent_plugin.services import open_copying
 from agent_plugin.settings import Settings, load
 from agent_plugin.transfer.copy_places import Place, plan_copies
 from agent_plugin.transfer.copy_settings import CopySettings, NameFilter
-from agent_plugin.transfer.copying import Copying, CopyResult, retry_wait
+from agent_plugin.transfer.copying import BEAT_SECONDS, CONCURRENCY, Copying, CopyResult, retry_wait
 from agent_plugin.transfer.ledger import Ledger, TaskSpec, TransferSpec, lease_owner
 from agent_plugin.transfer.states import TaskStatus, TransferStatus
 from tests.servers.fault_proxy import FaultProxy
@@ -122,16 +122,20 @@ class Farm:
 
     def tell(self, transfer: int, status: TransferStatus) -> None:
         """Set a transfer's state from another process, as a person does."""
-        self._elsewhere(f"set_transfer({transfer}, status=TransferStatus('{status}'))")
+        self.elsewhere(f"set_transfer({transfer}, status=TransferStatus('{status}'))")
 
     def tell_task(self, transfer: int, name: str, status: TaskStatus) -> None:
         """Set a task's state, by the last component of its source."""
+        self.elsewhere_task(transfer, name, {"status": str(status)})
+
+    def elsewhere_task(self, transfer: int, name: str, change: dict[str, str | int]) -> None:
         [task] = [
             task.id for task in self.ledger.tasks(transfer) if task.source.endswith(f"/{name}")
         ]
-        self._elsewhere(f"set_tasks({transfer}, {{{task}: {{'status': '{status}'}}}})")
+        self.elsewhere(f"set_tasks({transfer}, {{{task}: {change}}})")
 
-    def _elsewhere(self, call: str) -> None:
+    def elsewhere(self, call: str) -> None:
+        """Have another process call a method of the ledger."""
         program = f"""
 import sys
 from pathlib import Path
@@ -153,15 +157,17 @@ def farm(tmp_path: Path, s3: S3Server, fault_proxy: FaultProxy, s3_prefix: str) 
 
 
 @pytest.fixture
-def running(farm: Farm) -> Iterator[Callable[[], threading.Thread]]:
+def running(farm: Farm) -> Iterator[Callable[..., threading.Thread]]:
     """Starts the engine on a thread of its own; it ends with the test."""
     cancellation = Cancellation()
     threads: list[threading.Thread] = []
 
-    def start() -> threading.Thread:
+    def start(concurrency: int = CONCURRENCY) -> threading.Thread:
         def run() -> None:
+            copying = farm.copying(cancellation)
+            copying._concurrency = concurrency
             with suppress(CancelledError):
-                farm.copying(cancellation).run()
+                copying.run()
 
         thread = threading.Thread(target=run)
         thread.start()
@@ -464,7 +470,7 @@ def test_t9_what_was_paused_and_then_aborted_leaves_nothing(
     assert farm.uploads() or any(is_partial(path.name) for path in farm.directory.iterdir())
     farm.tell(transfer, TransferStatus.ABORTED)
 
-    farm.copying().clear()
+    assert farm.copying().clear(10) == []
 
     farm.proxy.release()
     until(lambda: farm.uploads() == [])
@@ -579,6 +585,108 @@ def test_t11_tasks_are_taken_by_priority_of_transfer_then_of_task_then_age(farm:
         *(f"middle-{n}" for n in range(3)),
         *(f"low-{n}" for n in range(3)),
     ]
+
+
+@pytest.mark.parametrize("way", ["made", pytest.param("set", marks=pytest.mark.slow)])
+def test_t11_a_copy_under_way_gives_way_at_its_next_part(
+    farm: Farm, running: Callable[..., threading.Thread], way: str
+) -> None:
+    """Of seven parts six are under way when another transfer, or another's priority, comes.
+
+    Seen to fail when nothing under way is told to pause.
+    """
+    low = farm.create([(farm.file("low", os.urandom(7 * parts.PART_BYTES)), farm.url("low"))])
+    low_stands = farm.proxy.inject(Fault.STALL, methods={"PUT"}, key="low")
+    high_stands = farm.proxy.inject(Fault.STALL, methods={"PUT"}, key="high")
+    high = [(farm.file(f"high-{n}", b"x"), farm.url(f"high-{n}")) for n in range(4)]
+    other = farm.create(high, priority=1) if way == "set" else 0
+    engine = running(concurrency=2)
+    until(lambda: farm.proxy.count("PUT", "low") == 6)
+    if way == "set":
+        farm.elsewhere(f"set_transfer({other}, priority=501)")
+    else:
+        other = farm.create(high, priority=501)
+
+    until(lambda: farm.ledger.transfer(low).status is TransferStatus.WAITING)
+    until(lambda: farm.proxy.count("PUT", "high") == 2)
+    low_stands.released.set()
+    until(lambda: all(each.status for each in farm.proxy.requests if each.key.endswith("low")))
+    # For so long a seventh has had room.
+    time.sleep(2 * BEAT_SECONDS)
+    high_stands.released.set()
+    engine.join(30)
+
+    assert farm.ledger.transfer(low).status is TransferStatus.DONE
+    assert farm.ledger.transfer(other).status is TransferStatus.DONE
+    asked = [
+        request.key.rpartition("/")[2].partition("-")[0]
+        for request in farm.proxy.requests
+        if request.method == "PUT"
+    ]
+    assert asked == ["low"] * 6 + ["high"] * 4 + ["low"]
+    assert farm.stored("low") == (farm.directory / "files/low").read_bytes()
+
+
+def test_t11_a_task_takes_the_place_of_one_of_lower_priority(
+    farm: Farm, running: Callable[..., threading.Thread]
+) -> None:
+    """With one place, `b` comes between the parts of `a`.
+
+    Seen to fail when only what begins is ranked.
+    """
+    pairs = [
+        (farm.file("a", os.urandom(7 * parts.PART_BYTES)), farm.url("a")),
+        (farm.file("b", b"b"), farm.url("b")),
+        (farm.file("c", b"c"), farm.url("c")),
+    ]
+    transfer = farm.create(pairs)
+    farm.proxy.inject(Fault.STALL, methods={"PUT"}, key="/a")
+    engine = running(concurrency=1)
+    until(lambda: farm.proxy.count("PUT", "/a") == 6)
+
+    farm.elsewhere_task(transfer, "b", {"priority": 501})
+    until(lambda: farm.tasks(transfer)["b"] == "done")
+    farm.proxy.release()
+    engine.join(30)
+
+    order = [request.key[-1] for request in farm.proxy.requests if request.method == "PUT"]
+    assert order == [*"aaaaaabac"]
+    assert set(farm.tasks(transfer).values()) == {"done"}
+
+
+HIGHER = """
+import sys
+from pathlib import Path
+from agent_plugin.transfer.ledger import Ledger, TaskSpec, TransferSpec
+with Ledger.open(Path(sys.argv[1], "ledger.db")) as ledger:
+    row = ledger.begin(TransferSpec("sync-in", "/x", "/y"), [TaskSpec("x", "y", 1)])
+    ledger.set_transfer(row.id, priority=501)
+    print("begun", flush=True)
+    sys.stdin.read()
+    ledger.finish(row.id)
+"""
+
+
+def test_t11_copies_give_way_to_what_another_process_moves(
+    farm: Farm, running: Callable[[], threading.Thread]
+) -> None:
+    """And wait for its end, rather than end themselves. Seen to fail without either."""
+    arguments = [sys.executable, "-c", HIGHER, os.fspath(farm.directory)]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        other.stdout.readline()
+        transfer = farm.create([(farm.file("a", b"a"), farm.url("a"))])
+        engine = running()
+        until(lambda: farm.ledger.transfer(transfer).lease_owner)
+        engine.join(1)
+        assert engine.is_alive()
+        assert farm.ledger.transfer(transfer).status is TransferStatus.WAITING
+        assert farm.proxy.count("PUT") == 0
+        other.stdin.close()
+        engine.join(20)
+
+    assert farm.ledger.transfer(transfer).status is TransferStatus.DONE
 
 
 # ---------------------------------------------------------------------------------- settings

@@ -1,13 +1,18 @@
 """The ledger as the copying engine works through it."""
 
+import sqlite3
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from agent_plugin.transfer.copy_queue import KIND, CopyQueue, Outcome
-from agent_plugin.transfer.ledger import Ledger, TaskSpec, TransferSpec
+from agent_plugin.transfer.copy_notes import Outcome
+from agent_plugin.transfer.copy_queue import KIND, CopyQueue
+from agent_plugin.transfer.ledger import BEATS_MISSED_SECONDS, Ledger, TaskSpec, TransferSpec
+from agent_plugin.transfer.ledger_file import BUSY_TIMEOUT_SECONDS, LedgerBusyError
 from agent_plugin.transfer.states import TaskStatus, TransferStatus
+from tests.unit.ledger_reads import rows
 
 SIZE = 10
 
@@ -28,7 +33,7 @@ def queue(ledger: Ledger) -> CopyQueue:
 
 
 def done(queue: CopyQueue, *tasks: int) -> None:
-    queue.settle([Outcome(task, TaskStatus.DONE) for task in tasks])
+    queue.notes.settle([Outcome(task, TaskStatus.DONE) for task in tasks])
     queue.beat({1: SIZE * len(tasks)}, ())
 
 
@@ -61,9 +66,51 @@ def test_what_has_ended_together_is_written_together(ledger: Ledger, queue: Copy
     statements: list[str] = []
     with ledger.file.read() as connection:
         connection.set_trace_callback(statements.append)
-        queue.settle([Outcome(task.id, TaskStatus.DONE) for task in claimed])
-        queue.settle([])
+        queue.notes.settle([Outcome(task.id, TaskStatus.DONE) for task in claimed])
+        queue.notes.settle([])
         connection.set_trace_callback(None)
 
     assert statements.count("COMMIT") == 1
     assert {task.status for task in ledger.tasks(1)} == {TaskStatus.DONE}
+
+
+def test_t9_a_busy_ledger_holds_nothing_up_and_gets_all_of_it_later(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    """As when a process is stopped while it writes. What people have said is read nevertheless.
+
+    Seen to fail when any of the calls waits, and when what could not be written is forgotten.
+    """
+    now = [time.time()]
+    queue = CopyQueue(ledger.file, lambda: now[0])
+    queue.take()
+    first, second, third = queue.claim(3, ())
+    ledger.set_transfer(1, priority=7)
+    with sqlite3.connect(tmp_path / "ledger.db", isolation_level=None) as other:
+        other.execute("BEGIN IMMEDIATE")
+        begun = time.monotonic()
+        queue.notes.measured(first.id, 2 * SIZE)
+        queue.notes.keep(second.id, "an upload", {"partBytes": 4}, 4)
+        queue.notes.settle([Outcome(third.id, TaskStatus.DONE)])
+        assert (queue.take(), queue.claim(3, ()), queue.let_go((), stopping=False)) == ([], [], {})
+        transfers, tasks = queue.beat({1: 14}, [first.id])
+        assert time.monotonic() - begun < BUSY_TIMEOUT_SECONDS / 2
+        assert (transfers[1].priority, tasks[first.id].status, queue.behind) == (
+            7, "executing", True,
+        )  # fmt: skip
+        now[0] += BEATS_MISSED_SECONDS + 1
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("agent_plugin.transfer.copy_queue.BUSY_TIMEOUT_SECONDS", 0.2)
+            with pytest.raises(LedgerBusyError):
+                queue.beat({}, ())
+        other.execute("ROLLBACK")
+    other.close()
+    queue.beat({1: 1}, ())
+
+    assert not queue.behind
+    assert rows(tmp_path / "ledger.db", "SELECT bytes FROM sample") == [(15,)]
+    found = [(str(task.status), task.size, task.done) for task in ledger.tasks(1)]
+    assert found == [
+        ("executing", 2 * SIZE, 0), ("executing", SIZE, 4), ("done", SIZE, SIZE),
+    ]  # fmt: skip
+    assert (ledger.transfer(1).size, ledger.transfer(1).done) == (4 * SIZE, SIZE + 4)
