@@ -218,8 +218,8 @@ def rows_with_bad_columns(draw: st.DrawFn) -> list[Row]:
     return list(zip(*columns, strict=True))
 
 
-# These are cheap, and what they look for is rare.
-many = settings(max_examples=20 * settings().max_examples)
+# What they look for is rare.
+many = settings(max_examples=max(1000, 5 * settings().max_examples))
 
 
 @many
