@@ -1,11 +1,8 @@
 """Downloads: a plan becomes files under its root.
 
-The calling thread places files; a crew of threads obtains blobs that the cache lacks. A small blob
-travels in memory and is published to the cache by the calling thread (file creation does not gain
-from more threads); a large one is written by its crew thread into a staged file under the root, and
-copied from there into the cache. While a blob is fetched its claim is held, so that another process
-waits for it instead of fetching it too; the claim is released after publication. Without a cache,
-or when the cache fails, blobs only go to their places.
+The calling thread places files; threads obtain the blobs that the cache lacks (fetching.py). A
+small one is published to the cache by the calling thread: file creation does not gain from more
+threads. Without a cache, or when it fails, blobs only go to their places (download_cache.py).
 
 What people want of it meanwhile is done at each beat (steering.py): a file that is excluded or held
 is not placed, and its blob not asked for unless another file needs it. If it is being asked for,
@@ -19,17 +16,14 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Final, Self
 
 from agent_plugin.content import events
-from agent_plugin.content.blob_cache import BlobCache, Claim
 from agent_plugin.content.digest import Digest
 from agent_plugin.content.errors import (
     BlobCorruptError,
     BlobNotFoundError,
-    CacheUnsafeError,
     CancelledError,
     InputError,
     LocalError,
@@ -38,12 +32,14 @@ from agent_plugin.content.errors import (
 )
 from agent_plugin.content.layout import blob_key
 from agent_plugin.content.manifest import FileEntry
-from agent_plugin.content.store import WHOLE_BLOB_BYTES, Cancellation, Progress
+from agent_plugin.content.store import Cancellation, Progress
 from agent_plugin.transfer.context import TransferContext
-from agent_plugin.transfer.engine import TICK_SECONDS, ByteBudget, Crew, Halts, Products
+from agent_plugin.transfer.download_cache import DownloadCache
+from agent_plugin.transfer.engine import TICK_SECONDS
+from agent_plugin.transfer.fetching import Fetching, Obtained
 from agent_plugin.transfer.ledger import TaskSpec, TransferRow, TransferSpec
 from agent_plugin.transfer.ledger_news import TaskNews
-from agent_plugin.transfer.placement import CacheCopy, Placer, StagedFile
+from agent_plugin.transfer.placement import Placer, StagedFile
 from agent_plugin.transfer.plan import EMPTY, DownloadPlan
 from agent_plugin.transfer.progress import Meter
 from agent_plugin.transfer.states import TaskStatus
@@ -51,14 +47,7 @@ from agent_plugin.transfer.steering import EndedByHandError, Steering
 
 log = events.get_logger()
 
-# For so long another process's fetch of the same blob is waited for; then we fetch it as well,
-# since that process may be stopped or very slow.
-SINGLE_FLIGHT_SECONDS: Final = 60.0
-# Large blobs are fetched in parallel parts each, so a few at once fill any link.
-LARGE_AT_ONCE: Final = 3
 _MEND: Final = "Delete that object, then submit the job again, with --force-store-check."
-# Users are promised an end within a second; a fetch in parts looks every 0.1 s whether to stop.
-LARGE_STOP_SECONDS: Final = 0.4
 # How often a blob that turns out to be damaged in the cache is fetched anew.
 CACHE_REPAIRS: Final = 2
 
@@ -80,22 +69,6 @@ class TransferResult:
     bytes_reused: int
     seconds: float
     excluded: tuple[FileEntry, ...] = ()
-
-
-@dataclass(slots=True)
-class _Obtained:
-    """A blob that a crew thread obtained: in memory, in a staged file, or in the cache."""
-
-    data: bytes | None = None
-    staged: StagedFile | None = None
-    claim: Claim | None = None
-    fetched: bool = True
-
-    def close(self) -> None:
-        if self.staged is not None:
-            self.staged.close()
-        if self.claim is not None:
-            self.claim.release()
 
 
 class _Boundary(Cancellation):
@@ -182,28 +155,14 @@ class _Download:
         self._plan = plan
         self._context = context
         self._row = row
-        # Blobs are read from the one and added to the other: a full cache can still be read. Crew
-        # threads may set both to None, so each method takes its own copy first.
-        cache = context.cache if plan.origin is None else None
-        self._cache: BlobCache | None = cache
-        self._filling: BlobCache | None = cache
-        self._open_origin = context.open_store if plan.origin is None else plan.origin.open
         # Of an origin, what is wanted by what the ledger calls it; made when first needed.
         self._digests: dict[str, Digest] = {}
         self._halt = Cancellation()
         meter = Meter(plan.files_to_place, plan.bytes_to_place)
         self._steering = Steering(context, row, self._halt, meter, self._take_news)
         self._tasks = self._steering.tasks
-        self._budget = ByteBudget()
-        self._halts: Halts[Digest] = Halts(self._halt)
-        self._obtained: Products[Digest, _Obtained] = Products(drop=_Obtained.close)
-        self._small = Crew(self._obtain, self._obtained, context.concurrency, self._halt)
-        self._large = Crew(self._obtain, self._obtained, LARGE_AT_ONCE, self._halt)
-        # Blobs that the crew has been asked for, and those that are to be had without it.
-        self._ordered: set[Digest] = set()
+        # Blobs that are to be had without being fetched.
         self._ready: OrderedDict[Digest, None] = OrderedDict()
-        # Small ones that the crew is still asked for, and that nobody waits for.
-        self._left: set[Digest] = set()
         # The task whose file is being placed.
         self._placing = 0
         # Bytes of large blobs that came and are not in place yet; a blob has one thread at a time.
@@ -219,6 +178,16 @@ class _Download:
             owner=plan.owner,
             cancellation=_Boundary(self._heed),
         )
+        self._cache = DownloadCache(context.cache if plan.origin is None else None)
+        self._fetching = Fetching(
+            plan,
+            context,
+            self._cache,
+            self._placer,
+            task_of=self._first_task_of,
+            told=self._told,
+            halt=self._halt,
+        )
         self._ended_by_hand = False
         self.counts = _Counts()
 
@@ -227,14 +196,9 @@ class _Download:
 
     def __exit__(self, *_: object) -> None:
         self._halt.cancel()
-        self._halts.end_all()
-        self._small.close()
-        self._large.close()
-        # They remove what they had begun to write; a small blob's thread has nothing of the kind.
-        self._large.join(LARGE_STOP_SECONDS)
+        self._fetching.end()
         self._placer.close()
-        # What the crew had ready when the transfer stopped: its claims and files are given back.
-        self._obtained.close()
+        self._fetching.drop()
 
     def run(self) -> None:
         """Place all that people want placed; what they call done is left as it is."""
@@ -252,18 +216,15 @@ class _Download:
         for digest in wanted:
             self._want(digest)
         with self._context.view(self._row.kind) as self._steering.view:
-            while self._ordered or self._ready or self._steering.holds:
+            while self._fetching.is_awaited or self._ready or self._steering.holds:
                 self._tick()
-                if not (self._ordered or self._ready):
+                if not (self._fetching.is_awaited or self._ready):
                     # What was left may have been taken out at this moment.
                     if self._steering.holds:
                         self._steering.wait_for_held()
                     continue
-                taken = self._obtained.take(0 if self._ready else TICK_SECONDS)
+                taken = self._fetching.take(0 if self._ready else TICK_SECONDS)
                 if taken is not None:
-                    self._ordered.discard(taken[0])
-                    self._left.discard(taken[0])
-                    self._halts.over(taken[0])
                     self._place_obtained(*taken)
                 elif self._ready:
                     self._place_cached(self._ready.popitem(last=False)[0])
@@ -304,32 +265,15 @@ class _Download:
         """See that a blob comes if a file needs it, as urgently as that is by now."""
         entries = self._open(digest)
         priority = self._steering.priority(self._task_of(entry) for entry in entries)
-        if digest in self._left:
-            if entries:
-                self._left.discard(digest)
-                self._ordered.add(digest)
+        if not self._fetching.withdraw(digest, wanted=bool(entries)):
             return
-        if digest in self._ordered:
-            if not self._crew(digest).withdraw(digest):
-                if not entries:
-                    self._let_go(digest)
-                return
-            self._ordered.discard(digest)
         self._ready.pop(digest, None)
         if not entries:
             return
         if digest == EMPTY or (digest in self._plan.cached and digest not in self.counts.repairs):
             self._ready[digest] = None
         else:
-            self._order(digest, priority)
-
-    def _let_go(self, digest: Digest) -> None:
-        """Do without a blob that is being asked for."""
-        self._halts.end(digest)
-        if digest.size <= WHOLE_BLOB_BYTES:
-            # A request that was sent can not be ended.
-            self._ordered.discard(digest)
-            self._left.add(digest)
+            self._fetching.order(digest, priority)
 
     def _digest_of(self, task: TaskNews) -> Digest | None:
         """Return what content a task brings; None for one of an origin that is not of this plan."""
@@ -379,13 +323,6 @@ class _Download:
         seen, self.counts.seen = self.counts.seen, []
         self._context.remember_present(seen)
 
-    def _crew(self, digest: Digest) -> Crew[Digest, _Obtained]:
-        return self._small if digest.size <= WHOLE_BLOB_BYTES else self._large
-
-    def _order(self, digest: Digest, priority: int) -> None:
-        self._ordered.add(digest)
-        self._crew(digest).order(digest, priority)
-
     def _keep(self) -> None:
         for entry in self._plan.retimed:
             self._placer.retime(entry)
@@ -395,97 +332,11 @@ class _Download:
             if task is not None:
                 self._context.ledger.note(task, TaskStatus.DONE)
 
-    def _is_cached(self, digest: Digest) -> bool:
-        cache = self._cache
-        if cache is None:
-            return False
-        try:
-            return cache.contains(digest)
-        except LocalError as error:
-            self._abandon(error)
-            return False
-
     # ------------------------------------------------------------------ on the crew's threads
 
-    def _obtain(self, digest: Digest) -> _Obtained:
+    def _first_task_of(self, digest: Digest) -> int:
         first = next(iter(self._open(digest)), self._plan.wanted[digest][0])
-        task = self._task_of(first)
-        with self._context.attempt(task), self._halts.heeding(digest) as halt:
-            return self._obtain_for(digest, task, halt)
-
-    def _obtain_for(self, digest: Digest, task: int, halt: Cancellation) -> _Obtained:
-        claim = self._claim(digest, halt)
-        try:
-            if claim is None and self._is_cached(digest):
-                return _Obtained(fetched=False)
-            self._context.ledger.note(task, TaskStatus.EXECUTING)
-            if digest.size <= WHOLE_BLOB_BYTES:
-                self._budget.acquire(digest.size, halt)
-                try:
-                    data = self._open_origin().get(digest)
-                except BaseException:
-                    self._budget.release(digest.size)
-                    raise
-                return _Obtained(data=data, claim=claim)
-            return self._obtain_large(digest, claim, task, halt)
-        except BaseException:
-            if claim is not None:
-                claim.release()
-            raise
-
-    def _claim(self, digest: Digest, halt: Cancellation) -> Claim | None:
-        """Return the right to fetch; None when the blob has come, or there is no cache."""
-        cache = self._filling
-        if cache is None:
-            return None
-        try:
-            return cache.claim_or_wait(digest, SINGLE_FLIGHT_SECONDS, halt)
-        except LocalError as error:
-            self._bypass(error)
-            return None
-
-    def _obtain_large(
-        self, digest: Digest, claim: Claim | None, task: int, halt: Cancellation
-    ) -> _Obtained:
-        staged: StagedFile | None = None
-        try:
-            staged = self._placer.stage()
-            self._fetch(digest, staged, task, halt)
-        except BaseException as error:
-            if staged is not None:
-                staged.close()
-            if isinstance(error, OSError):
-                raise local_write_error(error, os.fspath(self._plan.root)) from error
-            raise
-        return _Obtained(staged=staged, claim=claim)
-
-    def _fetch(self, digest: Digest, staged: StagedFile, task: int, halt: Cancellation) -> None:
-        with ExitStack() as files:
-            copy = self._copy_for_cache(digest, staged, files)
-            told = self._told(digest, task)
-            if copy is None:
-                self._open_origin().fetch(digest, staged.fd, cancellation=halt, progress=told)
-            else:
-                self._context.open_store().fetch(
-                    digest, staged.fd, cancellation=halt, progress=told, hashed=copy.take
-                )
-                try:
-                    copy.publish(digest)
-                except (LocalError, BlobCorruptError, OSError) as error:
-                    self._bypass(error)
-
-    def _copy_for_cache(
-        self, digest: Digest, staged: StagedFile, files: ExitStack
-    ) -> CacheCopy | None:
-        cache = self._filling
-        if cache is None:
-            return None
-        try:
-            kept = files.enter_context(cache.staging(digest.size))
-        except LocalError as error:
-            self._bypass(error)
-            return None
-        return CacheCopy(kept, staged, clones=self._placer.can_clone(staged, kept.fd))
+        return self._task_of(first)
 
     def _told(self, digest: Digest, task: int) -> Progress:
         """Return what counts the bytes of a large blob as they come, those of its first file."""
@@ -501,7 +352,7 @@ class _Download:
 
     # ------------------------------------------------------------------ on the calling thread
 
-    def _place_obtained(self, digest: Digest, obtained: _Obtained | BaseException) -> None:
+    def _place_obtained(self, digest: Digest, obtained: Obtained | BaseException) -> None:
         """Place what the crew obtained."""
         if isinstance(obtained, BaseException):
             # It may have been ended since people took all of its files out while it was asked for.
@@ -518,7 +369,7 @@ class _Download:
                 if self._plan.origin is None:
                     self.counts.seen.append(digest)
             if obtained.data is not None:
-                self._publish(digest, obtained.data)
+                self._cache.add(digest, obtained.data)
                 data = obtained.data
                 self._place_all(
                     self._open(digest), lambda entry: self._placer.place_data(entry, data)
@@ -528,9 +379,7 @@ class _Download:
             else:
                 self._place_cached(digest)
         finally:
-            if obtained.data is not None:
-                self._budget.release(digest.size)
-            obtained.close()
+            self._fetching.give_back(digest, obtained)
         self._uncount(digest)
 
     def _uncount(self, digest: Digest) -> None:
@@ -550,22 +399,14 @@ class _Download:
         if digest == EMPTY:
             self._place_all(self._open(digest), lambda entry: self._placer.place_data(entry, b""))
             return
-        cache = self._cache
-        if cache is None:
-            self._again(digest)
-            return
-        try:
-            fd = cache.open_blob(digest)
-        except LocalError as error:
-            self._abandon(error)
-            fd = None
+        fd = self._cache.open(digest)
         if fd is None:
             self._again(digest)
             return
         try:
             self._place_all(self._open(digest), lambda entry: self._placer.place_copy(entry, fd))
         except BlobCorruptError as error:
-            self._quarantine(cache, digest, error)
+            self._cache.quarantine(digest, error)
             self._again(digest)
         finally:
             os.close(fd)
@@ -575,10 +416,10 @@ class _Download:
         self.counts.repairs[digest] = repairs
         if repairs > CACHE_REPAIRS:
             # Evicted or damaged again and again: the cache is of no use for this transfer.
-            self._abandon(BlobCorruptError(f"{digest} does not stay whole in the cache"))
+            self._cache.abandon(BlobCorruptError(f"{digest} does not stay whole in the cache"))
         if entries := self._open(digest):
             tasks = [self._task_of(entry) for entry in entries]
-            self._order(digest, self._steering.priority(tasks))
+            self._fetching.order(digest, self._steering.priority(tasks))
 
     def _place_all(self, entries: Sequence[FileEntry], place: Callable[[FileEntry], None]) -> None:
         for entry in entries:
@@ -599,39 +440,6 @@ class _Download:
             self._steering.settle(task)
             # What was counted as it came is that of one file.
             self._steering.count(task, entry.size - self._arrived.pop(entry.digest, 0), files=1)
-
-    def _publish(self, digest: Digest, data: bytes) -> None:
-        cache = self._filling
-        if cache is None:
-            return
-        try:
-            cache.add(digest, data)
-        except (LocalError, OSError) as error:
-            self._bypass(error)
-
-    def _bypass(self, error: Exception) -> None:
-        """Add nothing to the cache any more.
-
-        Raises:
-            CacheUnsafeError: When that is the reason; it is for the operator to mend.
-        """
-        if isinstance(error, CacheUnsafeError):
-            raise error
-        if self._filling is None:
-            return
-        self._filling = None
-        log.warning(events.CACHE_BYPASSED, extra={"reason": str(error)})
-
-    def _abandon(self, error: Exception) -> None:
-        """Neither read the cache nor add to it any more."""
-        self._bypass(error)
-        self._cache = None
-
-    def _quarantine(self, cache: BlobCache, digest: Digest, error: BlobCorruptError) -> None:
-        try:
-            cache.quarantine(digest, error.message)
-        except LocalError as failure:
-            self._abandon(failure)
 
     def _failure(self, digest: Digest, error: BaseException) -> BaseException:
         """Record that a blob could not be had; return what to raise, naming the files."""
