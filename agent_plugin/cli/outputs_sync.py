@@ -73,9 +73,7 @@ def conflict_option(default: Conflict) -> Callable[[Callable[P, R]], Callable[P,
 @click.option(
     "--bootstrap-lookback-minutes",
     type=float,
-    default=0.0,
-    show_default=True,
-    help="For the first sync: outputs this old are wanted, too; inf for all.",
+    help="For the first sync: outputs this old are wanted, too; inf for all.  [default: 0]",
 )
 @click.option("--force-bootstrap", is_flag=True, help="Forget what was brought; begin anew.")
 @click.option(
@@ -94,7 +92,7 @@ def sync_command(
     storage_profile_id: str | None,
     path_mapping_rules: Path | None,
     ignore_storage_profiles: bool,
-    bootstrap_lookback_minutes: float,
+    bootstrap_lookback_minutes: float | None,
     force_bootstrap: bool,
     checkpoint_dir: Path | None,
     conflict_resolution: str,
@@ -107,7 +105,7 @@ def sync_command(
     With JOBs, all of their outputs that were not brought. May be killed at any moment, and goes on
     where it was.
     """
-    since = _since(bootstrap_lookback_minutes)
+    since = _since(bootstrap_lookback_minutes or 0.0)
     _check_ids(farm_id, queue_id, job_ids, storage_profile_id)
     if sum(map(bool, (storage_profile_id, path_mapping_rules, ignore_storage_profiles))) > 1:
         raise click.UsageError(
@@ -149,7 +147,13 @@ def sync_command(
     if as_json:
         print_json(result)
     else:
-        _show(result)
+        _show(result, named=bool(job_ids))
+    if bootstrap_lookback_minutes is not None and not result.first:
+        say(
+            "--bootstrap-lookback-minutes counts for the first sync only; with --force-bootstrap"
+            " this would be one",
+            err=True,
+        )
     if failures:
         # The others were brought; the result tells of each.
         raise failures[0]
@@ -191,25 +195,34 @@ def _read(path: Path) -> bytes:
         raise LocalReadError(f"{path}: {error.strerror}") from error
 
 
-def _show(result: SyncResult) -> None:
-    if result.first and not result.dry_run:
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(result.since))
-        say(f"first sync: outputs since {when}; --bootstrap-lookback-minutes takes earlier ones")
+def _show(result: SyncResult, *, named: bool) -> None:
+    if result.first and not named:
+        _show_beginning(result.since)
     for job in result.jobs:
-        _show_job(job)
+        _show_job(job, dry_run=result.dry_run)
     if not result.jobs:
-        say("nothing new")
+        say("nothing new of what was named" if named else "nothing new")
+    elif result.dry_run:
+        say(f"{result.files} files would be in place, {format_bytes(result.bytes)}")
+    else:
+        say(
+            f"{result.files} files in place, {format_bytes(result.bytes)},"
+            f" {format_bytes(result.bytes_fetched)} fetched, {result.seconds} s"
+        )
+
+
+def _show_beginning(since: float) -> None:
+    if not since:
+        say("first sync: all outputs")
         return
-    done = "would be in place" if result.dry_run else "in place"
-    say(
-        f"{result.files} files {done}, {format_bytes(result.bytes)},"
-        f" {format_bytes(result.bytes_fetched)} fetched, {result.seconds} s"
-    )
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since))
+    say(f"first sync: outputs since {when}; --bootstrap-lookback-minutes takes earlier ones")
 
 
-def _show_job(job: SyncedJob) -> None:
+def _show_job(job: SyncedJob, *, dry_run: bool) -> None:
     reason = f": {job.reason}" if job.reason else ""
-    say(f"job {job.job_id}: {job.state}, {job.files} files{reason}")
+    state = "would be synced" if dry_run and job.state == "synced" else job.state
+    say(f"job {job.job_id}: {state}, {job.files} files{reason}")
     for root in job.roots:
         say(f"  below {root}")
     if job.left:
@@ -217,6 +230,9 @@ def _show_job(job: SyncedJob) -> None:
     for copy in job.copies:
         say(f"  copy {copy}")
     if job.unmapped_files:
-        say(f"  {job.unmapped_files} files have no place on this host, such as {job.unmapped[0]}")
+        say(
+            f"  {job.unmapped_files} files have no place on this host until rules or a storage"
+            f" profile give them one, such as {job.unmapped[0]}"
+        )
     if job.given_up:
         say(f"  {job.given_up} manifests were given up; name the job to try them again")

@@ -8,7 +8,8 @@ the jobs that are asked for, and whether that one comes now or has come before.
 Job after job is brought and then noted in the checkpoint. A failure that is one job's own (content
 that is missing or damaged, a path that can not be written) leaves the others alone, and keeps back
 the files of the manifests at fault; it is tried again by the next syncs, MAX_TRIES times in all.
-Any other ends the sync.
+What the store refuses, or can not deliver, while it answers otherwise is one job's own, too, and
+tried by every sync: whoever mends it does so in the store. Any other failure ends the sync.
 """
 
 import os
@@ -23,6 +24,8 @@ import msgspec
 
 from agent_plugin.content import events
 from agent_plugin.content.errors import (
+    BlobCorruptError,
+    BlobNotFoundError,
     CacheUnsafeError,
     DocumentNotFoundError,
     InputError,
@@ -50,12 +53,11 @@ MAX_TRIES: Final = 5
 # Of the paths of a job that no rule maps, so many are named.
 SHOWN_PATHS: Final = 20
 
-_END_THE_SYNC: Final = (
-    StoreUnavailableError,
-    StoreAccessError,
-    NoSpaceError,
-    CacheUnsafeError,
-    StateError,
+_END_THE_SYNC: Final = (NoSpaceError, CacheUnsafeError, StateError)
+_OF_THE_STORE: Final = (StoreUnavailableError, StoreAccessError)
+_LOST: Final = (BlobNotFoundError, BlobCorruptError)
+_RUN_AGAIN: Final = (
+    f"the task that made it has to run again; otherwise it is given up after {MAX_TRIES} syncs"
 )
 
 log = events.get_logger()
@@ -152,6 +154,7 @@ class _Job:
         files: By manifest, and by the directory they go below, the files that are the newest of
             their path.
         broken: The keys of manifests that are of no use.
+        refused: The keys of manifests of which the store refuses something, and not all.
         unplaced: The keys of manifests of which a file has no place here.
         failure: Why something can not be brought.
     """
@@ -160,6 +163,7 @@ class _Job:
     told: SyncedJob
     files: dict[str, dict[Path, list[FileEntry]]] = field(default_factory=dict)
     broken: set[str] = field(default_factory=set)
+    refused: set[str] = field(default_factory=set)
     unplaced: set[str] = field(default_factory=set)
     failure: PropmasterError | None = None
 
@@ -174,7 +178,8 @@ class _Job:
         """Remember the first thing that went wrong."""
         if self.failure is None:
             message = f"{self.told.job_id}: {error.message}"
-            self.failure = type(error)(message, hint=error.hint)
+            hint = _RUN_AGAIN if isinstance(error, _LOST) else error.hint
+            self.failure = type(error)(message, hint=hint)
             self.told.state, self.told.reason = "failed", error.message
 
 
@@ -326,6 +331,9 @@ class _Sync:
         ]
         found = []
         answers = self._context.ask_each(_fetch, [info for _, info in asked])
+        refused = [answer for answer in answers if isinstance(answer, StoreAccessError)]
+        if refused and len(refused) == len(answers):
+            raise refused[0]
         for (job_id, info), answer in zip(asked, answers, strict=True):
             if isinstance(answer, OutputManifest):
                 found.append((job_id, answer))
@@ -380,6 +388,8 @@ class _Sync:
 
     def _break(self, job: _Job, key: str, error: PropmasterError) -> None:
         job.broken.add(key)
+        if isinstance(error, _OF_THE_STORE):
+            job.refused.add(key)
         job.fail(error)
 
     def _bring(self, job_id: str, job: _Job) -> None:
@@ -398,7 +408,7 @@ class _Sync:
                 )
             self._checkpoint.advance(step)
         by_tries: dict[int, list[str]] = {}
-        for mark in job.marks(sorted(job.infos.keys() - done)):
+        for mark in job.marks(sorted(job.infos.keys() - done - job.refused)):
             tries = min(self._checkpoint.tries(job_id, mark) + 1, MAX_TRIES)
             by_tries.setdefault(tries, []).append(mark)
         for tries, marks in by_tries.items():
@@ -410,6 +420,12 @@ class _Sync:
             self._place(job_id, job, keys)
         except _END_THE_SYNC:
             raise
+        except _OF_THE_STORE as error:
+            if not self._store_answers():
+                raise
+            job.fail(error)
+            if len(keys) == 1:
+                job.refused.update(keys)
         except PropmasterError as error:
             job.fail(error)
         else:
@@ -417,6 +433,14 @@ class _Sync:
         # One of them is at fault; what the others' tasks have left is wanted all the same.
         alone = keys if len(keys) > 1 else ()
         return {key for each in alone for key in self._place_all(job_id, job, [each])}
+
+    def _store_answers(self) -> bool:
+        """Whether a failure was about one object, and not about all of the store."""
+        prefix = f"{self._request.farm_id}/{self._request.queue_id}/"
+        with suppress(*_OF_THE_STORE):
+            self._context.ask(lambda store: next(iter(store.list_documents(prefix)), None))
+            return True
+        return False
 
     def _place(self, job_id: str, job: _Job, keys: Sequence[str]) -> None:
         told, context = job.told, self._context
@@ -468,5 +492,5 @@ def _fetch(store: Store, info: DocumentInfo) -> OutputManifest | PropmasterError
     """Return a manifest, or why this one can not be had."""
     try:
         return fetch_output(store, info)
-    except (ManifestInvalidError, DocumentNotFoundError) as error:
+    except (ManifestInvalidError, DocumentNotFoundError, StoreAccessError) as error:
         return error

@@ -53,7 +53,9 @@ class Header(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=
     since: float
 
 
-class Advance(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
+class Advance(
+    msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True, omit_defaults=True
+):
     """One job's line.
 
     Attributes:

@@ -25,6 +25,9 @@ from agent_plugin.content.errors import (
 )
 from agent_plugin.session.job import PathMappingRule
 from agent_plugin.session.path_rules import PathRules, checked_rules, read_rules
+from agent_plugin.session.sync import MAX_TRIES
+from tests.servers.fault_proxy import FaultProxy
+from tests.servers.faults import Fault
 from tests.servers.hooks import FARM, QUEUE
 from tests.servers.render_queue import MTIME_NS, RenderQueue, job_id
 from tests.servers.s3_server import S3Server
@@ -200,8 +203,10 @@ def test_the_command_syncs_tells_and_exits_with_the_first_failure(queue: RenderQ
     }
     assert (result["failed"], result["files"]) == (1, 1)
     assert contents(queue.show) == {"good": b"stays"}
-    plain = queue.artist.run(*queue.argv()[:-1])
+    plain = queue.artist.run(*queue.argv(*ALL)[:-1])
     assert f"job {job_id(1)}: failed, 0 files: bad: " in plain.stdout
+    assert "the task that made it has to run again" in plain.stderr
+    assert "counts for the first sync only" in plain.stderr
 
 
 # ------------------------------------------------------------------------------- kills, checkpoint
@@ -442,6 +447,48 @@ def test_content_that_is_missing_keeps_only_its_tasks_files_back(queue: RenderQu
     blob.write_bytes(lost)
     assert queue.sync(job_id(1)).of(1).files == 2
     assert len(contents(queue.show)) == 8
+
+
+@pytest.mark.parametrize("which", ["manifest", "content"])
+def test_what_a_store_refuses_of_one_task_keeps_nobody_else_back_and_is_tried_by_every_sync(
+    s3: S3Server, fault_proxy: FaultProxy, tmp_path: Path, which: str
+) -> None:
+    """Seen to fail when such an answer ends the sync, and when its tries are counted."""
+    url = f"s3://{s3.bucket}/root-{uuid.uuid4().hex}"
+    queue = RenderQueue(tmp_path, url, s3.environment)
+    queue.artist.environment = {**s3.environment, "AWS_ENDPOINT_URL_S3": fault_proxy.url}
+    queue.render(1, {"a": b"refused"}, task=0)
+    queue.render(1, {"b": b"1"}, task=1)
+    queue.render(2, {"c": b"2"})
+    of_task = f"{job_id(1)}/step-[0-9a-f]*/task-[0-9a-f]*-0/"
+    key = of_task if which == "manifest" else f"Data/{Digest.of(b'refused').hex}"
+    fault_proxy.inject(Fault.FORBIDDEN, methods={"GET"}, key=key)
+
+    first = queue.sync()
+
+    assert [type(failure) for failure in first.failures] == [StoreAccessError]
+    assert (first.of(1).state, first.of(2).state) == ("failed", "synced")
+    assert contents(queue.show) == {"b": b"1", "c": b"2"}
+    assert [len(queue.sync().failures) for _ in range(MAX_TRIES)] == [1] * MAX_TRIES
+    fault_proxy.clear()
+    assert queue.sync().files == 1
+    assert contents(queue.show) == {"a": b"refused", "b": b"1", "c": b"2"}
+
+
+def test_a_store_that_refuses_all_ends_the_sync_and_no_try_is_counted(
+    s3: S3Server, fault_proxy: FaultProxy, tmp_path: Path
+) -> None:
+    """Seen to fail when each job is taken to be at fault."""
+    queue = RenderQueue(tmp_path, f"s3://{s3.bucket}/root-{uuid.uuid4().hex}", s3.environment)
+    queue.artist.environment = {**s3.environment, "AWS_ENDPOINT_URL_S3": fault_proxy.url}
+    queue.render(1, {"a": b"1"})
+    queue.render(2, {"b": b"2"})
+    # The keys end when the manifests were read.
+    fault_proxy.inject(Fault.FORBIDDEN, key="Data/")
+    fault_proxy.inject(Fault.FORBIDDEN, key="^$", skip=1)
+
+    with pytest.raises(StoreAccessError):
+        queue.sync()
 
 
 def test_a_store_that_can_not_be_reached_ends_the_sync(queue: RenderQueue) -> None:
