@@ -118,6 +118,8 @@ class StoreSettings(_Section, frozen=True, forbid_unknown_fields=True):
         least_bytes_per_second: A request that reads and is slower, on the average, is ended.
         existence_max_age: Seconds for which a blob seen in the store is asked for before it would
             be sent; 0 remembers nothing.
+        result_endpoints: S3 servers that `get`, `ls`, `cat` and `results` ask with the user's keys
+            if a result says that it is there, besides the environment's.
         download_limit, upload_limit: Bytes a second of content and manifests, of all processes of
             this host together; 0 for none.
     """
@@ -129,6 +131,7 @@ class StoreSettings(_Section, frozen=True, forbid_unknown_fields=True):
     read_timeout: Annotated[float, Meta(gt=0, le=3600)] = 15.0
     least_bytes_per_second: Annotated[int, Meta(ge=1, le=2**30)] = 16384
     existence_max_age: Annotated[int, Meta(ge=0, le=365 * 86400)] = 86400
+    result_endpoints: Annotated[tuple[str, ...], Meta(max_length=100)] = ()
     download_limit: Rate = Rate()
     upload_limit: Rate = Rate()
 

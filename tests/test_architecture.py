@@ -27,8 +27,8 @@ HOST = [*SETTINGS, *TRANSFER, "agent_plugin.services"]
 PUBLISHING = [
     f"agent_plugin.publish.{module}"
     for module in (
-        *("archive", "destination", "leftovers", "outputs", "packed", "placeholders", "plain"),
-        *("publisher", "result_documents", "run", "spec"),
+        *("archive", "contents", "destination", "leftovers", "outputs", "packed"),
+        *("placeholders", "plain", "publisher", "result_documents", "run", "spec"),
     )
 ]
 

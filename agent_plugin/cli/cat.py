@@ -9,8 +9,10 @@ from pathlib import Path
 import click
 
 from agent_plugin.cli.job_results import (
+    allow_endpoint_option,
     by_root_option,
     check_ids,
+    chosen,
     job_and_path,
     no_such_result,
     of_a_job,
@@ -21,19 +23,22 @@ from agent_plugin.cli.options import config_option
 from agent_plugin.content.errors import JobInvalidError
 from agent_plugin.content.safe_path import split
 from agent_plugin.content.store import Cancellation
-from agent_plugin.publish.get_published import PublishedWish, get_documents
+from agent_plugin.publish.get_published import PublishedWish, get_published
 from agent_plugin.publish.reading import choose, read_out
 from agent_plugin.publish.result_documents import ResultsDocument
-from agent_plugin.publish.results import check_only, files_of, find_either, find_job
+from agent_plugin.publish.results import files_of, find_either, find_job
+from agent_plugin.publish.servers import ResultServers
 from agent_plugin.publish.unpack import UnpackLimits
 from agent_plugin.services import ask_store, open_services
-from agent_plugin.settings import Settings, load
+from agent_plugin.settings import load
+from agent_plugin.transfer.context import TransferContext
 
 
 @click.command(name="cat")
 @of_a_job("JOB/PATH")
 @by_root_option
 @published_option
+@allow_endpoint_option
 @config_option
 def command(
     job: str,
@@ -43,8 +48,10 @@ def command(
     step_id: str | None,
     task_id: str | None,
     only: tuple[str, ...],
+    without: tuple[str, ...],
     by_root: bool,
     published: bool,
+    endpoints: tuple[str, ...],
     config: Path | None,
 ) -> None:
     """Print the result file PATH of JOB as it is, verified; JOB may be the beginning of an id."""
@@ -63,15 +70,19 @@ def command(
             asking, of_job, published=published, step_id=step_id, task_id=task_id
         )
         if documents or published:
-            check_only(job_id, documents, only)
-            chosen = {n: d for n, d in documents.items() if not only or n in only}
-            _print_published(chosen, path, job_id, settings, store_url, queue_id)
+            wanted = chosen(job_id, documents, only, without)
+            documents = {name: found for name, found in documents.items() if name in wanted}
+            servers = result_servers(settings, queue_id, endpoints)
+            with open_services(
+                settings, store_url, cancellation=Cancellation(), queue_id=queue_id, quiet=True
+            ) as context:
+                _print_published(documents, path, job_id, servers, context)
             return
-        check_only(job_id, [each.id for each in executions], only)
+        wanted = chosen(job_id, [each.id for each in executions], only, without)
         files = {
             each.id: files_of(each, path, by_root=by_root)
             for each in executions
-            if not only or each.id in only
+            if each.id in wanted
         }
         read_out(asking, choose(files, path).digest, sys.stdout.buffer.write)
     finally:
@@ -82,19 +93,14 @@ def _print_published(
     documents: Mapping[str, ResultsDocument],
     path: str,
     job_id: str,
-    settings: Settings,
-    store_url: str,
-    queue_id: str,
+    servers: ResultServers,
+    context: TransferContext,
 ) -> None:
     """Print a file that publishers published; all of its result comes first, and is verified."""
     wish = PublishedWish(path, merge=True, raw=False, overwrite=False, limits=UnpackLimits())
-    servers = result_servers(settings, queue_id)
     with tempfile.TemporaryDirectory(prefix="propmaster-cat-") as directory:
         to = Path(directory, "results")
-        with open_services(
-            settings, store_url, cancellation=Cancellation(), queue_id=queue_id, quiet=True
-        ) as context:
-            result = get_documents(documents, context, servers, job_id, to, wish)
+        result = get_published(documents, context, servers, job_id, to, wish)
         if not result.files:
             raise no_such_result(job_id, path)
         if not (to / path).is_file():

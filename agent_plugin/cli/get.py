@@ -8,21 +8,24 @@ from typing import ParamSpec, TypeVar
 import click
 
 from agent_plugin.cli.job_results import (
+    allow_endpoint_option,
     by_root_option,
     check_ids,
+    chosen,
     count_files,
     job_and_path,
     no_such_result,
     of_a_job,
     published_option,
     result_servers,
+    say_replaced,
 )
 from agent_plugin.cli.options import common_options, print_json, say
 from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.content.errors import BlobNotFoundError
-from agent_plugin.publish.get_published import PublishedWish, get_documents
+from agent_plugin.publish.get_published import PublishedWish, get_published
 from agent_plugin.publish.getting import GetResult, get
-from agent_plugin.publish.results import check_only, find_documents, find_either, find_job
+from agent_plugin.publish.results import find_documents, find_either, find_job
 from agent_plugin.publish.unpack import FILE_BYTES, TOTAL_BYTES, UnpackLimits
 from agent_plugin.services import open_services
 from agent_plugin.settings import load
@@ -67,6 +70,7 @@ def _of_published(function: Callable[P, R]) -> Callable[P, R]:
             help="The most that a file of an archive may have; 100 GiB.",
         ),
         click.option("--raw", is_flag=True, help="As --published, and archives as they are."),
+        allow_endpoint_option,
         published_option,
     ):
         function = decorate(function)
@@ -97,11 +101,13 @@ def command(
     step_id: str | None,
     task_id: str | None,
     only: tuple[str, ...],
+    without: tuple[str, ...],
     to: Path | None,
     merge: bool,
     overwrite: bool,
     by_root: bool,
     published: bool,
+    endpoints: tuple[str, ...],
     raw: bool,
     max_file_size: int,
     max_total_size: int,
@@ -129,17 +135,22 @@ def command(
             context, where, published=published or raw, step_id=step_id, task_id=task_id
         )
         if documents or published or raw:
-            check_only(job_id, documents, only)
+            wanted = chosen(job_id, documents, only, without)
             limits = UnpackLimits(max_file_size, max_total_size)
             wish = PublishedWish(path, merge, raw, overwrite, limits)
-            chosen = {n: d for n, d in documents.items() if not only or n in only}
-            servers = result_servers(settings, queue_id)
-            result = get_documents(chosen, context, servers, job_id, place, wish)
+            result = get_published(
+                {name: found for name, found in documents.items() if name in wanted},
+                context,
+                result_servers(settings, queue_id, endpoints),
+                job_id,
+                place,
+                wish,
+            )
         else:
-            check_only(job_id, [execution.id for execution in executions], only)
+            wanted = chosen(job_id, [execution.id for execution in executions], only, without)
             with _telling_of_published(context, where):
                 result = get(
-                    [execution for execution in executions if not only or execution.id in only],
+                    [execution for execution in executions if execution.id in wanted],
                     context,
                     job_id,
                     place,
@@ -169,6 +180,7 @@ def _telling_of_published(context: TransferContext, job: tuple[str, str, str]) -
 
 
 def _print(result: GetResult) -> None:
+    say_replaced(result.replaced)
     if not result.files:
         say(f"no results of {result.job}")
         return

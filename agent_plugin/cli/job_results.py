@@ -1,14 +1,16 @@
 """What `ls`, `cat`, `get` and `results` have in common: how a job and a path in it are named."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import ParamSpec, TypeVar
 
 import click
 
-from agent_plugin.cli.options import farm_option, queue_option, store_option
+from agent_plugin.cli.options import farm_option, queue_option, say, store_option
 from agent_plugin.content.errors import ObjectNotFoundError
-from agent_plugin.publish.published import ResultServers
+from agent_plugin.publish.published import Replaced
+from agent_plugin.publish.results import check_only
+from agent_plugin.publish.servers import ResultServers
 from agent_plugin.services import store_limits
 from agent_plugin.session.job import check_id
 from agent_plugin.settings import Settings
@@ -25,11 +27,19 @@ published_option = click.option(
     "--published", is_flag=True, help="Take what publishers published, not what is in the store."
 )
 
+allow_endpoint_option = click.option(
+    "--allow-endpoint",
+    "endpoints",
+    multiple=True,
+    metavar="URL",
+    help="Ask this S3 server with your keys, too, if a result is there; several times for several.",
+)
+
 
 def of_a_job(metavar: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Give a command the arguments that say which job and which of its executions are meant.
 
-    They are `job`, `store_url`, `farm_id`, `queue_id`, `step_id`, `task_id` and `only`.
+    They are `job`, `store_url`, `farm_id`, `queue_id`, `step_id`, `task_id`, `only` and `without`.
 
     Args:
         metavar: How the first argument is shown.
@@ -37,6 +47,12 @@ def of_a_job(metavar: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         for option in (
+            click.option(
+                "--without",
+                multiple=True,
+                metavar="ID",
+                help="Not of this execution; may be given several times.",
+            ),
             click.option(
                 *("--execution", "only"),
                 multiple=True,
@@ -91,7 +107,45 @@ def job_and_path(argument: str) -> tuple[str, str]:
     return job, path
 
 
-def result_servers(settings: Settings, queue_id: str) -> ResultServers:
-    """Return the servers that results are on, asked with the rights of whoever runs the command."""
+def chosen(
+    job_id: str, there: Collection[str], only: Collection[str], without: Collection[str]
+) -> set[str]:
+    """Return which of a job's executions are meant.
+
+    Args:
+        job_id: The job.
+        there: Those that there are.
+        only: Those that were asked for; empty for all.
+        without: Those that are to be left out.
+
+    Raises:
+        JobInvalidError: One of those that were named is not there.
+    """
+    check_only(job_id, there, [*only, *without])
+    return (set(only) or set(there)) - set(without)
+
+
+def say_replaced(replaced: Sequence[Replaced]) -> None:
+    """Tell what was left out, because a later execution has published in its place."""
+    for each in replaced:
+        if each.files == each.of:
+            what = f"execution {each.execution} was replaced by {each.by}, which"
+        else:
+            what = f"{each.files} of {count_files(each.of)} of execution {each.execution} were"
+            what += f" replaced by {each.by}, which"
+        say(f"{what} published to the same place later: left out")
+
+
+def result_servers(
+    settings: Settings, queue_id: str, endpoints: Collection[str] = ()
+) -> ResultServers:
+    """Return the servers that results are on, asked with the rights of whoever runs the command.
+
+    Args:
+        settings: The host's.
+        queue_id: The job's queue.
+        endpoints: Those that may be asked besides the environment's and those of the settings.
+    """
     limits = store_limits(settings, queue_id)
-    return ResultServers(os.environ, limits.retry_policy(), limits.bandwidth())
+    allowed = [*settings.for_queue(queue_id).store.result_endpoints, *endpoints]
+    return ResultServers(os.environ, limits.retry_policy(), limits.bandwidth(), allowed)

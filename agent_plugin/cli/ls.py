@@ -1,5 +1,6 @@
 """`propmaster ls`: the result files of a job."""
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -7,22 +8,33 @@ import click
 import msgspec
 
 from agent_plugin.cli.job_results import (
+    allow_endpoint_option,
     by_root_option,
     check_ids,
+    chosen,
     count_files,
     job_and_path,
     no_such_result,
     of_a_job,
     published_option,
     result_servers,
+    say_replaced,
 )
 from agent_plugin.cli.options import common_options, print_json, say
 from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.content.manifest import FileEntry
 from agent_plugin.content.safe_path import split
-from agent_plugin.publish.published import ResultServers, choose_results, find_published
+from agent_plugin.publish.publications import read_publications
+from agent_plugin.publish.published import (
+    PublishedResult,
+    Replaced,
+    find_published,
+    is_below,
+    refuse_lost,
+)
 from agent_plugin.publish.result_documents import ResultsDocument
-from agent_plugin.publish.results import check_only, files_of, find_either, find_job
+from agent_plugin.publish.results import files_of, find_either, find_job
+from agent_plugin.publish.servers import ResultServers
 from agent_plugin.services import ask_store
 from agent_plugin.settings import load
 from agent_plugin.transfer.asking import Asking
@@ -45,18 +57,24 @@ class ListedExecution(msgspec.Struct):
 
 
 class ListResult(msgspec.Struct):
-    """What `ls` prints; `files` and `bytes` are those of all executions."""
+    """What `ls` prints; `files` and `bytes` are those of all executions.
+
+    Attributes:
+        replaced: Of published results, what later executions have replaced; it is not listed.
+    """
 
     job: str
     executions: list[ListedExecution]
     files: int
     bytes: int
+    replaced: list[Replaced]
 
 
 @click.command(name="ls")
 @of_a_job("JOB[/PATH]")
 @by_root_option
 @published_option
+@allow_endpoint_option
 @common_options
 def command(
     job: str,
@@ -66,8 +84,10 @@ def command(
     step_id: str | None,
     task_id: str | None,
     only: tuple[str, ...],
+    without: tuple[str, ...],
     by_root: bool,
     published: bool,
+    endpoints: tuple[str, ...],
     as_json: bool,
     config: Path | None,
 ) -> None:
@@ -82,13 +102,10 @@ def command(
         executions, documents = find_either(
             asking, where, published=published, step_id=step_id, task_id=task_id
         )
-        check_only(job_id, [*(each.id for each in executions), *documents], only)
-        servers = result_servers(settings, queue_id)
-        listed = [
-            _published(execution, document, path, servers, asking)
-            for execution, document in documents.items()
-            if not only or execution in only
-        ]
+        wanted = chosen(job_id, [*(each.id for each in executions), *documents], only, without)
+        servers = result_servers(settings, queue_id, endpoints)
+        documents = {name: found for name, found in documents.items() if name in wanted}
+        listed, replaced = _published(documents, path, servers, asking)
     listed += [
         ListedExecution(
             execution.id,
@@ -101,13 +118,14 @@ def command(
             ],
         )
         for execution in executions
-        if not only or execution.id in only
+        if execution.id in wanted
     ]
     listed = [execution for execution in listed if execution.files]
     entries = [entry for execution in listed for entry in execution.files]
     if path and not entries:
         raise no_such_result(job_id, path)
-    result = ListResult(job_id, listed, len(entries), sum(entry.size for entry in entries))
+    size = sum(entry.size for entry in entries)
+    result = ListResult(job_id, listed, len(entries), size, replaced)
     if as_json:
         print_json(result)
         return
@@ -115,31 +133,43 @@ def command(
 
 
 def _published(
-    execution: str,
-    document: ResultsDocument,
-    path: str,
-    servers: ResultServers,
-    asking: Asking,
-) -> ListedExecution:
-    """Return the plain files that an execution published, or its archive."""
-    wanted = "/".join(split(path))
-    found = [
-        FileEntry(each.hash, int(each.info.modified * 1_000_000), each.path, each.info.size)
-        for result in choose_results(document, every=False)
-        for each in find_published(execution, document, result, servers, asking).found
-        if not wanted or each.path == wanted or each.path.startswith(f"{wanted}/")
+    documents: Mapping[str, ResultsDocument], path: str, servers: ResultServers, asking: Asking
+) -> tuple[list[ListedExecution], list[Replaced]]:
+    """Return what executions published and what of it later ones have replaced.
+
+    Of an archive of which nobody has written down the files, that is the archive.
+    """
+    below = "/".join(split(path))
+    publications = read_publications(documents, asking, every=False)
+    found = find_published(publications, servers, asking, below)
+    refuse_lost(found)
+    listed = []
+    for each in found:
+        document = documents[each.execution]
+        moment = datetime.fromtimestamp(document.published_at, UTC)
+        files = each.files(below)
+        listed.append(
+            ListedExecution(
+                each.execution,
+                document.step_id,
+                document.task_id or "",
+                moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+                _as_objects(each, below) if files is None else [*files.values()],
+            )
+        )
+    return listed, [told for each in found for told in each.told_replaced(below)]
+
+
+def _as_objects(result: PublishedResult, below: str) -> list[FileEntry]:
+    return [
+        FileEntry("", int(each.info.modified * 1_000_000), each.path, each.info.size)
+        for each in result.found
+        if is_below(each.path, below)
     ]
-    moment = datetime.fromtimestamp(document.published_at, UTC)
-    return ListedExecution(
-        execution,
-        document.step_id,
-        document.task_id or "",
-        moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
-        found,
-    )
 
 
 def _print(result: ListResult) -> None:
+    say_replaced(result.replaced)
     if not result.files:
         say(f"no results of {result.job}")
         return

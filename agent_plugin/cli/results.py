@@ -1,6 +1,6 @@
 """`propmaster results`: what became of a job's executions, and links to their files."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
@@ -8,22 +8,31 @@ from typing import Final
 import click
 import msgspec
 
-from agent_plugin.cli.job_results import check_ids, count_files, of_a_job, result_servers
+from agent_plugin.cli.job_results import (
+    allow_endpoint_option,
+    check_ids,
+    chosen,
+    count_files,
+    of_a_job,
+    result_servers,
+    say_replaced,
+)
 from agent_plugin.cli.options import common_options, print_json, say
 from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.publish.presigning import PresignedResult, parse_duration, presign, presign_files
-from agent_plugin.publish.published import find_published
+from agent_plugin.publish.publications import read_publications
+from agent_plugin.publish.published import Replaced, find_published, refuse_lost
 from agent_plugin.publish.result_documents import PublishFailure, Result, ResultsDocument
 from agent_plugin.publish.results import (
     JobExecution,
-    check_only,
     files_of,
     find_documents,
     find_executions,
     find_job,
 )
+from agent_plugin.publish.servers import ResultServers
 from agent_plugin.services import ask_store
-from agent_plugin.settings import Settings, load
+from agent_plugin.settings import load
 from agent_plugin.transfer.asking import Asking
 from agent_plugin.transfer.progress import format_bytes
 
@@ -50,6 +59,7 @@ class JobResults(msgspec.Struct):
     Attributes:
         results: Each a Result, or with links a PresignedResult.
         expires: When the first of the links ends, seconds since the epoch.
+        replaced: Of what links were asked for, what later executions have replaced.
     """
 
     job: str
@@ -57,6 +67,7 @@ class JobResults(msgspec.Struct):
     results: list[object] = msgspec.field(name="Results")
     next_token: str = msgspec.field(name="NextToken", default="")
     expires: float | None = None
+    replaced: list[Replaced] = []
 
 
 class _Duration(click.ParamType[int, str]):
@@ -82,6 +93,7 @@ class _Duration(click.ParamType[int, str]):
     metavar="DURATION",
     help="Give links that work for so long, such as 1h or 30m; 7d at most.",
 )
+@allow_endpoint_option
 @common_options
 def command(
     job: str,
@@ -91,7 +103,9 @@ def command(
     step_id: str | None,
     task_id: str | None,
     only: tuple[str, ...],
+    without: tuple[str, ...],
     seconds: int | None,
+    endpoints: tuple[str, ...],
     as_json: bool,
     config: Path | None,
 ) -> None:
@@ -104,21 +118,24 @@ def command(
         where = (farm_id, queue_id, job_id)
         executions = find_executions(asking, where, step_id=step_id, task_id=task_id)
         documents = find_documents(asking, where, step_id=step_id, task_id=task_id)
-        check_only(job_id, [each.id for each in executions] + [*documents], only)
-        executions = [each for each in executions if not only or each.id in only]
-        documents = {id_: found for id_, found in documents.items() if not only or id_ in only}
+        there = [*(each.id for each in executions), *documents]
+        wanted = chosen(job_id, there, only, without)
+        executions = [each for each in executions if each.id in wanted]
+        documents = {name: found for name, found in documents.items() if name in wanted}
         result = JobResults(
             job_id,
             _executions(executions, documents),
             [each for document in documents.values() for each in document.results],
         )
         if seconds is not None:
-            links = _links(executions, documents, seconds, asking, settings, queue_id)
+            servers = result_servers(settings, queue_id, endpoints)
+            links, result.replaced = _links(executions, documents, seconds, asking, servers)
             result.results = [*links]
             result.expires = min((link.expires for link in links), default=None)
     if as_json:
         print_json(result)
     elif seconds is not None:
+        say_replaced(result.replaced)
         _print_links([r for r in result.results if isinstance(r, PresignedResult)], seconds)
     else:
         _print(result)
@@ -163,24 +180,24 @@ def _executions(
 
 def _links(
     executions: Sequence[JobExecution],
-    documents: dict[str, ResultsDocument],
+    documents: Mapping[str, ResultsDocument],
     seconds: int,
     asking: Asking,
-    settings: Settings,
-    queue_id: str,
-) -> list[PresignedResult]:
-    """Return links to what was published, and to the store's files of executions without that."""
-    servers = result_servers(settings, queue_id)
-    links = []
-    for name, document in documents.items():
-        for each in document.results:
-            found = find_published(name, document, each, servers, asking)
-            links += presign(found, seconds, asking)
-    published = {link.execution for link in links}
+    servers: ResultServers,
+) -> tuple[list[PresignedResult], list[Replaced]]:
+    """Return links to what was published, and to the store's files of executions without that.
+
+    And what later executions have replaced, to which there are none.
+    """
+    found = find_published(read_publications(documents, asking, every=True), servers, asking)
+    refuse_lost(found)
+    links = [link for each in found for link in presign(each, seconds, asking)]
+    replaced = [told for each in found for told in each.told_replaced("")]
+    published = {each.execution for each in found}
     for execution in executions:
         if execution.id not in published:
             links += presign_files(execution.id, files_of(execution), seconds, asking)
-    return links
+    return links, replaced
 
 
 def _print(result: JobResults) -> None:

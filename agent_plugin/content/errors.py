@@ -100,7 +100,7 @@ class UnsupportedPlatformError(InputError):
 
 
 class NotAllowedError(InputError):
-    """The host service was asked for what whoever asked has no right to."""
+    """Something was asked for to which whoever asked has no right, or gave none."""
 
     reference, code, exit_code, errno = "not-allowed", "E_NOT_ALLOWED", 89, errno.EPERM
 

@@ -8,7 +8,6 @@ Crew threads fetch; the calling thread keeps the ledger and shows how far it is.
 paused and aborted, and gives way, as any (transfer/steering.py).
 """
 
-import hashlib
 import os
 import struct
 import threading
@@ -20,19 +19,20 @@ from functools import partial
 from typing import Final, Self
 
 from agent_plugin.content import events
-from agent_plugin.content.digest import READ_BYTES, hash_fd, hash_name
+from agent_plugin.content.digest import hash_fd, hash_name
 from agent_plugin.content.errors import (
     ArchiveUnsafeError,
     CancelledError,
     ObjectChangedError,
     PropmasterError,
+    StoreError,
     local_write_error,
 )
 from agent_plugin.content.leftovers import partial_name
-from agent_plugin.content.s3_objects import S3Objects
 from agent_plugin.content.safe_path import Root
 from agent_plugin.content.store import WHOLE_BLOB_BYTES, Cancellation
-from agent_plugin.publish.published import PublishedObject
+from agent_plugin.publish.in_place import sha256_of
+from agent_plugin.publish.published import PublishedObject, PublishedResult
 from agent_plugin.transfer.context import TransferContext
 from agent_plugin.transfer.engine import TICK_SECONDS, Crew, Products
 from agent_plugin.transfer.ledger import TaskSpec, TransferSpec
@@ -47,13 +47,14 @@ AT_ONCE: Final = 8
 _RANGE: Final = struct.Struct("<QQ")
 _FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _NS: Final = 1_000_000_000
+_NS_PER_US: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """An object, and the place of its file below the hidden directory."""
+    """An object, the result that it is of, and the place of its file below the hidden directory."""
 
-    objects: S3Objects
+    of: PublishedResult
     published: PublishedObject
     at: str
 
@@ -186,6 +187,8 @@ class _Fetch:
                 failure = result
             if isinstance(failure, PropmasterError) and not isinstance(failure, CancelledError):
                 self._context.ledger.note(task, TaskStatus.FAILED, failure)
+            if isinstance(failure, ArchiveUnsafeError | StoreError):
+                raise wanted.of.publication.origin.blamed(failure)
             raise failure
         self._fetched += result
         self._steering.settle(task)
@@ -253,11 +256,11 @@ class _Fetch:
         count = partial(self._steering.count, task)
         if info.size <= WHOLE_BLOB_BYTES:
             os.ftruncate(fd, 0)
-            wanted.objects.fetch(info, fd, cancellation=self._halt, progress=count)
+            wanted.of.objects.fetch(info, fd, cancellation=self._halt, progress=count)
             return info.size
         have = ranges.read()
         self._steering.count(task, sum(have.values()), moved=False)
-        wanted.objects.fetch(
+        wanted.of.objects.fetch(
             info,
             fd,
             cancellation=self._halt,
@@ -269,15 +272,15 @@ class _Fetch:
 
     def _verify(self, published: PublishedObject, fd: int) -> None:
         url = published.info.url
-        if published.hash:
-            actual = hash_fd(fd, cancellation=self._halt).hex
-            if actual != published.hash:
+        if published.entry is not None:
+            content = hash_fd(fd, cancellation=self._halt)
+            if content != published.entry.digest:
                 raise ObjectChangedError(
-                    f"{url} has the xxh128 {actual}, not {published.hash} as it was published",
+                    f"{url} is {content}, not {published.entry.digest} as it was published",
                     hint="somebody changed the object or its metadata; the store may have it still",
                 )
         if published.sha256:
-            actual = _sha256(fd, self._halt)
+            actual = sha256_of(fd, self._halt)
             if actual != published.sha256:
                 raise ArchiveUnsafeError(
                     f"{url} is not what was published: its SHA-256 is {actual}, not"
@@ -292,14 +295,6 @@ def _source(wanted: Wanted) -> str:
 
 
 def _mtime_ns(published: PublishedObject) -> int:
+    if published.entry is not None:
+        return published.entry.mtime * _NS_PER_US
     return int(published.info.modified) * _NS
-
-
-def _sha256(fd: int, cancellation: Cancellation) -> str:
-    hashing = hashlib.sha256()
-    position = 0
-    while piece := os.pread(fd, READ_BYTES, position):
-        cancellation.check()
-        hashing.update(piece)
-        position += len(piece)
-    return hashing.hexdigest()

@@ -16,6 +16,7 @@ from agent_plugin.content.errors import InputError, LocalError
 from agent_plugin.content.manifest import FileEntry, Manifest
 from agent_plugin.publish.arrival import Arrival, arriving
 from agent_plugin.publish.clashes import find_clashes, refuse
+from agent_plugin.publish.published import Replaced
 from agent_plugin.publish.results import JobExecution, files_of
 from agent_plugin.transfer.context import TransferContext
 from agent_plugin.transfer.download import download
@@ -42,6 +43,7 @@ class GetResult(msgspec.Struct, rename="camel"):
         executions: Those that had what was asked for.
         files, bytes: In place at the end.
         bytes_fetched: Of the distinct bytes, those that came from the store.
+        replaced: Of published results, what later executions have replaced; it did not come.
     """
 
     job: str
@@ -52,6 +54,7 @@ class GetResult(msgspec.Struct, rename="camel"):
     bytes: int
     bytes_fetched: int
     seconds: float
+    replaced: list[Replaced] = []
 
 
 def get(

@@ -72,6 +72,16 @@ class Output:
         )
 
 
+def published_path(root: RootOutputs, entry: FileEntry, *, by_root: bool) -> str:
+    """Return what a file is called below a key, or in an archive."""
+    return f"{root.directory}/{entry.path}" if by_root else entry.path
+
+
+def shown_path(text: str) -> str:
+    """Return a path, or a text with one, as documents may hold it: a name need not be UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 @contextmanager
 def opened(
     roots: Sequence[RootOutputs], *, by_root: bool, owner: Owner | None
@@ -91,8 +101,10 @@ def opened(
         outputs = []
         for root in roots:
             place = stack.enter_context(Root(root.local_root, follow=root.follow, owner=owner))
-            above = f"{root.directory}/" if by_root else ""
-            outputs += [Output(above + entry.path, entry, place) for entry in root.entries]
+            outputs += [
+                Output(published_path(root, entry, by_root=by_root), entry, place)
+                for entry in root.entries
+            ]
         outputs.sort(key=lambda output: os.fsencode(output.path))
         if len(roots) > 1:
             _refuse_clashes(outputs)

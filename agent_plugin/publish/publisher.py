@@ -17,7 +17,7 @@ from agent_plugin.content.objects import ObjectAccess, checked_key, object_url
 from agent_plugin.content.s3_store import S3Store
 from agent_plugin.publish.destination import Destination
 from agent_plugin.publish.leftovers import abort_left, access_document
-from agent_plugin.publish.outputs import Output, RootOutputs, opened
+from agent_plugin.publish.outputs import Output, RootOutputs, opened, shown_path
 from agent_plugin.publish.packed import Packed
 from agent_plugin.publish.placeholders import Execution, fill
 from agent_plugin.publish.plain import Plain, keys_of
@@ -95,15 +95,10 @@ def _failed(
         bucket=publisher.params.bucket,
         key=fill(publisher.key_template, execution.values),
         error=error.code,
-        message=_told(error.message),
+        message=shown_path(error.message),
         required=publisher.params.required,
     )
     return Published(index, failure=failure)
-
-
-def _told(text: str) -> str:
-    """Return a text as documents may hold it: the name of a file need not be UTF-8."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +160,7 @@ class _Turn:
     def _excluded(self, key: str, outputs: Sequence[Output]) -> ExcludedOutputs | None:
         if not outputs:
             return None
-        paths = [_told(output.path) for output in outputs]
+        paths = [shown_path(output.path) for output in outputs]
         return ExcludedOutputs(self.index, self.publisher.params.bucket, key, paths)
 
     @property

@@ -5,9 +5,9 @@ store, below `Manifests/<farm>/<queue>/Results/<job>/`, where the service's own 
 (docs/decisions/0018-where-results-are-kept.md); any machine finds all runs of a job there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
@@ -113,6 +113,19 @@ class Published(msgspec.Struct, frozen=True, rename="camel"):
     excluded: ExcludedOutputs | None = None
 
 
+class Contents(msgspec.Struct, frozen=True, rename="camel"):
+    """Which files a result has; they are listed in a manifest beside the document.
+
+    Attributes:
+        files, bytes: How many, and how large together.
+        hash: The xxh128 of the manifest's bytes.
+    """
+
+    files: int
+    bytes: int
+    hash: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
+
+
 class ResultsDocument(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
     """The results of one run of a task, as the store keeps them.
 
@@ -124,6 +137,7 @@ class ResultsDocument(msgspec.Struct, frozen=True, rename="camel", kw_only=True)
         results: In the order of the publishers, those that published something.
         failures: Of those that failed.
         excluded: What of the outputs people have left out.
+        contents: Of each result, in their order; none in a document of an earlier version.
     """
 
     version: int = VERSION
@@ -139,6 +153,7 @@ class ResultsDocument(msgspec.Struct, frozen=True, rename="camel", kw_only=True)
     results: list[Result]
     failures: list[PublishFailure]
     excluded: list[ExcludedOutputs] = []
+    contents: list[Contents] = []
 
     @classmethod
     def of(cls, execution: Execution, turns: Sequence[Published]) -> "ResultsDocument":
@@ -161,11 +176,19 @@ class ResultsDocument(msgspec.Struct, frozen=True, rename="camel", kw_only=True)
     @property
     def key(self) -> str:
         """Where it is kept, below `Manifests/`."""
+        return f"{self._stem}.json"
+
+    def contents_key(self, contents: Contents) -> str:
+        """Return where the list of a result's files is kept, below `Manifests/`."""
+        return f"{self._stem}.{contents.hash}.files"
+
+    @property
+    def _stem(self) -> str:
         prefix = results_prefix(
             (self.farm_id, self.queue_id, self.job_id), self.step_id, self.task_id
         )
         moment = datetime.fromtimestamp(self.published_at, UTC).isoformat(timespec="microseconds")
-        return f"{prefix}{moment.replace('+00:00', 'Z')}_{self.execution_id}.json"
+        return f"{prefix}{moment.replace('+00:00', 'Z')}_{self.execution_id}"
 
 
 def results_prefix(
@@ -183,8 +206,16 @@ def results_prefix(
     return "/".join(parts) + "/"
 
 
-def keep_results(store: Store, document: ResultsDocument) -> None:
-    """Put a document where readers find it, in place of an earlier one of the same execution."""
+def keep_results(store: Store, document: ResultsDocument, lists: Mapping[str, bytes]) -> None:
+    """Put a document where readers find it, in place of an earlier one of the same execution.
+
+    Args:
+        store: The job's.
+        document: The results.
+        lists: The manifests of their files by key; they are there before the document is.
+    """
+    for key, data in lists.items():
+        store.put_document(key, data, {})
     store.put_document(document.key, msgspec.json.encode(document), {})
 
 
@@ -225,9 +256,12 @@ def _read(store: Store, key: str) -> ResultsDocument | None:
     except msgspec.DecodeError as error:
         reason = str(error)
     else:
-        if document.version == VERSION and _is_at(document, key):
+        if document.version != VERSION or not _is_at(document, key):
+            reason = "its name is not that of the execution which it tells of"
+        elif document.contents and len(document.contents) != len(document.results):
+            reason = "it has not as many contents as results"
+        else:
             return document
-        reason = "its name is not that of the execution which it tells of"
     log.warning(events.RESULTS_SKIPPED, extra={"key": key, "reason": reason})
     return None
 

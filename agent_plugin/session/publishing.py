@@ -5,12 +5,13 @@ placeholders as before, asks no publisher twice that has published, and answers 
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
 from agent_plugin.content import events
 from agent_plugin.content.errors import CancelledError, PropmasterError
+from agent_plugin.publish.contents import list_contents
 from agent_plugin.publish.outputs import RootOutputs
 from agent_plugin.publish.placeholders import Execution
 from agent_plugin.publish.publisher import publish
@@ -58,7 +59,8 @@ def publish_outputs(
     answered.result.results = document.results
     answered.result.publish_failures = document.failures
     answered.result.publish_excluded = document.excluded
-    not_kept = _keep(document, publishers, context)
+    document, lists = list_contents(document, answered.published, publishers, roots)
+    not_kept = _keep(document, lists, publishers, context)
     refused = refused or not_kept
     # What failed and is required is tried again by the same action.
     answered.is_published = refused is None
@@ -98,11 +100,14 @@ def _before(answered: AnsweredAction, publishers: Sequence[Publisher]) -> list[P
 
 
 def _keep(
-    document: ResultsDocument, publishers: Sequence[Publisher], context: TransferContext
+    document: ResultsDocument,
+    lists: Mapping[str, bytes],
+    publishers: Sequence[Publisher],
+    context: TransferContext,
 ) -> PropmasterError | None:
     """Put the results where readers find them; return why not, if a publisher is required."""
     try:
-        context.ask(lambda store: keep_results(store, document))
+        context.ask(lambda store: keep_results(store, document, lists))
     except CancelledError:
         raise
     except PropmasterError as error:

@@ -134,7 +134,7 @@ def test_o5_the_client_downloads_the_outputs_of_a_job_whose_results_are_kept_bes
     session.end()
     listed = s3.client().list_objects_v2(Bucket=s3.bucket, Prefix=f"{s3_prefix}/Manifests")
     keys = [entry["Key"] for entry in listed["Contents"]]
-    assert len([key for key in keys if f"/Results/{job_id}/" in key]) == 2
+    assert sum(f"/Results/{job_id}/" in key and key.endswith(".json") for key in keys) == 2
 
     downloaded = peers.download(
         submission, job_id, to={str(root): tmp_path / "downloaded"}, scan_keys=True

@@ -8,22 +8,22 @@ import io
 import json
 import os
 import signal
-import subprocess
 import tarfile
 import time
 import urllib.request
 import uuid
-from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from agent_plugin.content.errors import ArchiveUnsafeError, ObjectChangedError, ResultClashError
 from agent_plugin.content.leftovers import is_partial
+from agent_plugin.publish.unpack import UnpackLimits
 from agent_plugin.sources.spec import decode_source
-from tests.servers.hooks import FARM, JOB, QUEUE, Host, action
+from tests.servers.hooks import FARM, JOB, QUEUE, Host
+from tests.servers.published import Published
 from tests.servers.s3_server import S3Server
 from tests.servers.sessions import MTIME_NS, Sessions
 from tests.servers.trees import write_files as write_files_at
@@ -35,67 +35,6 @@ CALL_SECONDS = 60.0
 
 def write_files(root: Path, files: dict[str | bytes, bytes | int]) -> None:
     write_files_at(root, files, mtime_ns=MTIME_NS)
-
-
-class Published:
-    """A job whose tasks published, and a user on another machine."""
-
-    def __init__(self, s3: S3Server, tmp_path: Path) -> None:
-        self.s3 = s3
-        self.bucket = s3.bucket
-        self.prefix = f"published-{uuid.uuid4().hex}"
-        url = f"s3://{s3.bucket}/root-{uuid.uuid4().hex}"
-        self.sessions = Sessions(tmp_path, Host(tmp_path / "host", url, environment=s3.environment))
-        self.user = Host(tmp_path / "user", url, environment=s3.environment)
-        self.to = tmp_path / "user/results"
-
-    def ran(self, publisher: Mapping[str, Any], *runs: dict[str | bytes, bytes | int]) -> list[str]:
-        """Have tasks leave these files and publish them; return the executions."""
-        params = {"Bucket": self.bucket, "Key": self.prefix, **publisher}
-        if "Key" in publisher:
-            params["Key"] = f"{self.prefix}/{publisher['Key']}"
-        job = self.sessions.submitted({"in": b"in"}, publishers=[{"Type": "s3", "Params": params}])
-        root = self.sessions.started(job)
-        ids = []
-        for number, files in enumerate(runs):
-            write_files(root, files)
-            run = action(1, number, started_at=1_700_000_000.0 + number, number=number)
-            result = self.sessions.host.finish_task(self.sessions.session_dir, run)
-            assert result.publish_failures == []
-            ids.append(run.session_action_id)
-        return ids
-
-    def arguments(self, command: str, *arguments: str | Path) -> list[str | Path]:
-        where = ["--store", self.user.store_url, "--farm-id", FARM, "--queue-id", QUEUE]
-        return [command, *arguments, *where]
-
-    def run(
-        self, *arguments: str | Path, code: int = 0, keys: Mapping[str, str] | None = None
-    ) -> subprocess.CompletedProcess[str]:
-        done = self.user.run(*self.arguments(*map(str, arguments)), **(keys or {}))
-        assert done.returncode == code, done.stderr
-        return done
-
-    def get(self, *options: str, code: int = 0, what: str = JOB) -> Any:
-        done = self.run("get", what, "--to", self.to, "--json", "--published", *options, code=code)
-        return json.loads(done.stdout) if code == 0 else done.stderr
-
-    def results(self, *options: str) -> Any:
-        return json.loads(self.run("results", JOB, "--json", *options).stdout)
-
-    def files(self) -> dict[str, bytes]:
-        return {
-            path.relative_to(self.to).as_posix(): path.read_bytes()
-            for path in sorted(self.to.rglob("*"))
-            if path.is_file()
-        }
-
-    def nothing_is_there(self) -> bool:
-        partials = [path.name for path in self.to.parent.iterdir() if is_partial(path.name)]
-        return not self.to.exists() and partials == []
-
-    def put(self, key: str, data: bytes) -> None:
-        self.s3.client().put_object(Bucket=self.bucket, Key=f"{self.prefix}/{key}", Body=data)
 
 
 @pytest.fixture
@@ -127,21 +66,22 @@ def test_o7_plain_results_come_by_execution_although_they_share_a_key(published:
         f"{one}/renders/1.exr", f"{one}/renders/empty", f"{two}/renders/2.exr"
     }  # fmt: skip
     assert p.files()[f"{one}/renders/1.exr"] == b"one"
-    assert (first["files"], first["bytesFetched"]) == (3, 3 + 9 * MEBIBYTE)
-    assert second["files"] == 3
+    assert (first.files, first.bytes_fetched) == (3, 3 + 9 * MEBIBYTE)
+    assert (second.files, second.bytes_fetched) == (3, 0)
+    assert (p.to / one / "renders/1.exr").stat().st_mtime_ns == MTIME_NS
     assert [path.name for path in p.to.iterdir() if is_partial(path.name)] == []
 
 
 def test_o7_a_plain_result_that_was_changed_is_refused(published: Published) -> None:
-    published.ran({"Key": "all"}, {"renders/1.exr": b"one"})
+    [execution] = published.ran({"Key": "all"}, {"renders/1.exr": b"one"})
     client = published.s3.client()
     key = f"{published.prefix}/all/renders/1.exr"
     head = client.head_object(Bucket=published.bucket, Key=key)
     client.put_object(Bucket=published.bucket, Key=key, Body=b"two", Metadata=head["Metadata"])
 
-    errors = published.get(code=92)
+    with pytest.raises(ObjectChangedError, match=f"{execution} .*{key} is .*as it was published"):
+        published.get()
 
-    assert "as it was published" in errors
     assert not published.to.exists()
 
 
@@ -173,7 +113,7 @@ def test_o7_content_that_the_store_has_lost_may_be_published_still(published: Pu
     done = p.run("get", JOB, "--to", p.to, code=69)
 
     assert "try --published" in done.stderr
-    assert p.get()["files"] == 1
+    assert p.get().files == 1
 
 
 # ------------------------------------------------------------ archives
@@ -195,9 +135,8 @@ def test_o7_archives_are_verified_and_unpacked(published: Published, encoding: s
         *(f"{two}/renders/2.exr", f"{two}/renders/log"),
     }
     assert p.files()[f"{two}/renders/2.exr"] == b"two"
-    assert result["files"] == 4
-    assert p.run("cat", f"{JOB}/renders/log", "--published", "--execution", two).stdout == "2"
-    assert p.get("--execution", one, what=f"{JOB}/renders/log")["files"] == 1
+    assert result.files == 4
+    assert p.get("renders/log", only=[one]).files == 1
     assert p.files()["renders/log"] == b"1", "one execution has no directory of its own"
 
 
@@ -209,27 +148,30 @@ def test_o7_archives_that_clash_are_not_merged_and_nothing_is_placed(published: 
         {"renders/2.exr": b"2", "renders/log": b"two", "renders/same": b"s"},
     )
 
-    errors = p.get("--merge", code=101)
+    with pytest.raises(ResultClashError) as refused:
+        p.get(merge=True)
 
-    assert f"1 path: renders/log: {', '.join(sorted([one, two]))}" in errors
+    assert f"1 path: renders/log: {', '.join(sorted([one, two]))}" in refused.value.message
     assert p.nothing_is_there()
 
-    assert p.get("--merge", what=f"{JOB}/renders/same")["files"] == 1
+    assert p.get("renders/same", merge=True).files == 1
     assert p.files() == {"renders/same": b"s"}
 
 
 def test_o7_an_archive_that_was_replaced_is_refused_before_it_is_unpacked(
     published: Published,
 ) -> None:
-    published.ran({"Key": "run.tar.gz", "Encoding": "gzip"}, {"renders/1.exr": b"one"})
+    [execution] = published.ran(
+        {"Key": "run.tar.gz", "Encoding": "gzip"}, {"renders/1.exr": b"one"}
+    )
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode="w:gz") as tar:
         tar.addfile(tarfile.TarInfo("renders/1.exr"))
     published.put("run.tar.gz", data.getvalue())
 
-    errors = published.get(code=99)
+    with pytest.raises(ArchiveUnsafeError, match=f"{execution} .* its SHA-256 is"):
+        published.get()
 
-    assert "is not what was published: its SHA-256 is" in errors
     assert published.nothing_is_there()
 
 
@@ -238,7 +180,7 @@ def test_o7_a_hostile_archive_that_its_document_vouches_for_leads_nowhere(
 ) -> None:
     """Who may write to the bucket may write the result document, too."""
     p = published
-    p.ran({"Key": "run.tar.gz", "Encoding": "gzip"}, {"renders/1.exr": b"one"})
+    [execution] = p.ran({"Key": "run.tar.gz", "Encoding": "gzip"}, {"renders/1.exr": b"one"})
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode="w") as tar:
         info = tarfile.TarInfo("../../../victim")
@@ -246,25 +188,25 @@ def test_o7_a_hostile_archive_that_its_document_vouches_for_leads_nowhere(
         tar.addfile(info, io.BytesIO(b"x"))
     hostile = gzip.compress(data.getvalue())
     p.put("run.tar.gz", hostile)
-    client = p.s3.client()
-    prefix = f"{p.user.store_url.partition(p.bucket + '/')[2]}/Manifests/{FARM}/{QUEUE}/Results/"
-    [entry] = client.list_objects_v2(Bucket=p.bucket, Prefix=prefix)["Contents"]
-    document = json.loads(client.get_object(Bucket=p.bucket, Key=entry["Key"])["Body"].read())
-    document["results"][0]["Params"]["ChecksumSHA256"] = ""
-    client.put_object(Bucket=p.bucket, Key=entry["Key"], Body=json.dumps(document).encode())
+    p.rewrite(execution, lambda found: found["results"][0]["Params"].update(ChecksumSHA256=""))
 
-    errors = p.get(code=99)
+    with pytest.raises(ArchiveUnsafeError, match=r"'\.\./\.\./\.\./victim': its path is"):
+        p.get()
 
-    assert "member '../../../victim': its path is absolute" in errors
     assert p.nothing_is_there()
 
 
 def test_o7_an_archive_may_become_only_so_much(published: Published) -> None:
-    published.ran({"Encoding": "gzip"}, {"renders/zeros": bytes(MEBIBYTE)})
+    p = published
+    [execution] = p.ran({"Encoding": "gzip"}, {"renders/zeros": bytes(MEBIBYTE)})
 
-    assert "are more than 1000" in published.get("--max-file-size", "1000", code=99)
-    assert "more than 2000 bytes" in published.get("--max-total-size", "2 kB", code=99)
-    assert published.nothing_is_there()
+    done = p.run("get", JOB, "--published", "--to", p.to, "--max-file-size", "1000", code=99)
+    with pytest.raises(ArchiveUnsafeError, match="more than 2000 bytes"):
+        p.get(limits=UnpackLimits(total_bytes=2000))
+
+    assert "are more than 1000" in done.stderr
+    assert execution in done.stderr
+    assert p.nothing_is_there()
 
 
 def test_o7_raw_brings_archives_as_they_are(published: Published) -> None:
@@ -272,7 +214,7 @@ def test_o7_raw_brings_archives_as_they_are(published: Published) -> None:
         {"Key": "{executionID}", "Encoding": "gzip"}, {"renders/1": b"1"}, {"renders/2": b"2"}
     )
 
-    published.get("--raw")
+    published.get(raw=True)
 
     assert published.files().keys() == {f"{one}/{one}.tar.gz", f"{two}/{two}.tar.gz"}
     with tarfile.open(published.to / one / f"{one}.tar.gz") as tar:
@@ -300,7 +242,7 @@ def test_o7_after_a_kill_an_archive_goes_on_where_it_was(published: Published) -
     result = p.get()
 
     assert p.files() == {"renders/big": data}
-    assert 0 < result["bytesFetched"] <= 16 * MEBIBYTE
+    assert 0 < result.bytes_fetched <= 16 * MEBIBYTE
     assert [path.name for path in p.to.parent.iterdir() if is_partial(path.name)] == []
 
 
@@ -361,7 +303,7 @@ def test_o6_a_link_is_to_the_version_that_was_published(published: Published) ->
     assert f"versionId={version}" in link["Params"]["PreSignedURL"]
     with tarfile.open(fileobj=io.BytesIO(read(link["Params"]["PreSignedURL"]))) as tar:
         assert tar.getnames() == ["renders/1"]
-    assert p.get()["files"] == 1, "get takes that version as well"
+    assert p.get().files == 1, "get takes that version as well"
 
 
 def test_o6_links_end_with_the_keys_that_sign_them_and_say_so(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import pytest
 
 from agent_plugin.content.errors import KeyExistsError
+from agent_plugin.publish.contents import read_contents
 from agent_plugin.publish.result_documents import find_results
 from agent_plugin.session.finish_task import TaskAction
 from agent_plugin.transfer.ledger import Ledger, TransferRow
@@ -85,7 +86,10 @@ def test_t10_excluded_outputs_are_not_published_and_the_results_say_so(
     assert len(result.results) == 1
     with publishing.host.services() as context:
         [document] = find_results(context, (FARM, QUEUE, JOB))
+        listed = read_contents(context.open_store(), document, 0)
     assert document.excluded == result.publish_excluded
+    assert listed is not None
+    assert sorted(listed) == names(0, 3)
     row = publication(publishing)
     assert (row.status, row.size, row.done) == (TransferStatus.DONE, 80, 80)
     assert len(publishing.sessions.outputs()) == 10
