@@ -20,6 +20,7 @@ from tests.servers.fault_proxy import FaultProxy
 from tests.servers.s3_server import S3Server
 
 SHARED_BUCKET = "propmaster-tests"
+OPEN_BUCKET = "propmaster-open"
 
 # No deadline anywhere, and no judgement of how long an example takes to be drawn: the machines are
 # shared, and time says nothing there.
@@ -116,8 +117,9 @@ def _no_undeclared_events(
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """One SeaweedFS for the whole run; it is gone when pytest is, in whichever way pytest ends."""
     directory = tmp_path_factory.mktemp("s3")
-    with DemoStore(directory) as store:
+    with DemoStore(directory, open_buckets=[OPEN_BUCKET]) as store:
         store.create_bucket(SHARED_BUCKET)
+        store.create_bucket(OPEN_BUCKET)
         yield S3Server(
             endpoint_url=store.endpoint_url,
             access_key=store.access_key,
@@ -125,6 +127,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
             read_only_access_key=store.read_only_access_key,
             read_only_secret_key=store.read_only_secret_key,
             bucket=SHARED_BUCKET,
+            open_bucket=OPEN_BUCKET,
         )
     shutil.rmtree(directory, ignore_errors=True)
 

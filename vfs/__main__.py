@@ -16,6 +16,7 @@ import msgspec
 
 from agent_plugin.content import events
 from agent_plugin.content.blob_cache import BlobCache
+from agent_plugin.content.digest import Digest
 from agent_plugin.content.errors import (
     LocalError,
     LocalReadError,
@@ -39,7 +40,7 @@ from agent_plugin.content.mount_spec import (
 )
 from agent_plugin.content.open_store import build_store
 from agent_plugin.content.pinned import own_directory
-from agent_plugin.content.snapshot_store import open_snapshot_store
+from agent_plugin.content.snapshot_store import SnapshotStore, open_snapshot_store
 from agent_plugin.content.store import BlobSource
 from vfs.control import ControlSocket
 from vfs.error_ledger import ErrorLedger
@@ -211,6 +212,7 @@ class Server:
             statistics,
             Ownership(spec.uid, spec.gid),
             by_hash=not spec.snapshot,
+            object_of=self._object_of,
         )
         # The kernel knows the nodes of a killed server only where the mount did not die with it.
         resumes = again and session is not None and session.can_resend
@@ -340,6 +342,15 @@ class Server:
                 raise
             log.warning(events.CACHE_BYPASSED, extra={"reason": error.message})
             return None
+
+    def _object_of(self, digest: Digest) -> tuple[str, str] | None:
+        """Return of a source's object URL and version, empty if not known; None for a blob."""
+        if not self._spec.snapshot:
+            return None
+        with self._opening:
+            store = self._opened
+        info = store.object_of(digest) if isinstance(store, SnapshotStore) else None
+        return ("", "") if info is None else (info.url, info.version)
 
     def _store(self) -> BlobSource:
         with self._opening:

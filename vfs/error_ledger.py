@@ -39,14 +39,27 @@ class ErrorLedger:
         self._last: dict[tuple[str, str], float] = {}
         self._lines = 0
 
-    def record(self, path: str, digest: Digest, error: PropmasterError) -> None:
+    def record(
+        self,
+        path: str,
+        digest: Digest,
+        error: PropmasterError,
+        source: tuple[str, str] | None = None,
+    ) -> None:
         """Keep a failed read, unless the same one was kept a moment ago.
 
         Args:
             path: Of the file, below the root.
             digest: Its content.
             error: Why it could not be read.
+            source: URL and version of the object that the digest is a name of; None where it is a
+                hash of content.
         """
+        what = (
+            {"hash": digest.hex}
+            if source is None
+            else dict(zip(("object", "version"), source, strict=True))
+        )
         now = self._clock()
         with self._lock:
             key = (path, error.code)
@@ -60,7 +73,7 @@ class ErrorLedger:
                 {
                     "time": round(now, 3),
                     "path": path,
-                    "hash": digest.hex,
+                    **what,
                     "size": digest.size,
                     "code": error.code,
                     "reference": error.reference,

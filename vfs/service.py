@@ -10,7 +10,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import count
@@ -92,6 +92,8 @@ class NodeService:
         statistics: What is counted.
         owner: Whose the files are.
         by_hash: Whether the tree's digests are hashes of content, and so worth telling.
+        object_of: Says of which object a digest is the name, by its URL and version, both empty if
+            that is not known; None where it is a hash of content.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class NodeService:
         owner: Ownership,
         *,
         by_hash: bool = True,
+        object_of: Callable[[Digest], tuple[str, str] | None] = lambda _digest: None,
     ) -> None:
         self.tree = tree
         self.owner = owner
@@ -110,6 +113,7 @@ class NodeService:
         self._errors = errors
         self._statistics = statistics
         self._by_hash = by_hash
+        self._object_of = object_of
         self._uid, self._gid = owner.uid, owner.gid
         self._file_mode = stat.S_IFREG | owner.file_mode
         self.notifier: Notifier = NobodyToNotify()
@@ -301,11 +305,19 @@ class NodeService:
 
     def _tell(self, entry: FileEntry, error: PropmasterError) -> None:
         path = path_below_layer(entry.path)
-        log.error(
-            events.MOUNT_READ_FAILED,
-            extra={"path": path, "hash": entry.hash, "reason": error.message},
-        )
-        self._errors.record(path, entry.digest, error)
+        source = self._object_of(entry.digest)
+        if source is None:
+            log.error(
+                events.MOUNT_READ_FAILED,
+                extra={"path": path, "hash": entry.hash, "reason": error.message},
+            )
+        else:
+            url, version = source
+            log.error(
+                events.MOUNT_READ_FAILED,
+                extra={"path": path, "object": url, "version": version, "reason": error.message},
+            )
+        self._errors.record(path, entry.digest, error, source)
 
     def getxattr(self, node: int, name: bytes) -> bytes | None:
         """Return an extended attribute, None when there is none of that name.

@@ -22,6 +22,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Final, Self
@@ -100,10 +101,14 @@ class DemoStore:
     Args:
         directory: Where data, logs and the configuration (0600) go; made 0700 if missing.
         weed: The program, instead of the one `find_weed` finds.
+        open_buckets: What everybody may list and read, without a signature.
     """
 
-    def __init__(self, directory: Path, *, weed: Path | None = None) -> None:
+    def __init__(
+        self, directory: Path, *, weed: Path | None = None, open_buckets: Sequence[str] = ()
+    ) -> None:
         self._directory = directory.absolute()
+        self._open_buckets = open_buckets
         self._weed = weed
         self._admin = _Identity()
         self._reader = _Identity()
@@ -219,6 +224,10 @@ class DemoStore:
             _identity("admin", self._admin, ["Admin", "Read", "Write", "List", "Tagging"]),
             _identity("read-only", self._reader, ["Read", "List"]),
         ]
+        rights = [f"{right}:{name}" for name in self._open_buckets for right in ("Read", "List")]
+        if rights:
+            # The name is SeaweedFS's for whoever does not sign.
+            identities.append({"name": "anonymous", "actions": rights})
         with self._create("s3.json") as file:
             file.write(json.dumps({"identities": identities}).encode())
 

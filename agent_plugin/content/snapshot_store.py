@@ -146,11 +146,16 @@ class SnapshotStore:
         with _telling_what_to_do():
             return self._objects.read(self._info(digest), offset, length)
 
-    def _info(self, digest: Digest) -> ObjectInfo:
+    def object_of(self, digest: Digest) -> ObjectInfo | None:
+        """Return which object a digest is the name of; None if the snapshot has none."""
         entry = self._entries.get(digest)
-        if entry is None:
+        return None if entry is None else self._snapshot.info(entry)
+
+    def _info(self, digest: Digest) -> ObjectInfo:
+        info = self.object_of(digest)
+        if info is None:
             raise BlobNotFoundError(f"{digest} is no object of s3://{self._snapshot.bucket}")
-        return self._snapshot.info(entry)
+        return info
 
 
 def open_snapshot_store(

@@ -76,15 +76,22 @@ class MountRecord(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class FailedRead(msgspec.Struct, frozen=True):
-    """A line of a mount's error ledger; see docs/PROTOCOL.md."""
+    """A line of a mount's error ledger; see docs/PROTOCOL.md.
+
+    Attributes:
+        hash: Of the content; empty where nobody knows it.
+        object, version: Of an input source, `s3://bucket/key` and the object's version.
+    """
 
     time: float
     path: str
-    hash: str
     size: int
     code: str
     reference: str
     reason: str
+    hash: str = ""
+    object: str = ""
+    version: str = ""
 
 
 @dataclass(frozen=True, slots=True)

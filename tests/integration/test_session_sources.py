@@ -17,6 +17,7 @@ from agent_plugin.content.errors import (
     SessionStateError,
     SourceEmptyError,
     SourceInvalidError,
+    StoreAccessError,
     StoreUnavailableError,
     UnsafePathError,
 )
@@ -550,3 +551,29 @@ def test_s5_openjd_tasks_find_sources_by_variables(
     assert f"openjd_env: PROPMASTER_SOURCE_1={session_dir}/plates" in entered.stdout
     assert "PROPMASTER_SOURCE_0" not in entered.stdout
     assert content_below(session_dir / "plates") == {"a": b"a"}
+
+
+@pytest.mark.parametrize("key", ["one object", "several"])
+def test_s9_an_open_bucket_is_read_without_credentials_and_no_other(
+    host: Host, s3: S3Server, s3_prefix: str, session_dir: Path, expected_events: set[str], key: str
+) -> None:
+    """By a server that verifies signatures, on a host that has no keys at all.
+
+    The mutation that was caught: a request of an anonymous access that is signed.
+    """
+    client = s3.client()
+    for bucket in (s3.open_bucket, s3.bucket):
+        client.put_object(Bucket=bucket, Key=f"{s3_prefix}/a", Body=b"for everybody")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        del host.environment[name]
+    what = f"{s3_prefix}/a" if key == "one object" else f"{s3_prefix}/"
+    source = {"Bucket": s3.open_bucket, "Key": what, "NoSign": True}
+
+    [told] = host.start(job_with_sources(host, source), session_dir).sources
+
+    assert (told.files, told.bytes_fetched) == (1, 13)
+    assert content_below(session_dir / "inputs") == {"a": b"for everybody"}
+    host.end(session_dir)
+    for refused in ({**source, "Bucket": s3.bucket}, {**source, "NoSign": False}):
+        with pytest.raises(StoreAccessError):
+            start_to_fail(host, job_with_sources(host, refused), session_dir, expected_events)

@@ -147,7 +147,10 @@ def test_s6_a_mounted_source_is_the_copied_one_and_only_what_is_read_moves(
 def test_s6_an_object_that_is_overwritten_is_an_error_and_the_task_has_failed(
     host: Host, s3: S3Server, s3_prefix: str, session_dir: Path
 ) -> None:
-    """Caught: parts that are asked for without If-Match, so that a file is of two states."""
+    """Caught: parts that are asked for without If-Match, so that a file is of two states.
+
+    And the name that stands for a hash here, told as if it were one.
+    """
     content = store_objects(s3, s3_prefix, {"whole.exr": 5000, "large.abc": 8 * MIB, "gone": 10})
     [told] = mounted(host, session_dir, source_of(s3, s3_prefix))
     root = Path(told.local_root)
@@ -167,7 +170,13 @@ def test_s6_an_object_that_is_overwritten_is_an_error_and_the_task_has_failed(
     assert {(error.path, error.code) for error in errors} == {
         (name, "E_SOURCE_CHANGED") for name in ("whole.exr", "large.abc", "gone")
     }
-    assert all(f"s3://{s3.bucket}/{s3_prefix}/{error.path}" in error.reason for error in errors)
+    urls = [f"s3://{s3.bucket}/{s3_prefix}/{error.path}" for error in errors]
+    assert [(error.object, error.hash) for error in errors] == [(url, "") for url in urls]
+    assert all(url in error.reason for url, error in zip(urls, errors, strict=True))
+    [log] = (host.state_dir / "mounts").glob("*/log")
+    written = log.read_text()
+    assert all(f'"object": "{url}"' in written for url in urls)
+    assert '"hash"' not in written
     with pytest.raises(MountReadFailedError, match=r"large\.abc in .*/inputs and 2 more") as caught:
         host.finish_task(session_dir, action())
     assert caught.value.exit_code == 87
@@ -248,6 +257,18 @@ def test_s6_a_start_that_is_killed_or_done_again_mounts_what_was_listed_first(
     assert content_below(root) == content
     host.end(session_dir)
     assert list(session_dir.iterdir()) == []
+
+
+def test_s9_an_open_bucket_is_mounted_without_credentials(
+    host: Host, s3: S3Server, s3_prefix: str, session_dir: Path
+) -> None:
+    s3.client().put_object(Bucket=s3.open_bucket, Key=f"{s3_prefix}/a", Body=b"for everybody")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        del host.environment[name]
+
+    mounted(host, session_dir, {"Bucket": s3.open_bucket, "Key": f"{s3_prefix}/", "NoSign": True})
+
+    assert content_below(session_dir / "inputs") == {"a": b"for everybody"}
 
 
 def test_s6_what_a_job_writes_over_a_source_is_there_and_no_output(
@@ -456,3 +477,46 @@ def test_s6_two_thousand_objects_are_the_same_tree_mounted_and_copied(
     assert {name: fact.mtime_us for name, fact in facts.items()} == times_in_store(s3, s3_prefix)
     host.end(virtual_dir)
     host.end(copied_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.expected_events(events.MOUNT_READ_FAILED)
+def test_s6_of_two_thousand_objects_one_that_is_overwritten_is_the_documented_error_in_both(
+    proxied: Host, s3: S3Server, s3_prefix: str, tmp_path: Path, fault_proxy: FaultProxy
+) -> None:
+    """Mounted, the read and the task fail; copied, the start does, and nothing is in place."""
+    content = store_objects(
+        s3, s3_prefix, {f"shot {at % 20:02}/{at:05}.exr": 3000 + at for at in range(2000)}
+    )
+    source = source_of(s3, s3_prefix)
+    virtual_dir, copied_dir = tmp_path / "virtual", tmp_path / "copied"
+    [seen] = mounted(proxied, virtual_dir, source)
+    # Few enough a second that the last has not come when it is overwritten.
+    fault_proxy.inject(Fault.DRIP, key=r"/[0-9]{5}\.exr$", bytes_per_second=10_000)
+    process = proxied.popen(
+        *proxied.start_arguments(job_with_sources(proxied, source), copied_dir),
+        *("--file-system", "COPIED"),
+    )
+    until(lambda: fault_proxy.count("GET", r"\.exr$") >= 3)
+
+    last = max(content)
+    store_objects(s3, s3_prefix, {last: b"another"})
+    fault_proxy.clear()
+    _, stderr = process.communicate(timeout=100)
+
+    assert process.returncode == 92, stderr
+    assert "error[object-changed]" in stderr
+    assert f"s3://{s3.bucket}/{s3_prefix}/{last}" in stderr
+    assert not (copied_dir / "inputs").exists()
+    root = Path(seen.local_root)
+    with pytest.raises(OSError, match="Input/output error"):
+        (root / last).read_bytes()
+    others = {name: data for name, data in content.items() if name != last}
+    assert all((root / name).read_bytes() == data for name, data in others.items())
+    [error] = proxied.mounts.errors(root)
+    assert (error.path, error.code) == (last, "E_SOURCE_CHANGED")
+    with pytest.raises(MountReadFailedError, match=f"{last} in {root}"):
+        proxied.finish_task(virtual_dir, action())
+    for directory in (virtual_dir, copied_dir):
+        proxied.end(directory)

@@ -15,7 +15,7 @@ class S3Server:
     """An S3 endpoint that verifies signatures, with one shared bucket.
 
     A new bucket's first object costs 0.2 s, so tests share `bucket` and keep apart by prefix
-    (fixture `s3_prefix`).
+    (fixture `s3_prefix`). Everybody may read `open_bucket`, without a signature.
     """
 
     endpoint_url: str
@@ -25,6 +25,7 @@ class S3Server:
     read_only_secret_key: str
     bucket: str
     region: str = "us-east-1"
+    open_bucket: str = ""
 
     @property
     def environment(self) -> dict[str, str]:
