@@ -60,4 +60,6 @@ def run_copies(
     """Carry out the copies that wait, or some of them; see Copying.run."""
     state_directory(settings)
     with Ledger.open(ledger_path(settings)) as ledger:
+        # On a host that runs no sessions nobody else does.
+        ledger.housekeep()
         return open_copying(settings, ledger, cancellation=cancellation, only=only, told=told).run()

@@ -35,7 +35,7 @@ from agent_plugin.transfer.create import (
 from agent_plugin.transfer.entities import Found
 from agent_plugin.transfer.find import EVERYWHERE, Scopes, Search, count_tasks, find, find_events
 from agent_plugin.transfer.ledger import Ledger
-from agent_plugin.transfer.query import ENTITY_WORDS, Entity, nearest, parse
+from agent_plugin.transfer.query import ENTITY_WORDS, MAX_QUERY_BYTES, Entity, nearest, parse
 from agent_plugin.transfer.query_attributes import ATTRIBUTES, named
 from agent_plugin.transfer.states import TransferStatus
 
@@ -43,7 +43,6 @@ Id = int | str
 Data = Mapping[str, Any] | str | Path
 
 _SQLITE_INTEGERS: Final = 2**63
-# A query has 8 KiB.
 _ASKED_FOR_BY_NAME: Final = 200
 
 
@@ -420,7 +419,7 @@ class Session:
         return [task for task in tasks if task["id"] in wanted]
 
     def _ids_of(self, transfer_id: int, uris: Collection[str]) -> dict[str, int]:
-        query = _few("uri", [uri for uri in uris if uri.isascii() and uri.isdigit()])
+        query = _few("uri", ['"{}"'.format(uri.replace('"', '""')) for uri in sorted(uris)])
         tasks = self.find(query, entityid=transfer_id, attributes=["id", "uri"])
         return {task["uri"]: task["id"] for task in tasks}
 
@@ -451,9 +450,9 @@ def _number(entityid: Id) -> int:
 
 def _few(attribute: str, values: Collection[object]) -> str:
     """Return a query for these tasks if they are few, else for all: reading them takes seconds."""
-    if not 0 < len(values) <= _ASKED_FOR_BY_NAME:
-        return "task"
-    return f"task WHERE {attribute} IN ({', '.join(map(str, values))})"
+    query = f"task WHERE {attribute} IN ({', '.join(map(str, values))})"
+    few = 0 < len(values) <= _ASKED_FOR_BY_NAME and len(query.encode()) <= MAX_QUERY_BYTES
+    return query if few else "task"
 
 
 def _status(word: object) -> TransferStatus:

@@ -155,6 +155,11 @@ class CopyQueue:
                         " WHERE transfer = ? AND status IN ('booting', 'executing')",
                         (transfer_id,),
                     )
+                # From now on it moves, so that the first part to arrive tells how fast.
+                connection.execute(
+                    "INSERT INTO sample VALUES (?, ?, 0) ON CONFLICT DO NOTHING",
+                    (transfer_id, now),
+                )
                 taken.append(transfer_id)
         return taken
 

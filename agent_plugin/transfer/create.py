@@ -4,7 +4,10 @@ A document is a dict, the same as JSON, or the path of a file with it. What stan
 here; what is below a source, and how large it is, is found by whoever copies (copy_places.py).
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, Final, Self
 
@@ -29,6 +32,7 @@ Expand = Callable[[Iterable[tuple[str, str]], Mapping[str, Any]], Iterable[TaskS
 
 # A million tasks, as JSON.
 MAX_DOCUMENT_BYTES: Final = 512 * 1024 * 1024
+MAX_URI_CHARACTERS: Final = 255
 
 
 class TaskDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -39,6 +43,7 @@ class TaskDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         destination: The same; empty: below the transfer's destination.
         priority: 0 to 1000, or high, medium, low.
         metadata: Whatever its owner wants to keep with it.
+        uri: Its name within the transfer; of a tree, whose files are numbered, it is none.
     """
 
     source: Annotated[str, Meta(min_length=1)]
@@ -70,7 +75,7 @@ class TransferDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             entity: What is to be made; tasks are given by `tasks` alone.
 
         Raises:
-            JobInvalidError: It says something that makes no sense.
+            JobInvalidError: It says something that makes no sense, or a uri twice.
             ReadOnlyAttributeError: It gives an attribute that can not be given.
             LocalReadError: The file can not be read.
         """
@@ -86,13 +91,15 @@ class TransferDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 f"the {entity} to be made: {error}", hint="docs/PROTOCOL.md, The API"
             ) from error
         priority_of(document.priority)
+        _check_uris([entry.uri for entry in document.entries if entry.uri])
         return document
 
     @property
     def entries(self) -> list[TaskDocument]:
-        """The tasks, those without a name of their own first."""
-        given = self.tasks.values() if isinstance(self.tasks, dict) else self.tasks
-        return [TaskDocument(each) if isinstance(each, str) else each for each in given]
+        """The tasks; what they are called in an object is their uri."""
+        if isinstance(self.tasks, dict):
+            return [_entry(each, uri) for uri, each in self.tasks.items()]
+        return [_entry(each) for each in self.tasks]
 
     def plan(self, expand: Expand) -> tuple[TransferSpec, Iterable[TaskSpec]]:
         """Return the transfer and its tasks.
@@ -116,7 +123,7 @@ class TransferDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return spec, ()
         # All of them, before anything is written.
         wanted = entries or [first]
-        return spec, list(task_specs(wanted, self.destination, self.settings, expand))
+        return spec, _numbered(task_specs(wanted, self.destination, self.settings, expand))
 
 
 def task_specs(
@@ -145,7 +152,39 @@ def task_specs(
             )
         number = priority_of(entry.priority)
         for spec in expand([(entry.source, target)], settings):
-            yield TaskSpec(spec.source, spec.destination, spec.size, number, entry.metadata)
+            uri = "" if _is_tree(entry.source) else entry.uri
+            yield replace(spec, priority=number, metadata=entry.metadata, uri=uri)
+
+
+def _entry(given: str | TaskDocument, uri: str = "") -> TaskDocument:
+    if isinstance(given, str):
+        return TaskDocument(given, uri=uri)
+    return given if given.uri else msgspec.structs.replace(given, uri=uri)
+
+
+def _check_uris(uris: Sequence[str]) -> None:
+    for uri, times in Counter(uris).items():
+        if times > 1:
+            raise JobInvalidError(f"{times} tasks have the uri {uri!r}", hint="give each its own")
+        if len(uri) > MAX_URI_CHARACTERS or not uri.isprintable():
+            raise JobInvalidError(
+                f"{uri[:40]!r} is no uri of a task",
+                hint=f"it has up to {MAX_URI_CHARACTERS} characters that can be printed",
+            )
+
+
+def _is_tree(source: str) -> bool:
+    return Place.parse(source).is_tree
+
+
+def _numbered(tasks: Iterable[TaskSpec]) -> list[TaskSpec]:
+    """Give those that have no uri the next number that is none."""
+    made = list(tasks)
+    given = {task.uri for task in made if task.uri}
+    if not given:
+        return made
+    numbers = (str(number) for number in count() if str(number) not in given)
+    return [task if task.uri else replace(task, uri=next(numbers)) for task in made]
 
 
 def redirected(source: str, place: str, *, before: str, after: str) -> str | None:

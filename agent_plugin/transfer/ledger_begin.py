@@ -292,8 +292,9 @@ def task_values(
 ) -> tuple[Any, ...]:
     """Return what INSERT_TASK takes for a new task."""
     return (
-        transfer_id, str(number), status, to_sql(task.source), to_sql(task.destination), task.size,
-        task.priority, to_json(task.metadata) if task.metadata else "{}", now,
+        transfer_id, task.uri or str(number), status, to_sql(task.source),
+        to_sql(task.destination), task.size, task.priority,
+        to_json(task.metadata) if task.metadata else "{}", now,
     )  # fmt: skip
 
 

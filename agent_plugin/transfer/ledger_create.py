@@ -132,6 +132,7 @@ class New:
                     task_id = self._again(connection, pairs[pair], task, duplicates, new)
                 else:
                     _refuse_fixed(transfer_id, kind, task)
+                    _refuse_taken(connection, transfer_id, task)
                     row = task_values(transfer_id, number, new, task, now)
                     number += 1
                     task_id = connection.execute(INSERT_TASK, row).lastrowid or 0
@@ -185,6 +186,21 @@ class New:
         )
         connection.execute("UPDATE task SET status = ? WHERE id = ?", (new, task_id))
         return task_id
+
+
+def _refuse_taken(connection: sqlite3.Connection, transfer_id: int, task: TaskSpec) -> None:
+    taken = (
+        task.uri
+        and connection.execute(
+            "SELECT id FROM task WHERE transfer = ? AND uri = ?", (transfer_id, task.uri)
+        ).fetchone()
+    )
+    if taken:
+        raise TransferStateError(
+            f"task {taken[0]} of transfer {transfer_id} has the uri {task.uri!r} already; nothing"
+            " was added",
+            hint="give another uri, or none",
+        )
 
 
 def _refuse_fixed(transfer_id: int, kind: str, task: TaskSpec) -> None:

@@ -41,13 +41,18 @@ class TransferSpec:
 
 @dataclass(frozen=True, slots=True)
 class TaskSpec:
-    """One file of a transfer: where from, where to, how many bytes, and how urgent."""
+    """One file of a transfer: where from, where to, how many bytes, and how urgent.
+
+    Attributes:
+        uri: Its name within the transfer; empty for the next number.
+    """
 
     source: str
     destination: str
     size: int
     priority: int = DEFAULT_PRIORITY
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    uri: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +101,7 @@ class TaskRow:
     Attributes:
         tries: How many attempts were begun.
         not_before: When the request that failed last is sent again, seconds since the epoch.
-        uri: Its number within the transfer, as text.
+        uri: Its name within the transfer: what it was given, or its number as text.
         done: Bytes that have moved.
         modifier: `uid:name` of who set its status by hand; empty if its engine has.
     """

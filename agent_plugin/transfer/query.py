@@ -223,7 +223,7 @@ _NAMED: Final = {
     "BARE": ("a value",),
     "LPAR": ("(",),
     "RPAR": (")",),
-    "COMMA": (",",),
+    "COMMA": ("a comma",),
     "DOT": (".",),
     "$END": ("the end",),
 }
@@ -280,7 +280,8 @@ def _refuse_unexpected(text: str, position: int) -> NoReturn:
         )
     found = f"found {_shown(rest)}" if rest else "the query ends"
     close = nearest(_word(rest), [word.lower() for word in expected])
-    hint = "a value with blanks needs quotation marks" if rest and "_AND" in accepted else ""
+    more_of_a_value = "_AND" in accepted and rest[:1] not in (*"()<>=!,",)
+    hint = "a value with blanks needs quotation marks" if rest and more_of_a_value else ""
     refuse(f"expected {_listed(expected)}; {found}{close}", place, hint=hint)
 
 

@@ -17,6 +17,7 @@ class Kind(StrEnum):
     """How the values of an attribute are written and compared."""
 
     TEXT = "text"  # any, whatever the case
+    USER = "user"  # `uid:name`, or the name alone
     STATUS = "status"  # one of a few words
     ID = "id"  # a number; that of another system is nothing's here
     NUMBER = "number"
@@ -95,8 +96,8 @@ TRANSFER: Final = (
     Attribute("etr", _K.DURATION, "etr_of(transfer.id)", "time left, H:MM:SS; empty if unknown"),
     Attribute("error_code", _K.TEXT, "transfer.error_code", "why it failed, for programs"),
     Attribute("error", _K.TEXT, "transfer.error", "why it failed, for people"),
-    Attribute("user", _K.TEXT, _USER, "who made it", aliases=("user_hr",)),
-    Attribute("modifier", _K.TEXT, "transfer.modifier", "who changed it last by hand"),
+    Attribute("user", _K.USER, _USER, "who made it", aliases=("user_hr",)),
+    Attribute("modifier", _K.USER, "transfer.modifier", "who changed it last by hand"),
     Attribute("created", _K.TIME, "transfer.created", "when it was made"),
     Attribute("modified", _K.TIME, "transfer.modified", "when it changed last"),
     Attribute("finished", _K.TIME, "transfer.finished", "when it ended; null while it has not"),
@@ -112,7 +113,7 @@ TRANSFER: Final = (
 
 TASK: Final = (
     Attribute("id", _K.ID, "task.id", "its number"),
-    Attribute("uri", _K.TEXT, "task.uri", 'its number within the transfer: "0", "1", …'),
+    Attribute("uri", _K.TEXT, "task.uri", 'its name within the transfer: "0", "1", …', create=True),
     Attribute("job", _K.ID, "task.transfer", "its transfer", aliases=("transfer", "entityid")),
     Attribute(
         *("status", _K.STATUS, "task.status", "what it is doing"),
@@ -120,12 +121,13 @@ TASK: Final = (
         words=tuple(TaskStatus),
     ),
     Attribute(
-        *("source", _K.TEXT, "task.source", "where from: a hash, a path or a URL"),
+        *("source", _K.TEXT, "place_of(task.source)", "where from: a hash, a path or a URL"),
         create=True,
         aliases=("source.path",),
     ),
     Attribute(
-        *("destination", _K.TEXT, "task.destination", "where to: a path, a hash or a URL"),
+        *("destination", _K.TEXT, "place_of(task.destination)"),
+        "where to: a path, a hash or a URL",
         create=True,
         aliases=("destination.path",),
     ),
@@ -136,7 +138,7 @@ TASK: Final = (
     Attribute("not_before", _K.TIME, "nullif(task.not_before, 0)", "when it is tried again"),
     Attribute("error_code", _K.TEXT, "task.error_code", "why it failed, for programs"),
     Attribute("error", _K.TEXT, "task.error", "why it failed, for people"),
-    Attribute("modifier", _K.TEXT, "task.modifier", "who set its status by hand"),
+    Attribute("modifier", _K.USER, "task.modifier", "who set its status by hand"),
     Attribute("created", _K.TIME, "nullif(task.created, 0)", "when it was made"),
     Attribute("started", _K.TIME, "task.started", "when it was tried first"),
     Attribute("finished", _K.TIME, "task.finished", "when it ended; null while it has not"),

@@ -14,6 +14,7 @@ import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
+from urllib.parse import unquote_to_bytes
 
 import msgspec
 
@@ -41,6 +42,7 @@ from agent_plugin.transfer.query_values import (
 T = TypeVar("T")
 
 _CHAIN: Final = 64
+_FILE_URL: Final = "file://"
 _OPPOSITES: Final = {
     Operator.DIFFERENT: Operator.EQUAL,
     Operator.NOT_IN: Operator.IN,
@@ -52,6 +54,7 @@ _SAME: Final = (Operator.EQUAL, Operator.IN)
 _TEXTUAL: Final = (*_SAME, Operator.CONTAINS, Operator.MATCHES)
 _ALLOWED: Final[Mapping[Kind, Sequence[Operator]]] = {
     Kind.TEXT: (*_TEXTUAL, *_ORDERS),
+    Kind.USER: (*_TEXTUAL, *_ORDERS),
     Kind.DOCUMENT: (*_TEXTUAL, *_ORDERS),
     Kind.STATUS: _TEXTUAL,
     Kind.FLAG: _SAME,
@@ -153,14 +156,20 @@ class _Translator:
         self, attribute: Attribute, keys: Sequence[str], operator: Operator, value: Value
     ) -> str:
         if operator is Operator.MATCHES:
-            what = self._document(attribute, keys)
+            of_user = attribute.kind is Kind.USER
+            what = self._who(attribute, value) if of_user else self._document(attribute, keys)
             return f"matches({what}, {self._parameter(_checked_expression(value))})"
         if attribute.kind in _NUMBERS:
             parse, wanted = _NUMBERS[attribute.kind]
             return self._number(attribute, operator, _parsed(attribute, value, parse, wanted))
         if attribute.kind is Kind.DOCUMENT and keys:
             return self._member(self._document(attribute, keys), operator, value)
-        others = {Kind.ID: self._id, Kind.TIME: self._time, Kind.STATUS: self._status}
+        others = {
+            Kind.ID: self._id,
+            Kind.TIME: self._time,
+            Kind.STATUS: self._status,
+            Kind.USER: self._user,
+        }
         if attribute.kind in others:
             return others[attribute.kind](attribute, operator, value)
         return self._text(attribute.sql, operator, value)
@@ -206,6 +215,15 @@ class _Translator:
             )
         # Not folded, so that the index can be used.
         return f"{attribute.sql} = {self._parameter(word)}"
+
+    def _user(self, attribute: Attribute, operator: Operator, value: Value) -> str:
+        return self._text(self._who(attribute, value), operator, value)
+
+    def _who(self, attribute: Attribute, value: Value) -> str:
+        """Return `uid:name` if a value has a colon, else the name alone."""
+        has_colon = f"instr({self._parameter(_encodable(value.text))}, ':') > 0"
+        name = f"substr({attribute.sql}, instr({attribute.sql}, ':') + 1)"
+        return f"CASE WHEN {has_colon} THEN {attribute.sql} ELSE {name} END"
 
     def _number(self, attribute: Attribute, operator: Operator, number: float) -> str:
         return f"{attribute.sql} {_sign(operator)} {self._parameter(number)}"
@@ -280,6 +298,7 @@ def prepare(connection: sqlite3.Connection) -> None:
     connection.create_function("fold", 1, fold, deterministic=True)
     connection.create_function("matches", 2, _Matcher(), deterministic=True)
     connection.create_function("member", 2, _member, deterministic=True)
+    connection.create_function("place_of", 1, _place_of, deterministic=True)
 
 
 def fold(value: str | bytes | float | None) -> str | None:
@@ -287,6 +306,17 @@ def fold(value: str | bytes | float | None) -> str | None:
     if value is None:
         return None
     return _folded(os.fsdecode(value) if isinstance(value, bytes) else str(value))
+
+
+def _place_of(value: str | bytes) -> str | bytes:
+    """Return where a task reads or writes, for people: a file of this host by its path."""
+    if isinstance(value, bytes) or not value.startswith(_FILE_URL):
+        return value
+    path = unquote_to_bytes(value.removeprefix(_FILE_URL))
+    try:
+        return path.decode()
+    except UnicodeDecodeError:
+        return path
 
 
 def _folded(text: str) -> str:

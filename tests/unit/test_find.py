@@ -13,6 +13,7 @@ import pytest
 
 from agent_plugin.content import pattern
 from agent_plugin.content.errors import LocalReadError, QueryInvalidError
+from agent_plugin.transfer.copy_queue import CopyQueue
 from agent_plugin.transfer.find import EVERYWHERE, Scopes, Search, find
 from agent_plugin.transfer.ledger import Ledger, TaskSpec, TransferSpec
 from agent_plugin.transfer.query import parse
@@ -348,6 +349,10 @@ def changing(some: Transfers, transfers: Transfers) -> Transfers:
         ("(status=failed OR size>1GB) AND created=2026-03-01", [2, 3]),
         ("user=1000:ANNA", [1, 2, 3]),
         ("user=*anna and parent=''", [1, 2, 3]),
+        ("user=Anna and user_hr=anna and modifier in (bob, anna)", [1, 2, 3]),
+        ("user matches '^anna$' and user matches '^1000:' and user contains ':an'", [1, 2, 3]),
+        ("user=1000", []),
+        ("user<>bob", [1, 2, 3]),
         ("uri=high", [1]),
         ("kind=copy and destination=/out", [1, 2, 3]),
     ],
@@ -441,6 +446,21 @@ def test_t3_a_transfer_has_the_attributes_of_the_seed(some: Transfers) -> None:
     assert (found["uri"], found["parent"], found["parent_hr"]) == ("high", "", "")
 
 
+def test_t3_files_of_this_host_are_found_and_told_by_their_paths(transfers: Transfers) -> None:
+    """The ledger has them as URLs, percent-encoded; seen to fail when these are compared."""
+    transfers.add(
+        TaskSpec("file:///in/x%20and%20y.png", "s3://b/x%20y", 1),
+        TaskSpec("file:///in/shot%E9", "file:///out/shot%E9", 1),
+    )
+
+    [found] = transfers.find('task WHERE source CONTAINS "x AND y" AND source=/in/*')
+    [other] = transfers.find("task WHERE destination=/out/shot* AND destination MATCHES ^/out")
+
+    assert found["source"] == {"path": "/in/x and y.png", "path_abs_final": "/in/x and y.png"}
+    assert found["destination"]["path"] == "s3://b/x%20y", "a key is as it is"
+    assert os.fsencode(other["source"]["path"]) == b"/in/shot\xe9"
+
+
 def test_t3_a_task_has_the_attributes_of_the_seed(changing: Transfers) -> None:
     changing.set_task(1, status="done", started=NOON, finished=NOON + 1.5, tries=2, done=5_000_000)
     [found] = changing.find("task WHERE job.id=1")
@@ -473,6 +493,20 @@ def test_t3_tasks_are_found_by_their_transfer(
     some: Transfers, condition: str, expected: list[int]
 ) -> None:
     assert some.ids(condition, of="task") == expected
+
+
+def test_t12_the_first_bytes_that_a_copy_moves_tell_how_fast(transfers: Transfers) -> None:
+    """Seen to fail without a sample from when it begins."""
+    id_ = transfers.add(TaskSpec("a", "b", 10_000_000))
+    with Ledger.open(transfers.path, clock=transfers.clock) as ledger:
+        copies = CopyQueue(ledger.file, transfers.clock)
+        assert copies.take() == [id_]
+        transfers.clock.now += 2
+        copies.beat({id_: 4_000_000}, ())
+
+    [found] = transfers.find("job")
+
+    assert (found["speed"], found["etr"]) == (2.0, "0:00:05")
 
 
 def test_t3_speed_and_time_left_are_of_the_last_minute(changing: Transfers) -> None:

@@ -149,7 +149,7 @@ def test_t3_a_word_of_the_language_can_be_a_value_and_an_attribute() -> None:
         ("job where status=done)", 22, 'expected AND, OR or the end; found ")"'),
         ("job where status not done", 22, "expected IN, CONTAINS or MATCHES"),
         ("job where status in ()", 22, 'expected a value; found ")"'),
-        ("job where status in (done", 26, "expected ) or ,; the query ends"),
+        ("job where status in (done", 26, "expected ) or a comma; the query ends"),
         ('job where code="x and', 16, 'the quotation that begins here does not end with "'),
         ("job where code='x", 16, "does not end with '"),
         ("job where size=5 MB", 18, 'expected AND, OR or the end; found "MB"'),
@@ -167,6 +167,15 @@ def test_t3_an_error_has_the_column_and_what_was_expected(
     assert (error.line, error.column) == (1, column), error.message
     assert error.message.startswith(f"query, column {column}: ")
     assert words in error.message
+
+
+@pytest.mark.parametrize(
+    ("text", "hinted"), [("job where size=5 MB", True), ("job where (size=5))", False)]
+)
+def test_t3_quotation_marks_are_advised_where_they_help(text: str, hinted: bool) -> None:
+    with pytest.raises(QueryInvalidError) as caught:
+        parse(text)
+    assert ("quotation marks" in caught.value.hint) == hinted
 
 
 def test_t3_an_error_on_a_later_line_has_its_line() -> None:

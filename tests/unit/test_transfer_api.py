@@ -112,10 +112,47 @@ def test_t4_a_document_can_be_a_dict_json_or_a_file(
     job = session.create("transfer", given[form])
 
     assert (job["name"], job["metadata"]) == ("two", {"é": [1]})
+    assert [task["uri"] for task in session.find("task", entityid=job["id"])] == ["0", "1"]
     found = session.find("task", entityid=job["id"])
     assert [(task["source"]["path"], task["destination"]["path"]) for task in found] == [
         *(("/in/a", "/out/a"), ("/in/b", "/x")),
     ]
+
+
+def test_t4_tasks_are_called_as_they_are_given_and_the_rest_is_numbered(session: Session) -> None:
+    """Seen to fail when the keys are dropped, and when numbers do not mind them."""
+    job = session.create("job", {
+        "tasks": {'left "eye"': "/in/a", "0": "/in/b", "tree": "/in/", "1": "/in/c"},
+        "destination": "/out/",
+    })  # fmt: skip
+    uris = {task["source"]["path"]: task["uri"] for task in session.find("task")}
+    assert uris == {
+        "/in/a": 'left "eye"', "/in/b": "0", "/in/one.exr": "2", "/in/two.exr": "3", "/in/c": "1",
+    }  # fmt: skip
+
+    [held] = session.update_many("task", job["id"], [{"uri": 'left "eye"', "status": "onhold"}])
+    added = session.create("task", {"tasks": [{"source": "/x", "uri": "right"}, "/y"]}, job["id"])
+
+    assert held["source"]["path"] == "/in/a"
+    assert [task["uri"] for task in added["tasks"]] == ["right", "5"]
+    with pytest.raises(TransferStateError, match="has the uri 'right' already; nothing was added"):
+        session.create("task", {"tasks": ["/z", {"source": "/w", "uri": "right"}]}, job["id"])
+    twice = [{"source": name, "uri": "a"} for name in ("/x", "/y")]
+    with pytest.raises(JobInvalidError, match="2 tasks have the uri 'a'"):
+        session.create("job", {"tasks": twice, "destination": "/out/"})
+    for uri in ("a\nb", "\udce9", "x" * 256):
+        with pytest.raises(JobInvalidError, match="no uri of a task"):
+            session.create("job", {"tasks": {uri: "/x"}, "destination": "/out/"})
+    assert len(session.find("task")) == 7
+
+
+def test_t4_a_source_that_is_no_place_is_refused_before_it_has_a_destination(
+    session: Session,
+) -> None:
+    """As the accsyn form `share=…` is; seen to fail when it is looked at only when it is copied."""
+    with pytest.raises(JobInvalidError, match="'share=projects/latest_edit' is no place"):
+        session.create("Job", {"source": "share=projects/latest_edit"})
+    assert session.find("Job") == []
 
 
 def test_t4_without_a_destination_it_is_pending_until_it_has_one(session: Session) -> None:
