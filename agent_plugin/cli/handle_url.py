@@ -92,7 +92,7 @@ def _handle(
         found = list_outputs(asking, job, **which)
     to = to or _otherwise(wanted, found)
     # Outside of the block: a signal has to end the question.
-    if not yes and not _agreed(found, store_url, to):
+    if not yes and not _agreed(wanted, found, store_url, to):
         raise CancelledError("nothing was downloaded: it was not wished")
     with (
         cancel_on_signals() as cancellation,
@@ -158,14 +158,18 @@ def downloads_directory(environment: Mapping[str, str]) -> Path:
     return home / found[2] if found[1] != "/" else Path("/") / found[2]
 
 
-def _agreed(found: OutputsResult, store_url: str, to: Path | None) -> bool:
+def _agreed(wanted: DownloadUrl, found: OutputsResult, store_url: str, to: Path | None) -> bool:
     if not found.files:
         # Nothing to ask: the result says so.
         return True
-    say(f"outputs in {store_url}: {found.files} files, {format_bytes(found.bytes)}")
+    named = ", which the URL names" if wanted.store else ""
+    say(f"outputs in {store_url}{named}: {found.files} files, {format_bytes(found.bytes)}")
+    if wanted.profile:
+        say(f"  with the AWS profile {wanted.profile}, which the URL names")
     for root in found.roots:
         say(f"  {len(root.files)} files would go below {to or root.root_path}")
-    return click.confirm("Download them?", default=True)
+    # No farm vouches for such a store: whoever only presses Enter gets nothing of it.
+    return click.confirm("Download them?", default=not wanted.store)
 
 
 def _is_interactive() -> bool:

@@ -227,6 +227,13 @@ def _from_json(metadata: Mapping[str, str], name: str) -> str:
         raise ManifestInvalidError(f"{name} is not JSON: {metadata[name]!r}") from error
     if not isinstance(decoded, str):
         raise ManifestInvalidError(f"{name} is not a string: {metadata[name]!r}")
+    try:
+        is_name = b"\0" not in os.fsencode(decoded)
+    except UnicodeEncodeError:
+        # Half a character, which JSON can spell, and which stands for no byte.
+        is_name = False
+    if not is_name:
+        raise ManifestInvalidError(f"{name} is nothing that a path can be: {metadata[name]!r}")
     return decoded
 
 

@@ -34,6 +34,7 @@ from agent_plugin.content.errors import (
     PropmasterError,
     StateError,
     StoreAccessError,
+    StoreProtocolError,
     StoreUnavailableError,
     UnsafePathError,
 )
@@ -48,6 +49,15 @@ from agent_plugin.transfer.download import download
 from agent_plugin.transfer.ledger import TransferSpec
 from agent_plugin.transfer.plan import DownloadPlan, plan_download, survey
 
+# Of one manifest, however the store answers for others.
+_OF_A_MANIFEST: Final = (
+    ManifestInvalidError,
+    DocumentNotFoundError,
+    StoreAccessError,
+    StoreProtocolError,
+    BlobCorruptError,
+    UnsafePathError,
+)
 # As often as the Deadline client tries.
 MAX_TRIES: Final = 5
 # Of the paths of a job that no rule maps, so many are named.
@@ -492,5 +502,5 @@ def _fetch(store: Store, info: DocumentInfo) -> OutputManifest | PropmasterError
     """Return a manifest, or why this one can not be had."""
     try:
         return fetch_output(store, info)
-    except (ManifestInvalidError, DocumentNotFoundError, StoreAccessError) as error:
+    except _OF_A_MANIFEST as error:
         return error

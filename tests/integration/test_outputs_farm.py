@@ -249,15 +249,29 @@ def test_a_profile_in_a_url_is_the_one_that_is_used(farm: Farm) -> None:
     assert contents(farm.here / "own") == {"a": b"1"}
 
 
-@pytest.mark.parametrize(("answer", "code", "files"), [("\n", 0, 1), ("n\n", 77, 0)])
+@pytest.mark.parametrize(
+    ("answer", "code", "files", "scheme"),
+    [("\n", 0, 1, "deadline"), ("n\n", 77, 0, "deadline"), ("\n", 77, 0, "propmaster")],
+)
 def test_who_clicks_is_asked_and_the_terminal_stays_until_a_key(
-    farm: Farm, answer: str, code: int, files: int
+    farm: Farm, answer: str, code: int, files: int, scheme: str
 ) -> None:
+    """Of a store that the URL names nothing comes to whoever only presses Enter."""
     job = farm.work.job(str(farm.here / "own"), 1)
     farm.work.work({job.job_id: [{"a": b"1"}]})
+    more, place = "", str(farm.here / "own")
+    if scheme == "propmaster":
+        farm.artist.environment |= {
+            "AWS_ACCESS_KEY_ID": farm.service.credentials.access_key,
+            "AWS_SECRET_ACCESS_KEY": farm.service.credentials.secret_key,
+        }
+        more = f"&store={farm.artist.store_url}"
+        place = f"{farm.artist.home}/Downloads/propmaster/{job.job_id}"
     ours, theirs = pty.openpty()
     running = subprocess.Popen(
-        farm.artist.argv("handle-url", "--prompt-when-complete", farm.url(job.job_id)),
+        farm.artist.argv(
+            "handle-url", "--prompt-when-complete", farm.url(job.job_id, scheme, more)
+        ),
         env=farm.artist.process_environment(),
         stdin=theirs,
         stdout=subprocess.PIPE,
@@ -271,13 +285,14 @@ def test_who_clicks_is_asked_and_the_terminal_stays_until_a_key(
     while "press Enter to close" not in told and (line := running.stdout.readline()):
         told += line
     assert running.poll() is None, told
-    assert len(contents(farm.here / "own") if (farm.here / "own").exists() else {}) == files
+    assert len(contents(Path(place)) if Path(place).exists() else {}) == files
     os.write(ours, b"\n")
     running.communicate(timeout=CALL_SECONDS)
     os.close(ours)
 
     assert running.returncode == code, told
-    assert f"1 files would go below {farm.here / 'own'}" in told
+    assert f"1 files would go below {place}" in told
+    assert ("which the URL names" in told) == (scheme == "propmaster")
 
 
 def test_where_nobody_can_be_asked_nothing_is_downloaded(farm: Farm) -> None:

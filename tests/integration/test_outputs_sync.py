@@ -430,6 +430,26 @@ def test_a_damaged_manifest_keeps_only_itself_back(queue: RenderQueue) -> None:
     assert contents(queue.show) == {"first": b"1", "second": b"2"}
 
 
+@pytest.mark.parametrize(
+    "metadata",
+    ["no JSON", '{"asset-root": "/a\\nb"}', '{"asset-root-json": "\\"/\\\\ud800\\""}'],
+)
+def test_metadata_that_make_no_sense_keep_only_their_manifest_back(
+    queue: RenderQueue, metadata: str
+) -> None:
+    """Seen to end the sync, and to crash it."""
+    queue.render(1, {"first": b"1"}, task=0)
+    [damaged] = queue.manifests
+    queue.render(2, {"second": b"2"})
+    damaged.with_name(f".{damaged.name}.metadata.json").write_text(metadata)
+
+    synced = queue.sync()
+
+    assert [failure.message.partition(":")[0] for failure in synced.failures] == [job_id(1)]
+    assert (synced.of(1).state, synced.of(2).state) == ("failed", "synced")
+    assert contents(queue.show) == {"second": b"2"}
+
+
 def test_content_that_is_missing_keeps_only_its_tasks_files_back(queue: RenderQueue) -> None:
     for number in range(4):
         queue.render(1, {f"{number}": b"of %d" % number, f"more {number}": 100}, task=number)

@@ -195,6 +195,8 @@ def test_the_json_form_of_a_root_comes_first() -> None:
         {"asset-root-json": "no json"},
         {"asset-root-json": "3"},
         {"asset-root-json": "[" * 100_000},
+        {"asset-root-json": '"/a\\u0000b"'},
+        {"asset-root-json": '"/a\\ud800b"'},
     ],
 )
 def test_metadata_that_names_no_root_is_refused(metadata: dict[str, str]) -> None:
