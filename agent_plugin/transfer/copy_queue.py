@@ -286,16 +286,18 @@ class CopyQueue:
             ).fetchone()
         return None if due is None else float(due)
 
-    def forget(self, task_id: int) -> None:
+    def forget(self, task: CopyTask) -> None:
         """Write down that nothing is left of a task that nobody goes on with."""
         with self._write() as connection:
             if connection is None:
                 return
-            connection.execute(
+            forgotten = connection.execute(
                 "UPDATE task SET upload_id = '', parts = '[]', done = 0 WHERE id = ?"
                 " AND status NOT IN ('booting', 'executing')",
-                (task_id,),
+                (task.id,),
             )
+            if forgotten.rowcount:
+                self._count(connection, task.transfer)
 
     def beat(
         self,

@@ -1,9 +1,10 @@
 """One task of a copying transfer: a file or object to its destination, gone on with after a kill.
 
 What an attempt leaves behind is written down with the task: of an upload its id, and by which file
-or object it was begun; of a download the file beside the destination, and which ranges it has. The
-next attempt goes on from there if the source is still the same. Ranges in a file count only until
-the host starts anew, because a power cut may take them and leave the ledger that speaks of them.
+or object it was begun; of a download the file beside the destination, and which ranges it has; of
+a copy from file to file the same, and how far it is. The next attempt goes on from there if the
+source is still the same. What is in a file counts only until the host starts anew, because a power
+cut may take it and leave the ledger that speaks of it.
 
 Nothing has its destination's name before it is whole.
 """
@@ -19,7 +20,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from agent_plugin.content import parts
+from agent_plugin.content.bandwidth import Allowance
 from agent_plugin.content.errors import (
+    CancelledError,
     FileChangedError,
     KeyExistsError,
     LocalReadError,
@@ -29,6 +32,7 @@ from agent_plugin.content.errors import (
 from agent_plugin.content.leftovers import lock_partial, partial_name
 from agent_plugin.content.objects import ObjectInfo, Unfinished
 from agent_plugin.content.store import Cancellation, Progress
+from agent_plugin.transfer.copy_files import copy_bytes
 from agent_plugin.transfer.copy_places import OpenObjects, Place
 from agent_plugin.transfer.copy_queue import CopyTask
 from agent_plugin.transfer.copy_settings import CopySettings
@@ -39,7 +43,6 @@ Keep = Callable[[str, Mapping[str, Any], int], None]
 # Written down more often, an upload of 10,000 parts would write its list 10,000 times. What is
 # missing in it the store knows.
 PARTS_WRITTEN_SECONDS: Final = 1.0
-_COPY_BYTES: Final = 8 * 1024 * 1024
 _READ: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _WRITE: Final = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
@@ -75,6 +78,7 @@ class Attempt:
         keep: Writes down what there is so far; from any thread.
         measured: Told how large the source is.
         clock: Seconds, monotonic.
+        limit: How much may be copied within this host.
     """
 
     task: CopyTask
@@ -85,6 +89,7 @@ class Attempt:
     keep: Keep
     measured: Callable[[int], None]
     clock: Callable[[], float]
+    limit: Allowance
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _over: bool = False
 
@@ -121,14 +126,13 @@ class Attempt:
         objects = self.open_objects(self.settings.destination.access)
         with _opened(source.path) as (fd, status):
             self.measured(status.st_size)
-            identity = [status.st_size, status.st_mtime_ns, status.st_ino]
+            identity = _identity(status)
             unfinished = self._unfinished({"file": identity}, destination, status.st_size)
             changed = False
 
             def check() -> None:
                 nonlocal changed
-                now = os.fstat(fd)
-                if [now.st_size, now.st_mtime_ns, now.st_ino] != identity:
+                if _identity(os.fstat(fd)) != identity:
                     # What was sent of it is of no use to the next attempt.
                     changed = True
                     raise FileChangedError(
@@ -229,7 +233,9 @@ class Attempt:
                 "partial": os.fspath(partial_path),
                 "boot": _boot_id(),
             }
-            fd = self._open_partial(partial_path, identity, ranges)
+            fd, goes_on = self._open_partial(partial_path, identity)
+            if goes_on:
+                ranges.read(self.task.kept.get("have", []))
             try:
                 lock_partial(fd)
 
@@ -248,23 +254,22 @@ class Attempt:
                 if self.halt.drops:
                     partial_path.unlink(missing_ok=True)
 
-    def _open_partial(self, path: Path, identity: Mapping[str, Any], ranges: "_Ranges") -> int:
-        """Open what an earlier attempt has left, or a new file."""
+    def _open_partial(self, path: Path, identity: Mapping[str, Any]) -> tuple[int, bool]:
+        """Open a file to go on with; whether it is what an earlier attempt has left, or new."""
         kept = self.task.kept
         if kept and all(kept.get(name) == value for name, value in identity.items()):
             with suppress(FileNotFoundError):
                 fd = os.open(path, _WRITE)
                 status = os.fstat(fd)
                 if stat.S_ISREG(status.st_mode) and status.st_size == identity["size"]:
-                    ranges.read(kept.get("have", []))
-                    return fd
+                    return fd, True
                 os.close(fd)
         # Not truncated: somebody who was left behind may still write to the old one.
         for name in {os.fspath(path), str(kept.get("partial", path))}:
             Path(name).unlink(missing_ok=True)
         fd = os.open(path, _WRITE | os.O_CREAT | os.O_EXCL, 0o666)
-        self._write_down("", {**identity, "have": []}, 0)
-        return fd
+        self._write_down("", identity, 0)
+        return fd, False
 
     def _copy_file(self, source: Place, destination: Place) -> None:
         path = Path(destination.path)
@@ -272,18 +277,19 @@ class Attempt:
             self.measured(status.st_size)
             path.parent.mkdir(parents=True, exist_ok=True)
             partial_path = path.with_name(partial_name(f"copy-{self.task.id}"))
-            partial_path.unlink(missing_ok=True)
-            self._write_down("", {"partial": os.fspath(partial_path)}, 0)
-            fd = os.open(partial_path, _WRITE | os.O_CREAT | os.O_EXCL, 0o666)
+            identity = {
+                "file": _identity(status),
+                "size": status.st_size,
+                "partial": os.fspath(partial_path),
+                "boot": _boot_id(),
+            }
+            fd, goes_on = self._open_partial(partial_path, identity)
             try:
                 lock_partial(fd)
                 parts.reserve(fd, status.st_size)
-                for offset in range(0, status.st_size, _COPY_BYTES):
-                    self.halt.check()
-                    data = parts.read_all(from_fd, offset, _COPY_BYTES)
-                    parts.write_all(fd, data, offset)
-                    self.progress(len(data))
-                if os.fstat(from_fd).st_mtime_ns != status.st_mtime_ns:
+                start = int(self.task.kept.get("copied", 0)) if goes_on else 0
+                end = self._copy_from(from_fd, fd, start, identity)
+                if end < status.st_size or _identity(os.fstat(from_fd)) != identity["file"]:
                     raise FileChangedError(
                         f"{source.path}: it was written to while it was copied",
                         hint="Copy it when nobody writes to it any more.",
@@ -291,7 +297,35 @@ class Attempt:
                 self._place(fd, partial_path, path, status.st_mtime)
             finally:
                 os.close(fd)
-                partial_path.unlink(missing_ok=True)
+                if self.halt.drops:
+                    partial_path.unlink(missing_ok=True)
+
+    def _copy_from(self, source: int, target: int, start: int, identity: Mapping[str, Any]) -> int:
+        """Copy a file from a position on, and write down now and then how far that is."""
+        written, reached = self.clock(), start
+
+        def copied(count: int, end: int) -> None:
+            nonlocal written, reached
+            reached = end
+            self.progress(count)
+            if self.clock() >= written + PARTS_WRITTEN_SECONDS:
+                written = self.clock()
+                self._write_down("", {**identity, "copied": end}, end)
+
+        try:
+            return copy_bytes(
+                source,
+                target,
+                start,
+                identity["size"],
+                halt=self.halt,
+                limit=self.limit,
+                rate=self.settings.speed_limit,
+                copied=copied,
+            )
+        except CancelledError:
+            self._write_down("", {**identity, "copied": reached}, reached)
+            raise
 
     def _place(self, fd: int, partial_path: Path, path: Path, modified: float) -> None:
         os.utime(fd, (modified, modified))
@@ -391,8 +425,13 @@ def drop(task: CopyTask, settings: CopySettings, open_objects: OpenObjects) -> N
         objects = open_objects(settings.destination.access)
         objects.drop_upload(destination.bucket, destination.key, task.upload_id)
     if name := task.kept.get("partial"):
-        with suppress(OSError):
-            Path(str(name)).unlink()
+        try:
+            Path(str(name)).unlink(missing_ok=True)
+        except NotADirectoryError:
+            # What was its directory is gone, and it with that.
+            return
+        except OSError as error:
+            raise local_write_error(error, str(name)) from error
 
 
 @contextmanager
@@ -424,6 +463,11 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise local_write_error(error, os.fspath(path)) from error
+
+
+def _identity(status: os.stat_result) -> list[int]:
+    """Return what is another number when a file is another one, or was written to."""
+    return [status.st_size, status.st_mtime_ns, status.st_ino]
 
 
 def _boot_id() -> str:

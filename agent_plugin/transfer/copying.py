@@ -220,7 +220,7 @@ class Copying:
                 # A server that does not answer is not asked for each of a thousand tasks.
                 if not reason:
                     drop(task, settings, self._servers.opener(task.transfer, settings))
-                    self._queue.forget(task.id)
+                    self._queue.forget(task)
                     continue
             except PropmasterError as error:
                 reason = error.message
@@ -341,6 +341,7 @@ class Copying:
             partial(self._queue.notes.keep, task.id),
             measured,
             time.monotonic,
+            self._servers.limit(task.transfer, settings),
         )
 
         def carry_out() -> None:
