@@ -203,6 +203,8 @@ def test_every_failure_has_its_exit_code_documented(failure: type[errors.Propmas
 
 def test_no_other_exit_code_is_documented_and_none_is_given_twice() -> None:
     documented = _exit_codes()
+    in_order = [int(cells[0]) for cells in documented.values()]
+    assert in_order == sorted(in_order)
     names = [name for cells in documented.values() for name in cells[2].split(", ")]
     codes: dict[int, set[str]] = {}
     for failure in CLASSES:

@@ -387,7 +387,8 @@ class Session:
         """
         if _entity(entitytype) is not Entity.TRANSFER:
             raise ReadOnlyAttributeError(
-                "tasks are never deleted", hint="set its status to excluded, so that it is ignored"
+                "tasks are never deleted",
+                hint="set the status of a task to excluded, so that it is ignored",
             )
         transfer_id = _number(entityid)
         self._transfer(transfer_id)

@@ -26,7 +26,7 @@ from agent_plugin.transfer.ledger_control import (
     status_of,
     tell,
 )
-from agent_plugin.transfer.ledger_file import LedgerFile, to_sql
+from agent_plugin.transfer.ledger_file import LedgerFile, from_sql, place_of, to_sql
 from agent_plugin.transfer.ledger_rows import TaskSpec, TransferSpec, to_json
 from agent_plugin.transfer.states import FINISHED, TaskStatus, TransferStatus, priority_of
 
@@ -168,9 +168,12 @@ class New:
         """Treat a task that is there already as it is wished; one that is under way is let be."""
         task_id, status = known
         if duplicates == "reject":
+            source, destination = (
+                from_sql(place_of(to_sql(place))) for place in (task.source, task.destination)
+            )
             raise TransferStateError(
-                f"task {task_id} has the source {task.source} and the destination"
-                f" {task.destination} already; nothing was added",
+                f"task {task_id} has the source {source} and the destination {destination} already;"
+                " nothing was added",
                 hint="allow duplicates to have it tried again",
             )
         if status in _BEGUN:

@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
+from urllib.parse import unquote_to_bytes
 
 from agent_plugin.content import events
 from agent_plugin.content.errors import (
@@ -33,6 +34,7 @@ BUSY_TIMEOUT_SECONDS: Final = 10.0
 _DAMAGED: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _WRONG_KINDS: Final = {stat.S_IFLNK: errno.ELOOP, stat.S_IFDIR: errno.EISDIR}
 _POLL_SECONDS: Final = 0.02
+_FILE_URL: Final = "file://"
 _SHM_BYTES: Final = 32 * 1024
 
 log = events.get_logger()
@@ -366,3 +368,14 @@ def to_sql(text: str) -> str | bytes:
 def from_sql(value: str | bytes) -> str:
     """Return what `to_sql` was given."""
     return os.fsdecode(value)
+
+
+def place_of(value: str | bytes) -> str | bytes:
+    """Return where a task reads or writes, for people: a file of this host by its path.
+
+    Args:
+        value: As the ledger has it; so is what is returned.
+    """
+    if isinstance(value, bytes) or not value.startswith(_FILE_URL):
+        return value
+    return to_sql(os.fsdecode(unquote_to_bytes(value.removeprefix(_FILE_URL))))

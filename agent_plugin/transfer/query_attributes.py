@@ -59,6 +59,27 @@ _URI: Final = f"CASE transfer.priority {_WORDS} ELSE CAST(transfer.priority AS T
 _USER: Final = "user_of(transfer.id, transfer.created)"
 
 _K = Kind
+
+
+def _priority(table: str) -> Attribute:
+    about = "0 to 1000, higher first"
+    sql = f"{table}.priority"
+    return Attribute("priority", _K.PRIORITY, sql, about, create=True, update=True)
+
+
+def _metadata(table: str) -> Attribute:
+    about = "whatever its owner keeps with it"
+    sql = f"{table}.metadata"
+    return Attribute("metadata", _K.DOCUMENT, sql, about, create=True, update=True)
+
+
+def _failure(table: str) -> tuple[Attribute, Attribute]:
+    return (
+        Attribute("error_code", _K.TEXT, f"{table}.error_code", "why it failed, for programs"),
+        Attribute("error", _K.TEXT, f"{table}.error", "why it failed, for people"),
+    )
+
+
 TRANSFER: Final = (
     Attribute("id", _K.ID, "transfer.id", "its number", aliases=("entityid",)),
     Attribute("code", _K.TEXT, "transfer.name", "its name", create=True, aliases=("name",)),
@@ -70,11 +91,7 @@ TRANSFER: Final = (
         update=True,
         words=tuple(TransferStatus),
     ),
-    Attribute(
-        *("priority", _K.PRIORITY, "transfer.priority", "0 to 1000, higher first"),
-        create=True,
-        update=True,
-    ),
+    _priority("transfer"),
     Attribute("required", _K.FLAG, "transfer.required", "whether its session waits for it"),
     Attribute("source", _K.TEXT, "transfer.source", "where from", create=True),
     Attribute(
@@ -94,18 +111,13 @@ TRANSFER: Final = (
     ),
     Attribute("speed", _K.NUMBER, "speed_of(transfer.id)", "MB/s over the last minute"),
     Attribute("etr", _K.DURATION, "etr_of(transfer.id)", "time left, H:MM:SS; empty if unknown"),
-    Attribute("error_code", _K.TEXT, "transfer.error_code", "why it failed, for programs"),
-    Attribute("error", _K.TEXT, "transfer.error", "why it failed, for people"),
+    *_failure("transfer"),
     Attribute("user", _K.USER, _USER, "who made it", aliases=("user_hr",)),
     Attribute("modifier", _K.USER, "transfer.modifier", "who changed it last by hand"),
     Attribute("created", _K.TIME, "transfer.created", "when it was made"),
     Attribute("modified", _K.TIME, "transfer.modified", "when it changed last"),
     Attribute("finished", _K.TIME, "transfer.finished", "when it ended; null while it has not"),
-    Attribute(
-        *("metadata", _K.DOCUMENT, "transfer.metadata", "whatever its owner keeps with it"),
-        create=True,
-        update=True,
-    ),
+    _metadata("transfer"),
     Attribute(
         "settings", _K.DOCUMENT, "transfer.settings", "what its engine is to heed", create=True
     ),
@@ -131,22 +143,18 @@ TASK: Final = (
         create=True,
         aliases=("destination.path",),
     ),
-    Attribute("priority", _K.PRIORITY, "task.priority", "0 to 1000, higher first", update=True),
+    _priority("task"),
     Attribute("size", _K.BYTES, "task.size", "bytes"),
     Attribute("done", _K.BYTES, "task.done", "bytes of it in place"),
     Attribute("tries", _K.NUMBER, "task.tries", "attempts begun"),
     Attribute("not_before", _K.TIME, "nullif(task.not_before, 0)", "when it is tried again"),
-    Attribute("error_code", _K.TEXT, "task.error_code", "why it failed, for programs"),
-    Attribute("error", _K.TEXT, "task.error", "why it failed, for people"),
+    *_failure("task"),
     Attribute("modifier", _K.USER, "task.modifier", "who set its status by hand"),
     Attribute("created", _K.TIME, "nullif(task.created, 0)", "when it was made"),
     Attribute("started", _K.TIME, "task.started", "when it was tried first"),
     Attribute("finished", _K.TIME, "task.finished", "when it ended; null while it has not"),
     Attribute("time", _K.DURATION, "(task.finished - task.started)", "seconds that it took"),
-    Attribute(
-        *("metadata", _K.DOCUMENT, "task.metadata", "whatever its owner keeps with it"),
-        update=True,
-    ),
+    _metadata("task"),
 )
 
 _OF_ATTRIBUTES: Final = (

@@ -14,11 +14,11 @@ import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
-from urllib.parse import unquote_to_bytes
 
 import msgspec
 
 from agent_plugin.content.pattern import Pattern, PatternInvalidError
+from agent_plugin.transfer.ledger_file import place_of
 from agent_plugin.transfer.query import (
     AnyOf,
     Comparison,
@@ -42,7 +42,6 @@ from agent_plugin.transfer.query_values import (
 T = TypeVar("T")
 
 _CHAIN: Final = 64
-_FILE_URL: Final = "file://"
 _OPPOSITES: Final = {
     Operator.DIFFERENT: Operator.EQUAL,
     Operator.NOT_IN: Operator.IN,
@@ -298,7 +297,7 @@ def prepare(connection: sqlite3.Connection) -> None:
     connection.create_function("fold", 1, fold, deterministic=True)
     connection.create_function("matches", 2, _Matcher(), deterministic=True)
     connection.create_function("member", 2, _member, deterministic=True)
-    connection.create_function("place_of", 1, _place_of, deterministic=True)
+    connection.create_function("place_of", 1, place_of, deterministic=True)
 
 
 def fold(value: str | bytes | float | None) -> str | None:
@@ -306,17 +305,6 @@ def fold(value: str | bytes | float | None) -> str | None:
     if value is None:
         return None
     return _folded(os.fsdecode(value) if isinstance(value, bytes) else str(value))
-
-
-def _place_of(value: str | bytes) -> str | bytes:
-    """Return where a task reads or writes, for people: a file of this host by its path."""
-    if isinstance(value, bytes) or not value.startswith(_FILE_URL):
-        return value
-    path = unquote_to_bytes(value.removeprefix(_FILE_URL))
-    try:
-        return path.decode()
-    except UnicodeDecodeError:
-        return path
 
 
 def _folded(text: str) -> str:
