@@ -50,10 +50,11 @@ from vfs.overlay import Overlay
 from vfs.overlay_reveal import Revealing
 from vfs.overlay_upper import Upper
 from vfs.reader import FETCHES_AT_ONCE, STRICT_BYTES, BlobReader
+from vfs.server_process import SERVES
 from vfs.service import NodeService, Ownership
 from vfs.statistics import Statistics
 from vfs.streaming import StreamPolicy
-from vfs.supervisor import SERVES, Supervisor, tell_on_stdout
+from vfs.supervisor import Supervisor, tell_on_stdout
 from vfs.transports.kernel_transport import KernelTransport, Session
 from vfs.transports.kernel_writes import WritableKernelTransport
 from vfs.transports.open_files import OpenFiles

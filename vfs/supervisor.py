@@ -13,7 +13,6 @@ One thread, since it forks; it reads no file of the mount.
 import os
 import select
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -30,12 +29,10 @@ from agent_plugin.content.errors import (
     LocalWriteError,
     MountFailedError,
     PropmasterError,
-    local_write_error,
 )
 from agent_plugin.content.fusermount import may_administer
 from agent_plugin.content.mount_probe import FUSEPY, TransportChoice, choose_transport
 from agent_plugin.content.mount_spec import (
-    NO_WRITES,
     OVERLAY,
     OVERLAYFS,
     MountSpec,
@@ -43,22 +40,14 @@ from agent_plugin.content.mount_spec import (
     leave_only_upper,
 )
 from agent_plugin.content.mount_table import is_mounted, read_mounts, unmount
-from agent_plugin.content.pinned import own_directory
 from vfs.error_ledger import ErrorLedger
 from vfs.mount import FUSE_KIND, end_mount, mount_fuse, mount_overlay, raise_read_ahead, swap_in
+from vfs.server_process import END_SIGNALS, ServerProcess
 from vfs.transports.kernel_transport import ProtocolError, Session, negotiate
+from vfs.work_directory import make_work_directory
 
 # A server that dies this often within a minute dies of something that a new one will not mend.
 RESTARTS_A_MINUTE: Final = 10
-# How long a server may go on for those who still read from a mount that is out of the tree.
-LAST_READERS_SECONDS: Final = 2.0
-# As a root of a session that is copied; the directory above is closed to others.
-_UPPER_MODE: Final = 0o755
-_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
-
-# What a server writes when it serves.
-SERVES: Final = b"1"
-
 # Given /dev/fuse and what was agreed on (-1 and None where libfuse mounts), the transport, whether
 # a server was killed before, and what to write SERVES to: serves until the mount is gone.
 Serve = Callable[[int, Session | None, TransportChoice, bool, int], None]
@@ -91,7 +80,7 @@ class Supervisor:
         self._fd = -1
         self._session: Session | None = None
         self._choice = TransportChoice("", "")
-        self._server = 0
+        self._server: ServerProcess | None = None
         self._mountpoint = Path(spec.mountpoint)
         # Can be read once there was a signal.
         self._wake = -1
@@ -115,7 +104,7 @@ class Supervisor:
         os.chdir("/")
         self._wake = self._listen()
         try:
-            self._make_directories()
+            make_work_directory(self._spec)
             prepare()
             self._choose()
             self._start(again=False)
@@ -218,20 +207,21 @@ class Supervisor:
     def _keep_a_server_until(self, ready: int) -> None:
         """Replace servers that die before a descriptor is ready, if the kernel asks them again."""
         while self._server:
-            server = os.pidfd_open(self._server)
-            try:
+            with self._server.watched() as ended:
                 poll = select.poll()
-                for fd in (ready, server):
+                for fd in (ready, ended):
                     poll.register(fd, select.POLLIN)
-                if server not in {fd for fd, _ in poll.poll()}:
+                if ended not in {fd for fd, _ in poll.poll()}:
                     return
-            finally:
-                os.close(server)
-            _, status = os.waitpid(self._server, 0)
-            self._server = 0
-            if not self._resumes or not self._replace(os.waitstatus_to_exitcode(status)):
+            code = self._lost(self._server)
+            if not self._resumes or not self._replace(code):
                 # Whoever waits for it is refused.
                 self._close_device()
+
+    def _lost(self, server: ServerProcess) -> int:
+        """Take down that a server has ended; return its exit code."""
+        self._server = None
+        return server.exit_code()
 
     def _close_device(self) -> None:
         if self._fd >= 0:
@@ -252,86 +242,22 @@ class Supervisor:
         """Have signals wake `poll`; return the descriptor that tells of them."""
         reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        for number in _SIGNALS:
+        for number in END_SIGNALS:
             signal.signal(number, lambda *_: None)
         return reader
 
-    def _make_directories(self) -> None:
-        spec = self._spec
-        try:
-            with own_directory(Path(spec.work_dir), make=True) as work_dir:
-                for name in ("lower", "work", "spool"):
-                    with suppress(FileExistsError):
-                        os.mkdir(name, 0o700, dir_fd=work_dir)
-                if spec.writes != NO_WRITES:
-                    self._make_upper(work_dir)
-        except OSError as error:
-            raise local_write_error(error, spec.work_dir) from error
-
-    def _make_upper(self, work_dir: int) -> None:
-        """Make the upper directory, if none is there that has an owner and mode already."""
-        with suppress(FileNotFoundError):
-            os.stat("upper", dir_fd=work_dir, follow_symlinks=False)
-            return
-        # Elsewhere, so that whoever is killed leaves none that is not its owner's yet.
-        new = "work/upper"
-        with suppress(FileExistsError):
-            os.mkdir(new, 0o700, dir_fd=work_dir)
-        # What is written belongs to the job's user, its root included, if it can.
-        if os.geteuid() in (0, self._spec.uid):
-            os.chown(new, self._spec.uid, self._spec.gid, dir_fd=work_dir, follow_symlinks=False)
-        os.chmod(new, _UPPER_MODE, dir_fd=work_dir)
-        os.rename(new, "upper", src_dir_fd=work_dir, dst_dir_fd=work_dir)
-
     def _start(self, *, again: bool) -> None:
-        """Fork a server and wait until it serves.
+        """Have a server, which serves.
 
         Raises:
             LocalWriteError: It ended before that.
             CancelledError: A signal came before that; it was ended.
         """
-        reader, writer = os.pipe2(os.O_CLOEXEC)
-        server = os.fork()
-        if server == 0:
-            code = 1
-            try:
-                os.close(reader)
-                signal.set_wakeup_fd(-1)
-                # Blocked in all threads to come, not ignored: libfuse and fusepy put handlers of
-                # their own, which would end the mount.
-                signal.pthread_sigmask(signal.SIG_BLOCK, {*_SIGNALS, signal.SIGHUP})
-                self._serve(self._fd, self._session, self._choice, again, writer)
-                code = 0
-            except PropmasterError as error:
-                sys.stderr.write(f"error[{error.reference}]: {error.message}\n")
-                with suppress(OSError):
-                    os.write(writer, error.message.encode("utf-8", "replace"))
-                code = error.exit_code
-            except BaseException:
-                log.exception(events.MOUNT_REQUEST_CRASHED)
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        os.close(writer)
-        try:
-            poll = select.poll()
-            for fd in (reader, self._wake):
-                poll.register(fd, select.POLLIN)
-            if reader not in {fd for fd, _ in poll.poll()}:
-                os.kill(server, signal.SIGKILL)
-                os.waitpid(server, 0)
-                raise CancelledError(f"{self._mountpoint} is not wanted any more")
-            told = os.read(reader, select.PIPE_BUF)
-        finally:
-            os.close(reader)
-        if told != SERVES:
-            _, status = os.waitpid(server, 0)
-            why = told.decode("utf-8") or f"exit code {os.waitstatus_to_exitcode(status)}"
-            raise LocalWriteError(
-                f"the server of {self._mountpoint} ended before it served: {why}",
-                hint="see what it wrote before this",
-            )
-        self._server = server
+
+        def serve(tell: int) -> None:
+            self._serve(self._fd, self._session, self._choice, again, tell)
+
+        self._server = ServerProcess.start(serve, wake=self._wake, mountpoint=self._mountpoint)
 
     def _watch(self) -> int:
         """Return when the mount is to go away.
@@ -343,20 +269,15 @@ class Supervisor:
         owner = _pidfd(self._spec.owner_pid)
         mounts = os.open("/proc/self/mounts", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            while self._is_in_place():
-                server = os.pidfd_open(self._server)
-                try:
-                    ready = _poll([self._wake, server, *([owner] if owner >= 0 else [])], mounts)
-                finally:
-                    os.close(server)
+            while (server := self._server) and self._is_in_place():
+                with server.watched() as ended:
+                    ready = _poll([self._wake, ended, *([owner] if owner >= 0 else [])], mounts)
                 self.abandoned = owner >= 0 and owner in ready
                 if self._wake in ready or self.abandoned:
                     return 0
-                if server not in ready:
+                if ended not in ready:
                     continue
-                _, status = os.waitpid(self._server, 0)
-                self._server = 0
-                code = os.waitstatus_to_exitcode(status)
+                code = self._lost(server)
                 if code == 0:
                     return 0
                 if not self._replace(code):
@@ -455,14 +376,8 @@ class Supervisor:
             with suppress(OSError):
                 end_mount(at, self._spec.name)
         if self._server:
-            until = time.monotonic() + LAST_READERS_SECONDS
-            while os.waitpid(self._server, os.WNOHANG) == (0, 0):
-                if time.monotonic() > until:
-                    os.kill(self._server, signal.SIGKILL)
-                    os.waitpid(self._server, 0)
-                    break
-                time.sleep(0.02)
-            self._server = 0
+            self._server.end()
+            self._server = None
         self._close_device()
         # Where the server was gone, the first try may have failed.
         for at in self._spec.mounted:
