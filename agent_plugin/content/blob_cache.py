@@ -4,7 +4,8 @@ The cache saves fetches and nothing else: whoever can not use it goes on without
 its name by a rename when all its bytes are there and verified, so a process may die anywhere and
 leaves whole blobs and a file in tmp/. Where files stand and why they are trusted is in
 blob_cache_directory.py, blobs as files in blob_cache_files.py, single-flight in
-blob_cache_claims.py, what must stay in blob_cache_leases.py, eviction in blob_cache_collect.py.
+blob_cache_claims.py, what must stay in blob_cache_leases.py, what fits in blob_cache_room.py,
+eviction in blob_cache_collect.py.
 
 A cache may be used from any thread; `close` needs the others to be done. After a fork without
 exec the child opens its own. Not synced: after a power cut a file system may hold a blob of the
@@ -12,7 +13,6 @@ right name and wrong length, which is quarantined, or (rarely) wrong content, wh
 """
 
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -23,7 +23,6 @@ from typing import Final, Self
 from agent_plugin.content.blob_cache_claims import Claim, Claims
 from agent_plugin.content.blob_cache_collect import (
     CacheUsage,
-    Collector,
     CollectReport,
     Limits,
     VerifyReport,
@@ -39,9 +38,10 @@ from agent_plugin.content.blob_cache_directory import (
 )
 from agent_plugin.content.blob_cache_files import BlobFiles, Bytes, Staged
 from agent_plugin.content.blob_cache_leases import Lease, Leases
+from agent_plugin.content.blob_cache_room import Room
 from agent_plugin.content.blob_cache_usage import UsageCounter
 from agent_plugin.content.digest import Digest, hash_name
-from agent_plugin.content.errors import BlobCorruptError, LocalReadError, NoSpaceError
+from agent_plugin.content.errors import BlobCorruptError, LocalReadError
 from agent_plugin.content.store import Cancellation
 
 __all__ = [
@@ -54,18 +54,7 @@ __all__ = [
     "VerifyReport",
 ]
 
-# What a process may have added before the others know: it keeps a lock out of most adds. Room for
-# staged blobs is counted before they come.
-_UNCOUNTED_BLOBS: Final = 64
-_UNCOUNTED_BYTES: Final = 16 * 1024 * 1024
-# After a collection that could not get below the limits (all is leased), the next adds are refused
-# and do not scan everything again and again.
-_FUTILE_SECONDS: Final = 60
 _POLL_SECONDS: Final = 0.05
-# Others may take the room that was just made.
-_RESERVE_TRIES: Final = 3
-_OTHER_COLLECTOR_SECONDS: Final = 5.0
-_FULL_DISK_MARK: Final = 0.8
 
 
 class BlobCache:
@@ -80,17 +69,11 @@ class BlobCache:
         clock: Callable[[], float],
     ) -> None:
         self._directory = directory
-        self._counter = counter
         self._claims = claims
         self._limits = limits
-        self._clock = clock
         self._files = BlobFiles(directory, clock)
         self._leases = Leases(directory, clock)
-        self._collector = Collector(directory, counter, self._leases, limits, clock)
-        self._lock = threading.Lock()
-        self._uncounted_blobs = 0
-        self._uncounted_bytes = 0
-        self._futile_until = float("-inf")
+        self._room = Room(directory, counter, self._leases, limits, clock)
         self._closed = False
 
     @classmethod
@@ -167,10 +150,9 @@ class BlobCache:
             return
         self._closed = True
         try:
-            self._count()
+            self._room.close()
         finally:
             self._claims.close()
-            self._counter.close()
             self._directory.close()
 
     def contains(self, digest: Digest) -> bool:
@@ -248,20 +230,19 @@ class BlobCache:
             raise BlobCorruptError(f"{digest}: {len(data)} bytes were given to the cache")
         if self._files.contains(digest):
             return
-        if self._futile_until > float("-inf"):
-            self._insist_on_room(digest.size)
+        self._room.insist(digest.size)
         try:
             try:
                 name = self._files.write(data)
             except OSError as error:
                 if error.errno not in OUT_OF_SPACE:
                     raise
-                self._collect_on_full_disk(digest.size)
+                self._room.collect_on_full_disk(digest.size)
                 name = self._files.write(data)
         except OSError as error:
             raise local_failure(f"can not write {digest}", error) from error
         self._files.publish(name, digest)
-        self._account(digest.size)
+        self._room.account(digest.size)
 
     def staging(self, size: int) -> Staged:
         """Return an empty file to write a blob of `size` bytes to, for use in a `with`.
@@ -272,12 +253,7 @@ class BlobCache:
             NoSpaceError: `size` bytes do not fit, after eviction as well.
             LocalWriteError: The file could not be made.
         """
-        for _ in range(_RESERVE_TRIES):
-            self.make_room(size)
-            staged = self._reserve(size)
-            if staged is not None:
-                return staged
-        raise self._no_room(size)
+        return self._room.stage(self._files, size)
 
     def claim(self, digest: Digest) -> Claim | None:
         """Return the right to fetch a blob, or None when somebody on this host fetches it now.
@@ -370,18 +346,7 @@ class BlobCache:
             NoSpaceError: They do not, because the rest is leased, or is not ours.
             LocalWriteError: Something could not be evicted.
         """
-        if self._collector.fits(self._count(), size):
-            return
-        if size <= self._limits.max_bytes:
-            for _ in range(round(_OTHER_COLLECTOR_SECONDS / _POLL_SECONDS)):
-                report = self.collect(room=size)
-                if report.within_limits:
-                    return
-                if report.busy:
-                    time.sleep(_POLL_SECONDS)
-                elif not report.evicted_bytes:
-                    break
-        raise self._no_room(size)
+        self._room.make(size)
 
     def collect(self, *, room: int = 0, to_bytes: int | None = None) -> CollectReport:
         """Remove what is stale, and evict until the limits hold with `room` bytes to spare.
@@ -394,21 +359,7 @@ class BlobCache:
             CacheUnsafeError: A directory of the cache is not ours alone.
             LocalWriteError: Something could not be removed.
         """
-        self._count()
-        with self._lock:
-            # Nobody knew the total, or they were counted; what is left the scan will see.
-            blobs, size = self._uncounted_blobs, self._uncounted_bytes
-            self._uncounted_blobs = self._uncounted_bytes = 0
-        scanned = False
-        try:
-            report = self._collector.collect(room=room, to_bytes=to_bytes)
-            scanned = not report.busy
-        finally:
-            if not scanned:
-                with self._lock:
-                    self._uncounted_blobs += blobs
-                    self._uncounted_bytes += size
-        return report
+        return self._room.collect(room=room, to_bytes=to_bytes)
 
     def clear(self) -> CollectReport:
         """Evict every blob that is not leased. Raises as `collect`."""
@@ -450,74 +401,3 @@ class BlobCache:
     def _unreadable(self, error: OSError) -> LocalReadError:
         message = f"blob cache: can not read {self._directory.path}: {error.strerror}"
         return LocalReadError(message, hint="check the cache directory's disk")
-
-    def _no_room(self, size: int) -> NoSpaceError:
-        return NoSpaceError(
-            f"{size} bytes do not fit into the blob cache {self._directory.path}",
-            hint="raise the cache's quota, free disk space, or end sessions that hold leases",
-        )
-
-    def _reserve(self, size: int) -> Staged | None:
-        """Stage a blob and count its bytes; None when they do not fit now."""
-        # The file first: a collection sees it, or else what is counted after it began.
-        staged = self._files.stage(size)
-        with ExitStack() as undo:
-            undo.enter_context(staged)
-            total = self._count(size)
-            if total is None:
-                return None
-            staged.on_published = lambda actual: self._account(actual - size)
-            staged.on_dropped = lambda: self._count(-size)
-            if not self._collector.fits(total - size, size):
-                return None
-            undo.pop_all()
-        return staged
-
-    def _insist_on_room(self, size: int) -> None:
-        if not self._collector.fits(self._count(), size):
-            if self._clock() < self._futile_until:
-                raise self._no_room(size)
-            self._futile_until = self._clock() + _FUTILE_SECONDS
-            self.make_room(size)
-        self._futile_until = float("-inf")
-
-    def _account(self, size: int) -> None:
-        """Take notice of a published blob; collect when that was too much."""
-        with self._lock:
-            self._uncounted_blobs += 1
-            self._uncounted_bytes += size
-            if (
-                self._uncounted_blobs < _UNCOUNTED_BLOBS
-                and self._uncounted_bytes < _UNCOUNTED_BYTES
-            ):
-                return
-        if self._collector.fits(self._count(), 0) or self._clock() < self._futile_until:
-            return
-        while True:
-            report = self.collect()
-            if report.busy or report.within_limits:
-                return
-            # Otherwise it is others who add, and what they added can go as well.
-            if not report.evicted_bytes:
-                break
-        self._futile_until = self._clock() + _FUTILE_SECONDS
-
-    def _count(self, more: int = 0) -> int | None:
-        """Write down `more` bytes and what is not counted yet; return the total, None if unknown.
-
-        When it is unknown nothing is written down.
-        """
-        with self._lock:
-            try:
-                total = self._counter.add(self._uncounted_bytes + more)
-            except OSError as error:
-                raise local_failure("can not count bytes", error) from error
-            if total is not None:
-                self._uncounted_blobs = self._uncounted_bytes = 0
-        return total
-
-    def _collect_on_full_disk(self, size: int) -> None:
-        """Evict a fifth of everything: the disk is full, whatever statvfs says (quota, inodes)."""
-        report = self.collect(room=size)
-        if not report.busy:
-            self.collect(room=size, to_bytes=int(report.bytes * _FULL_DISK_MARK))

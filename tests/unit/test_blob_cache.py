@@ -609,14 +609,14 @@ def test_room_that_others_take_at_the_last_moment_is_not_given_twice(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with opened(directory, max_bytes=1500) as cache, opened(directory, max_bytes=1500) as other:
-        make_room = cache.make_room
+        make = cache._room.make
         taken = []
 
         def make_room_for_others(size: int) -> None:
-            make_room(size)
+            make(size)
             taken.append(other.staging(1000))
 
-        monkeypatch.setattr(cache, "make_room", make_room_for_others)
+        monkeypatch.setattr(cache._room, "make", make_room_for_others)
         with pytest.raises(NoSpaceError, match="1000 bytes do not fit"):
             cache.staging(1000)
         with taken[0]:
