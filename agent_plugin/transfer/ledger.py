@@ -15,6 +15,7 @@ few. What is noted (ledger_notes.py) is under another, so that no crew thread wa
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
@@ -71,6 +72,8 @@ SAMPLE_WINDOW_SECONDS: Final = 60.0
 # A beat is made by the thread that looks whether to stop, so it leaves a busy ledger be and writes
 # later; not for ever, because it renews the lease.
 BEAT_PATIENCE_SECONDS: Final = 0.1
+# Of a thread that begins an upload in parts, which takes seconds anyway; a beat writes it then.
+UPLOAD_PATIENCE_SECONDS: Final = 0.5
 BEATS_MISSED_SECONDS: Final = 50.0
 # In one transaction, so that others do not wait: 99,000 a second were measured.
 NOTES_AT_ONCE: Final = 10_000
@@ -220,6 +223,22 @@ class Ledger(PeoplesLedger):
         Never waits for the disk.
         """
         self._notes.upload(task_id, upload_id, parts)
+
+    def write_upload(self, task_id: int, upload_id: str) -> None:
+        """Write that an upload in parts has begun, unless the ledger is busy for long.
+
+        Nothing else of what was noted: what is done counts when the index knows it as well.
+
+        Raises:
+            NoSpaceError, LocalWriteError: The ledger can not be written.
+        """
+        with (
+            suppress(LedgerBusyError),
+            self._file.write(patience=UPLOAD_PATIENCE_SECONDS) as connection,
+        ):
+            connection.execute(
+                "UPDATE task SET upload_id = ?, parts = '[]' WHERE id = ?", (upload_id, task_id)
+            )
 
     def upload_of(self, task_id: int) -> tuple[str, list[SentPart]]:
         """Return the id and the parts of a task's upload that is not complete; no id: none."""

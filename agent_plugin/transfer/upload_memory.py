@@ -18,5 +18,10 @@ class TaskUpload:
         return self._ledger.upload_of(self._task_id)
 
     def remember(self, upload_id: str, parts: Sequence[SentPart]) -> None:
-        """Have them written at the next beat."""
+        """Have them written at the next beat; that an upload has begun is written at once.
+
+        A process that is killed before would leave an upload that nobody knows of.
+        """
         self._ledger.note_upload(self._task_id, upload_id, parts)
+        if upload_id and not parts:
+            self._ledger.write_upload(self._task_id, upload_id)

@@ -10,6 +10,7 @@ import math
 import random
 import re
 import signal
+import subprocess
 import time
 import uuid
 from collections import Counter
@@ -25,7 +26,8 @@ from agent_plugin.content.digest import Digest
 from agent_plugin.content.leftovers import is_partial
 from agent_plugin.content.manifest import decode
 from agent_plugin.session.finish_task import TaskAction
-from agent_plugin.transfer.states import TransferStatus
+from agent_plugin.transfer.ledger import Ledger
+from agent_plugin.transfer.states import TaskStatus, TransferStatus
 from tests.servers.fault_proxy import FaultProxy
 from tests.servers.faults import Fault
 from tests.servers.hooks import Host, action, job_of, job_with_outputs, step
@@ -43,6 +45,11 @@ FILES: dict[str | bytes, bytes | int] = {
 # Below this a blob comes slowly, so that a command is mostly fetching: a sixth of a second each.
 SLOW_BYTES_PER_SECOND = 120_000
 MTIME_NS = 1_600_000_000_123_457_000
+
+# Of the start that is killed again and again, and how long any run of it may take.
+MANY = 4000
+KILLS = 20
+START_SECONDS = 600.0
 
 Round = Callable[[str, list[float]], None]
 
@@ -122,6 +129,12 @@ class Killer:
         printed: dict[str, Any] = json.loads(done.stdout)
         return printed
 
+    def is_beyond(self, process: "subprocess.Popen[str]", goal: int) -> bool:
+        """Tell whether a process has asked for so many blobs, or is at its end."""
+        # Not more often: it costs the process its time.
+        time.sleep(0.1)
+        return process.poll() is not None or self.proxy.count("GET", "/Data/") >= goal
+
     def assert_fetched_none_of(self, finished: set[str]) -> None:
         again = finished & {blob for blob, _ in self.fetched()}
         assert not again, "a finished blob was fetched again"
@@ -188,6 +201,69 @@ def test_five_kills_of_a_start_lose_nothing(killer: Killer, starts: Round) -> No
 @pytest.mark.timeout(1800)
 def test_fifty_kills_of_a_start_lose_nothing(killer: Killer, starts: Round) -> None:
     killer.until_hit(50, starts)
+
+
+def noted(host: Host) -> set[str]:
+    """Return the hashes of the blobs whose files the ledger has as done."""
+    with Ledger.open(host.state_dir / "ledger.db") as ledger:
+        return {
+            task.source
+            for row in ledger.transfers()
+            for task in ledger.tasks(row.id)
+            if task.status is TaskStatus.DONE
+        }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_t1_twenty_kills_of_one_start_of_thousands_of_files_lose_nothing(killer: Killer) -> None:
+    """One start, killed again and again: what is in the cache, or noted, is never asked for again.
+
+    What was asked for and is in neither was under way: in a request, or in memory.
+    """
+    source = killer.tmp_path / "source"
+    files: dict[str | bytes, bytes | int] = {
+        f"tex/{at % 40}/{at}.tx": 1000 + at for at in range(MANY)
+    }
+    write_files(
+        source, files | {"big.abc": 20_000_000, "tex/big.abc": 30_000_000}, mtime_ns=MTIME_NS
+    )
+    submitter = Host(killer.tmp_path / "submitter", killer.url, environment=killer.s3.environment)
+    job = job_of(submitter.submit(source)[0])
+    facts = files_below(source)
+    host, session = killer.host("host"), killer.tmp_path / "session"
+    arguments = host.start_arguments(job, session)
+    finished: set[str] = set()
+    lost = 0
+
+    for goal in sorted(killer.chance.randrange(MANY) for _ in range(KILLS)):
+        killer.proxy.forget()
+        process = host.popen(*arguments)
+        try:
+            until(
+                partial(killer.is_beyond, process, max(1, goal - len(finished))),
+                seconds=START_SECONDS,
+            )
+            time.sleep(killer.chance.uniform(0, 0.3))
+        finally:
+            process.kill()
+            process.communicate()
+        assert process.returncode == -signal.SIGKILL, "it came to its end before it was killed"
+        until(lambda: not killer.proxy._open_connections())
+        killer.assert_fetched_none_of(finished)
+        finished = finished_blobs(host) | noted(host)
+        lost += len({blob for blob, _ in killer.fetched()} - finished)
+
+    killer.proxy.forget()
+    process = host.popen(*arguments)
+    output, errors = process.communicate(timeout=START_SECONDS)
+    assert process.returncode == 0, errors
+    killer.assert_fetched_none_of(finished)
+    print(f"{MANY} files, {KILLS} kills: {lost} blobs were under way when they came")
+    root = Path(json.loads(output)["roots"][0]["localRoot"])
+    assert files_below(root) == facts
+    assert [path.name for path in session.iterdir()] == [root.name]
+    assert {row.status for row in host.transfers()} == {TransferStatus.DONE}
 
 
 # --------------------------------------------------------------------------------------- sync-step

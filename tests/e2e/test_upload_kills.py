@@ -4,8 +4,10 @@ Also of a blob that is sent in parts: what may be sent twice is what was under w
 was killed, and what came in the half second that the ledger had not written yet.
 """
 
+import http
 import random
 import signal
+import subprocess
 import time
 import uuid
 from collections import Counter
@@ -25,14 +27,21 @@ from tests.servers.proxied_object import until
 from tests.servers.s3_server import S3Server
 from tests.servers.trees import write_files
 
-PARTS = 24
+PARTS = 14
 FILES: dict[str | bytes, bytes | int] = {
     "renders/beauty.exr": PARTS * PART_BYTES - 7,
     **{f"renders/{at:02}.exr": 3_000 + at for at in range(30)},
 }
-# Six parts at once, so that all of them take six seconds.
-PART_SECONDS = 1.5
+# For so long each is under way at least; six parts are at once.
+PART_SECONDS = 1.0
 KILLS = 20
+# One kill in five comes while the command starts, the others when this many answers have come, or
+# fewer, and up to the time of another part later.
+EARLY_SHARE = 0.2
+EARLY_SECONDS = 1.5
+MOST_ANSWERS = 5
+# Longer than any run takes, so that only a hang meets it.
+RUN_SECONDS = 600.0
 
 
 class Uploads:
@@ -68,7 +77,34 @@ class Uploads:
                     found |= {(task.destination, str(number)) for number in numbers}
         return found
 
-    def play(self) -> None:
+    def await_moment(self, process: "subprocess.Popen[str]") -> None:
+        """Wait until an upload is to be killed: when some of what it has sent was answered.
+
+        Not by the clock alone: on a busy machine no part might come to its end before, for ever.
+        """
+        if self.chance.random() < EARLY_SHARE:
+            time.sleep(self.chance.uniform(0, EARLY_SECONDS))
+            return
+        answers = self.answered() + self.chance.randrange(MOST_ANSWERS)
+        begun = sum(self.sent().values())
+        until(
+            lambda: (
+                process.poll() is not None
+                or (sum(self.sent().values()) > begun and self.answered() >= answers)
+            ),
+            seconds=RUN_SECONDS,
+        )
+        time.sleep(self.chance.uniform(0, PART_SECONDS))
+
+    def answered(self) -> int:
+        """Return how many blobs, or parts of one, the store has taken."""
+        return sum(
+            request.method == "PUT" and request.status == http.HTTPStatus.OK
+            for request in self.proxy.requests
+        )
+
+    def prepare(self, files: dict[str | bytes, bytes | int]) -> tuple[Host, list[str], Path, str]:
+        """Return a host, the command that stores what a task has left, its root, and the prefix."""
         prefix = f"root-{uuid.uuid4().hex}"
         url = f"s3://{self.s3.bucket}/{prefix}"
         home = self.tmp_path / prefix
@@ -76,7 +112,7 @@ class Uploads:
         session = home / "session"
         started = host.start(job_with_outputs(url, "/show", "renders"), session)
         root = Path(started.roots[0].local_root)
-        write_files(root, FILES, mtime_ns=1_600_000_000 * 10**9)
+        write_files(root, files, mtime_ns=1_600_000_000 * 10**9)
         run = action(started_at=1_700_000_000.0)
         assert run.task_id
         arguments = [
@@ -84,12 +120,16 @@ class Uploads:
             "--task-id", run.task_id, "--session-action-id", run.session_action_id,
             "--started-at", repr(run.started_at),
         ]  # fmt: skip
+        return host, arguments, root, prefix
+
+    def play(self) -> None:
+        host, arguments, root, prefix = self.prepare(FILES)
         self.proxy.forget()
         kills = 0
         while True:
             before, sent = self.known(host.state_dir / "ledger.db"), self.sent()
             process = host.popen(*arguments)
-            time.sleep(self.chance.uniform(0.5, 4.0))
+            self.await_moment(process)
             process.kill()
             _, errors = process.communicate()
             until(lambda: not self.proxy._open_connections())
@@ -100,20 +140,23 @@ class Uploads:
                 break
             kills += 1
         self.kills += kills
-        self.see_whole(host, root, prefix, kills)
-
-    def see_whole(self, host: Host, root: Path, prefix: str, kills: int) -> None:
-        client = self.s3.client()
+        print(f"{kills} kills: {sum(self.sent().values())} sent of {PARTS + len(FILES) - 1}")
+        self.see_whole(host, root, prefix)
         large = Digest.of((root / "renders/beauty.exr").read_bytes())
-        stored = client.get_object(Bucket=self.s3.bucket, Key=f"{prefix}/Data/{large.hex}.xxh128")[
-            "Body"
-        ].read()
-        assert Digest.of(stored) == large
-        uploads = client.list_multipart_uploads(Bucket=self.s3.bucket, Prefix=prefix)
-        assert uploads.get("Uploads", []) == []
         parts = sum(times for (name, _), times in self.sent().items() if name == large.hex)
         # Twice the window: what was under way, and what came in the half second before.
         assert PARTS <= parts <= PARTS + kills * 2 * WINDOW_PARTS
+
+    def see_whole(self, host: Host, root: Path, prefix: str) -> None:
+        """See that the store has every file, that no upload is left, and the ledger knows it."""
+        client = self.s3.client()
+        for path in root.rglob("*.exr"):
+            made = Digest.of(path.read_bytes())
+            key = f"{prefix}/Data/{made.hex}.xxh128"
+            stored = client.get_object(Bucket=self.s3.bucket, Key=key)["Body"].read()
+            assert Digest.of(stored) == made
+        uploads = client.list_multipart_uploads(Bucket=self.s3.bucket, Prefix=prefix)
+        assert uploads.get("Uploads", []) == []
         [row] = [row for row in host.transfers() if row.kind == "sync-out"]
         assert (row.status, row.done) == (TransferStatus.DONE, row.size)
 
@@ -128,3 +171,29 @@ def test_t1_twenty_kills_of_an_upload_lose_nothing_and_send_nothing_twice(
     uploads = Uploads(tmp_path, s3, fault_proxy)
     while uploads.kills < KILLS:
         uploads.play()
+
+
+def test_an_upload_that_is_killed_when_it_has_just_begun_is_gone_on_with(
+    s3: S3Server, fault_proxy: FaultProxy, tmp_path: Path
+) -> None:
+    """Seen to fail when the ledger learns at the next beat that an upload has begun."""
+    uploads = Uploads(tmp_path, s3, fault_proxy)
+    host, arguments, root, prefix = uploads.prepare({"renders/a.exr": 2 * PART_BYTES + 1})
+    fault_proxy.inject(Fault.STALL, methods={"PUT"}, key="Data/", seconds=PART_SECONDS)
+    process = host.popen(*arguments)
+    until(lambda: process.poll() is not None or bool(uploads.sent()))
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    until(lambda: not fault_proxy._open_connections())
+    fault_proxy.clear()
+
+    assert host.run(*arguments).returncode == 0
+
+    uploads.see_whole(host, root, prefix)
+    begun = [
+        request
+        for request in fault_proxy.requests
+        if request.method == "POST" and request.query.startswith("uploads")
+    ]
+    assert len(begun) == 1
