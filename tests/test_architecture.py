@@ -68,7 +68,8 @@ MAY_IMPORT = {
     "agent_plugin/session_logs.py": SETTINGS,
     "agent_plugin/queue_settings.py": [*HOST, "agent_plugin.session.queues"],
     "agent_plugin/publications.py": [
-        *(*HOST, "agent_plugin.publish", "agent_plugin.session.state"),
+        *(*HOST, "agent_plugin.publish"),
+        *("agent_plugin.session.publishing", "agent_plugin.session.state"),
     ],
     "agent_plugin/mounting.py": [
         *(*HOST, "agent_plugin.session.mounts", "agent_plugin.session_logs"),

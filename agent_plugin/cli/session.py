@@ -209,6 +209,7 @@ def finish_task_command(
             state_file,
             mounts=open_mounts(settings, queue_id=queue_id),
             publishers=outputs.publishers,
+            leaves=True,
             failed=failed,
             upload_failed=upload_failed or outputs.upload_failed,
         )
@@ -226,7 +227,10 @@ def finish_task_command(
     for published in result.results:
         say(f"published {published.url}")
     for failure in result.publish_failures:
-        say(f"not published ({failure.error}): {failure.message}")
+        later = "; it is tried again when the session ends" if failure.later else ""
+        say(f"not published ({failure.error}): {failure.message}{later}")
+        if failure.hint:
+            say(f"hint: {failure.hint}")
     for excluded in result.publish_excluded:
         say(f"excluded by hand: {len(excluded.paths)} files of {excluded.url}")
 

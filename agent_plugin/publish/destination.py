@@ -108,5 +108,5 @@ class Destination:
         if of == 1:
             return KeyExistsError(f"{place} exists already", hint=_HINT)
         return KeyExistsError(
-            f"{place} exists already, one of {len(keys)} of the {of} keys", hint=_HINT
+            f"{place} exists already; {len(keys)} of the {of} keys are taken", hint=_HINT
         )

@@ -14,6 +14,7 @@ import msgspec
 from agent_plugin.content import events
 from agent_plugin.content.errors import CancelledError, PropmasterError
 from agent_plugin.content.objects import ObjectAccess, checked_key, object_url
+from agent_plugin.content.s3_errors import BucketAbsentError
 from agent_plugin.content.s3_store import S3Store
 from agent_plugin.publish.destination import Destination
 from agent_plugin.publish.leftovers import abort_left, access_document
@@ -42,6 +43,8 @@ def publish(
     execution: Execution,
     context: TransferContext,
     before: Sequence[Published] = (),
+    *,
+    leaves: bool = False,
 ) -> tuple[list[Published], PropmasterError | None]:
     """Give each publisher its turn.
 
@@ -50,7 +53,9 @@ def publish(
         roots: What the task left; with files.
         execution: The task's run.
         context: The services.
-        before: What became of turns of the same execution; those that failed are taken again.
+        before: What became of turns of the same execution that are not taken again.
+        leaves: Whether those that are not required, and fail for a reason that may pass, are tried
+            again later.
 
     Returns:
         What became of each, in order, and the first failure of one that is required.
@@ -58,7 +63,7 @@ def publish(
     Raises:
         CancelledError: On request; the same publication goes on where it stopped.
     """
-    had = {published.publisher: published for published in before if published.result is not None}
+    had = {published.publisher: published for published in before}
     all_published = []
     refused: PropmasterError | None = None
     abort_left(context, source=context.store_url)
@@ -69,9 +74,13 @@ def publish(
             except CancelledError:
                 raise
             except PropmasterError as error:
-                failure = type(error)(f"publishers[{index}]: {error.message}", hint=error.hint)
+                # Of the store that hint is about the queue's bucket.
+                absent = isinstance(error, BucketAbsentError)
+                hint = "check the publisher's Bucket" if absent else error.hint
+                failure = type(error)(f"publishers[{index}]: {error.message}", hint=hint)
                 failure.__cause__ = error
-                published = _failed(index, publisher, execution, failure)
+                later = leaves and error.retryable and not publisher.params.required
+                published = _failed(index, publisher, execution, failure, later=later)
                 if refused is None and publisher.params.required:
                     refused = failure
         all_published.append(published)
@@ -79,7 +88,12 @@ def publish(
 
 
 def _failed(
-    index: int, publisher: Publisher, execution: Execution, error: PropmasterError
+    index: int,
+    publisher: Publisher,
+    execution: Execution,
+    error: PropmasterError,
+    *,
+    later: bool,
 ) -> Published:
     log.warning(
         events.PUBLISH_FAILED,
@@ -88,6 +102,7 @@ def _failed(
             "code": error.code,
             "reason": error.message,
             "required": publisher.params.required,
+            "later": later,
         },
     )
     failure = PublishFailure(
@@ -97,6 +112,8 @@ def _failed(
         error=error.code,
         message=shown_path(error.message),
         required=publisher.params.required,
+        hint=error.hint,
+        later=later,
     )
     return Published(index, failure=failure)
 
@@ -177,6 +194,7 @@ class _Turn:
             job=self.execution.job_id,
             step=self.execution.step_id,
             task=self.execution.task_id or "",
+            required=self.publisher.params.required,
         )
 
     def _open(self) -> tuple[S3Store | None, Destination]:

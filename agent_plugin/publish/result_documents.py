@@ -67,6 +67,8 @@ class PublishFailure(msgspec.Struct, frozen=True, rename="camel"):
         error: Ledger code, `E_KEY_EXISTS` for example.
         message: For people.
         required: Whether the task has failed for it.
+        hint: What to do about it, for people; may be empty.
+        later: Whether it is tried again at the session's end; the reason may pass.
     """
 
     publisher: int
@@ -75,6 +77,8 @@ class PublishFailure(msgspec.Struct, frozen=True, rename="camel"):
     error: str
     message: str
     required: bool
+    hint: str = ""
+    later: bool = False
 
 
 class ExcludedOutputs(msgspec.Struct, frozen=True, rename="camel"):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
-from agent_plugin.content.errors import CancelledError, PropmasterError
+from agent_plugin.content.errors import CancelledError, PropmasterError, TransferStateError
 from agent_plugin.content.objects import Unfinished
 from agent_plugin.content.store import Cancellation
 from agent_plugin.publish.outputs import Output
@@ -27,6 +27,12 @@ Product = TypeVar("Product")
 
 # Users are promised an end within a second of their wish.
 STOP_SECONDS: Final = 0.6
+
+
+class PutOffError(TransferStateError):
+    """A publication is paused, and nobody waits for it here."""
+
+    retryable = True
 
 
 class Run:
@@ -47,6 +53,8 @@ class Run:
         self.moved = 0
         meter = Meter(len(planned), sum(output.entry.size for output, _ in planned))
         self.steering = Steering(context, row, self.halt, meter, lambda _tasks: None)
+        if not row.required:
+            self.steering.on_pause = _put_off
         ids = self.steering.tasks
         self._tasks = {output.path: ids[output.path, key] for output, key in planned}
         for output, _ in planned:
@@ -252,6 +260,7 @@ def running(
     Raises:
         TransferStateError: A living process is at it right now, or a person has called it done.
         TransferAbortedError: A person aborted it.
+        PutOffError: It is paused, and not required.
         NoSpaceError, LocalWriteError: The ledger can not be written.
     """
     tasks = [
@@ -270,4 +279,11 @@ def running(
         error = CancelledError("interrupted")
         raise
     finally:
-        context.ledger.finish(row.id, error)
+        if isinstance(error, PutOffError):
+            context.ledger.leave(row.id)
+        else:
+            context.ledger.finish(row.id, error)
+
+
+def _put_off(reason: str) -> None:
+    raise PutOffError(reason, hint="resume it; what is not required is waited for by nobody")

@@ -27,6 +27,7 @@ _SCHEME: Final = "s3://"
 _OPTION: Final = re.compile(r",(?:opt|option)=", re.IGNORECASE)
 _TRUTH: Final = {"true": True, "false": False}
 _SWITCHES: Final = frozenset({"compress", "overwrite", "required", "byroot"})
+_BUCKET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]")
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -49,8 +50,8 @@ class PublisherParams(
         mtime: Of the files in an archive: as the outputs have it, or 0.
     """
 
-    bucket: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]\Z")]
-    key: Annotated[str, Meta(min_length=1, max_length=MAX_KEY_BYTES)]
+    bucket: str
+    key: Annotated[str, Meta(max_length=MAX_KEY_BYTES)]
     endpoint: Annotated[str, Meta(max_length=1024)] = ""
     region: Annotated[str, Meta(pattern=r"^[a-z0-9-]{0,32}\Z")] = ""
     profile: Annotated[str, Meta(max_length=128)] = ""
@@ -135,6 +136,12 @@ def defects(publishers: Sequence[Publisher], prefix: str) -> Iterator[tuple[str,
                 f"{params.encoding} is not what Compress: {str(params.compress).lower()} says",
                 "leave Compress out: it is the older spelling of gzip (true) and plain (false)",
             )
+        if not _BUCKET.fullmatch(params.bucket):
+            yield (
+                f"{key}.Bucket",
+                f"{params.bucket[:100]!r} is no bucket's name",
+                "it has 3 to 63 letters of ASCII, digits, `.`, `_`, `-`, these not at its ends",
+            )
         yield from _endpoint_defects(params.endpoint, f"{key}.Endpoint")
         yield from _key_defects(publisher, f"{key}.Key")
         place = (params.endpoint, params.bucket, publisher.key_template)
@@ -162,6 +169,9 @@ def _endpoint_defects(endpoint: str, key: str) -> Iterator[tuple[str, str, str]]
 
 def _key_defects(publisher: Publisher, key: str) -> Iterator[tuple[str, str, str]]:
     template = publisher.params.key
+    if not template:
+        yield key, "it is empty", "give a prefix, such as results/{jobID}, or an archive's name"
+        return
     try:
         shape = fill(template, dict.fromkeys(NAMES, "x"))
     except PlaceholderUnknownError as error:

@@ -109,6 +109,7 @@ def finish_task(
     *,
     mounts: Mounts,
     publishers: Sequence[Publisher] = (),
+    leaves: bool = False,
     failed: bool = False,
     upload_failed: bool = False,
     on_manifest: Callable[[int, bytes], object] = lambda _index, _data: None,
@@ -121,6 +122,8 @@ def finish_task(
         state_file: Of a started session.
         mounts: The host's.
         publishers: The operator's, who have their turn after the job's own.
+        leaves: Whether publishers that are not required, and fail for a reason that may pass, are
+            tried again when the session ends.
         failed: The task failed; then nothing is stored,
         upload_failed: unless this asks for it.
         on_manifest: Told each output manifest that is stored, with its index in the job's list;
@@ -152,7 +155,7 @@ def finish_task(
         result, found = _store_outputs(state, action, context, state_file, on_manifest)
         publishers = (*state.job.publishers, *publishers)
         if result.files and publishers and not failed:
-            _publish(publishers, state, found, context, state_file)
+            _publish(publishers, state, found, context, state_file, leaves=leaves)
     result.seconds = round(time.monotonic() - begun, 3)
     log.info(
         events.TASK_FINISHED,
@@ -212,6 +215,8 @@ def _publish(
     found: Sequence[_Changes],
     context: TransferContext,
     state_file: StateFile,
+    *,
+    leaves: bool,
 ) -> None:
     """Publish what the action left whose answer the state has, and complete the answer."""
     # Loaded here: it brings the libraries for S3, which a task without publishers does without.
@@ -229,7 +234,7 @@ def _publish(
         for changes in found
         if changes.changed
     ]
-    publish_outputs(publishers, roots, state.answered, state, context, state_file)
+    publish_outputs(publishers, roots, state.answered, state, context, state_file, leaves=leaves)
 
 
 def _answer_before(state: SessionState, action: TaskAction) -> FinishResult | None:

@@ -19,6 +19,7 @@ import msgspec
 from agent_plugin.content.digest import hash_name
 from agent_plugin.content.errors import LocalWriteError, SessionStateError, local_write_error
 from agent_plugin.content.leftovers import remove_path
+from agent_plugin.content.manifest import FileEntry
 from agent_plugin.content.mount_spec import Layer
 from agent_plugin.publish.result_documents import (
     ExcludedOutputs,
@@ -160,6 +161,27 @@ class AnsweredAction(msgspec.Struct, rename="camel"):
         return own == (step_id, task_id, session_action_id)
 
 
+class LeftRoot(msgspec.Struct, rename="camel"):
+    """What an action left below one local root; see `publish.outputs.RootOutputs`."""
+
+    local_root: str
+    follow: bool
+    directory: str
+    entries: list[FileEntry]
+
+
+class LeftPublication(msgspec.Struct, rename="camel"):
+    """An action of which not all is published: its end is tried again when the session ends.
+
+    Attributes:
+        action: The action, with what became of its publishers.
+        roots: What it left.
+    """
+
+    action: AnsweredAction
+    roots: list[LeftRoot]
+
+
 class SessionState(msgspec.Struct, rename="camel"):
     """A session between two hooks.
 
@@ -170,6 +192,7 @@ class SessionState(msgspec.Struct, rename="camel"):
         unfinished_steps: The steps whose sync has begun and not finished.
         wished: How inputs are to be brought in, `COPIED`, `VIRTUAL` or `AUTO`.
         answered: The last action that stored anything, for whom the answer did not reach.
+        left: Of actions that are over, what is published at the session's end.
     """
 
     version: int
@@ -183,6 +206,7 @@ class SessionState(msgspec.Struct, rename="camel"):
     unfinished_steps: list[str] = []
     answered: AnsweredAction | None = None
     wished: str = COPIED
+    left: list[LeftPublication] = []
 
     def owns(self, root: RootState) -> bool:
         """Whether a root is a directory of the session: no link, and removed when it ends.

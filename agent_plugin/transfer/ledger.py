@@ -411,6 +411,27 @@ class Ledger(PeoplesLedger):
         self._pulses.pop(transfer_id, None)
         return self.transfer(transfer_id)
 
+    def leave(self, transfer_id: int) -> None:
+        """Let go of a transfer with which somebody goes on later; if it is paused it stays so.
+
+        Raises:
+            NoSpaceError, LocalWriteError: The ledger can not be written.
+        """
+        self.flush()
+        now = self._clock()
+        with self._file.write() as connection:
+            row = connection.execute(
+                "SELECT status FROM transfer WHERE id = ? AND lease_owner = ?",
+                (transfer_id, lease_owner()),
+            ).fetchone()
+            if row is not None:
+                let_go(connection, transfer_id, TransferStatus(row[0]), now)
+                connection.execute(
+                    "UPDATE transfer SET status = 'waiting' WHERE id = ? AND status = 'running'",
+                    (transfer_id,),
+                )
+        self._pulses.pop(transfer_id, None)
+
     def forget_session(self, session: str) -> None:
         """End the transfers of a session that is over, and put away what is old.
 

@@ -302,11 +302,11 @@ def insert_transfer(connection: sqlite3.Connection, spec: TransferSpec, now: flo
     """Make a transfer in the caller's transaction: `init`, and this process's; return its id."""
     cursor = connection.execute(
         "INSERT INTO transfer (name, kind, status, source, destination, session, job, step,"
-        " task, lease_owner, lease_until, created, modified)"
-        " VALUES (?, ?, 'init', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        " task, required, lease_owner, lease_until, created, modified)"
+        " VALUES (?, ?, 'init', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (to_sql(spec.name), spec.kind, to_sql(spec.source), to_sql(spec.destination),
-         spec.session, spec.job, spec.step, spec.task, lease_owner(), now + LEASE_SECONDS, now,
-         now),
+         spec.session, spec.job, spec.step, spec.task, spec.required, lease_owner(),
+         now + LEASE_SECONDS, now, now),
     )  # fmt: skip
     assert cursor.lastrowid is not None  # noqa: S101 - an INSERT that did not raise has one
     return cursor.lastrowid

@@ -22,6 +22,7 @@ class TransferSpec:
         destination: A directory or a store URL; empty while it is not known.
         session: Key of the session's state file; empty outside sessions.
         title: Its name for people; empty for one that says what it does.
+        required: Whether its session action waits for it.
     """
 
     kind: str
@@ -32,6 +33,7 @@ class TransferSpec:
     step: str = ""
     task: str = ""
     title: str = ""
+    required: bool = True
 
     @property
     def name(self) -> str:

@@ -55,6 +55,8 @@ class Steering:
         tasks: The ids of the tasks, by source and destination.
         meter: As it was given.
         view: Shows how far it is.
+        on_pause: Told why, when it is paused, on the thread that calls `tick`; what it raises ends
+            the transfer's engine, which otherwise waits.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Steering:
         self.meter = meter
         self._on_news = on_news
         self.view: View = SilentView()
+        self.on_pause: Callable[[str], None] = lambda _reason: None
         news = context.ledger.news(row.id)
         self._last_news = news.last
         self.tasks = {(task.source, task.destination): task.id for task in news.tasks.values()}
@@ -206,6 +209,8 @@ class Steering:
         """Say how far it is now, and do what is wished; see `tick`."""
         waits_for = self._beat("")
         while waits_for:
+            if not self._yielding:
+                self.on_pause(waits_for)
             self._halt.pause()
             self._context.cancellation.sleep(TICK_SECONDS)
             if self.beats_now:

@@ -274,7 +274,7 @@ def test_o4_a_publication_that_is_cancelled_stops_soon(
 def test_t9_a_publication_is_paused_and_resumed_from_another_process(
     watched: Publishing, fault_proxy: FaultProxy
 ) -> None:
-    watched.start(watched.publisher())
+    watched.start(watched.publisher(Required=True))
     watched.write({f"{number:04}.exr": 10 for number in range(60)})
     fault_proxy.inject(Fault.STALL, methods={"PUT"}, key="published", seconds=0.5)
     waiting = in_background(watched.finish)

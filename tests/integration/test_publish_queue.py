@@ -140,6 +140,7 @@ def test_o4_a_publisher_of_the_queue_that_fails_is_told_to_the_worker_agent(
         assert said.exit_code == 0
         assert len(said.uploads) == 1
         assert f"propmaster: not published (E_KEY_EXISTS): publishers[0]: {taken}" in said.plain
+        assert [line for line in said.plain if line.startswith("propmaster: hint: Put {exec")]
     assert list(publishing.sessions.outputs()) == ["renders/0001.exr"]
     assert publishing.get("taken/renders/0001.exr") == b"somebody's"
 

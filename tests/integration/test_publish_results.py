@@ -76,6 +76,7 @@ def test_a_publisher_that_fails_is_a_warning_and_keeps_no_other_from_its_turn(
 
     assert [failure.publisher for failure in result.publish_failures] == [0]
     assert result.publish_failures[0].error == "E_ACCESS"
+    assert result.publish_failures[0].hint == "check the publisher's Bucket"
     assert len(result.results) == 1
 
 

@@ -248,7 +248,7 @@ def test_the_commands_go_the_whole_way(any_sessions: Sessions) -> None:
     printed = json.loads(finished.stdout)
     assert set(printed) == {
         "manifests", "files", "bytesUploaded", "bytesReused", "deleted", "seconds",
-        "results", "publishFailures",
+        "results", "publishFailures", "publishExcluded",
     }  # fmt: skip
     assert (printed["files"], printed["bytesUploaded"]) == (1, 1)
     (root / "renders/x").unlink()

@@ -246,6 +246,7 @@ class Host:
                 state_file,
                 mounts=self.mounts,
                 publishers=self.settings.for_queue(QUEUE).outputs.publishers,
+                leaves=True,
                 failed=failed,
                 upload_failed=upload_failed,
             )

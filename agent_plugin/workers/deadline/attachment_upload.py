@@ -61,6 +61,8 @@ def run(call: Call, settings: Settings) -> int:
         call.say(f"propmaster: published {published.url}")
     for failure in result.publish_failures:
         call.say(f"propmaster: not published ({failure.error}): {failure.message}")
+        if failure.hint:
+            call.say(f"propmaster: hint: {failure.hint}")
     for excluded in result.publish_excluded:
         call.say(f"propmaster: excluded by hand: {len(excluded.paths)} files of {excluded.url}")
     call.say(

@@ -212,6 +212,7 @@ def finish(
                 state_file,
                 mounts=open_mounts(settings, queue_id=state.job.queue_id),
                 publishers=outputs.publishers,
+                leaves=True,
                 failed=failed,
                 upload_failed=outputs.upload_failed,
             )
@@ -254,7 +255,12 @@ def leave(
             try:
                 with _services(settings, state, cancellation) as context:
                     result = finish_task(
-                        action, context, state_file, mounts=mounts, publishers=publishers
+                        action,
+                        context,
+                        state_file,
+                        mounts=mounts,
+                        publishers=publishers,
+                        leaves=True,
                     )
                 _tell_finished(result, say)
             except PropmasterError as error:
@@ -305,7 +311,10 @@ def _tell_finished(result: FinishResult, say: Say) -> None:
     for published in result.results:
         say(f"openjd_status: published {published.url}")
     for failure in result.publish_failures:
-        say(f"propmaster: not published ({failure.error}): {failure.message}")
+        later = "; it is tried again when the session ends" if failure.later else ""
+        say(f"propmaster: not published ({failure.error}): {failure.message}{later}")
+        if failure.hint:
+            say(f"propmaster: hint: {failure.hint}")
     for excluded in result.publish_excluded:
         say(f"propmaster: excluded by hand: {len(excluded.paths)} files of {excluded.url}")
 
