@@ -97,7 +97,14 @@ def _print_published(
     context: TransferContext,
 ) -> None:
     """Print a file that publishers published; all of its result comes first, and is verified."""
-    wish = PublishedWish(path, merge=True, raw=False, overwrite=False, limits=UnpackLimits())
+    wish = PublishedWish(
+        path,
+        merge=True,
+        raw=False,
+        overwrite=False,
+        limits=UnpackLimits(),
+        clash_hint="say which one is meant: --execution ID",
+    )
     with tempfile.TemporaryDirectory(prefix="propmaster-cat-") as directory:
         to = Path(directory, "results")
         result = get_published(documents, context, servers, job_id, to, wish)

@@ -159,7 +159,7 @@ def command(
                     by_root=by_root,
                     overwrite=overwrite,
                 )
-    if path and not result.files:
+    if path and not (result.files or result.excluded):
         raise no_such_result(job_id, path)
     if as_json:
         print_json(result)
@@ -181,6 +181,8 @@ def _telling_of_published(context: TransferContext, job: tuple[str, str, str]) -
 
 def _print(result: GetResult) -> None:
     say_replaced(result.replaced)
+    for what in result.excluded:
+        say(f"left out, since somebody excluded it from the transfer: {what}")
     if not result.files:
         say(f"no results of {result.job}")
         return

@@ -128,12 +128,11 @@ def chosen(
 def say_replaced(replaced: Sequence[Replaced]) -> None:
     """Tell what was left out, because a later execution has published in its place."""
     for each in replaced:
-        if each.files == each.of:
-            what = f"execution {each.execution} was replaced by {each.by}, which"
-        else:
-            what = f"{each.files} of {count_files(each.of)} of execution {each.execution} were"
-            what += f" replaced by {each.by}, which"
-        say(f"{what} published to the same place later: left out")
+        what = "all" if each.files == each.of else f"{each.files} of {count_files(each.of)}"
+        say(
+            f"left out: {what} of what execution {each.execution} published to {each.place},"
+            f" replaced by execution {each.by} since"
+        )
 
 
 def result_servers(

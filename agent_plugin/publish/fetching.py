@@ -5,14 +5,15 @@ large one have come is written down beside it as they come, so that the next run
 others; that this was right is seen when the whole is verified.
 
 Crew threads fetch; the calling thread keeps the ledger and shows how far it is. The transfer can be
-paused and aborted, and gives way, as any (transfer/steering.py).
+paused and aborted, and gives way, as any (transfer/steering.py); an object that is excluded is left
+out, and one that is held is waited for.
 """
 
 import os
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -34,16 +35,19 @@ from agent_plugin.content.store import WHOLE_BLOB_BYTES, Cancellation
 from agent_plugin.publish.in_place import sha256_of
 from agent_plugin.publish.published import PublishedObject, PublishedResult
 from agent_plugin.transfer.context import TransferContext
-from agent_plugin.transfer.engine import TICK_SECONDS, Crew, Products
-from agent_plugin.transfer.ledger import TaskSpec, TransferSpec
+from agent_plugin.transfer.engine import TICK_SECONDS, Crew, Halts, Products
+from agent_plugin.transfer.ledger import TaskSpec, TransferRow, TransferSpec
+from agent_plugin.transfer.ledger_news import TaskNews
 from agent_plugin.transfer.progress import Meter
 from agent_plugin.transfer.states import TaskStatus
-from agent_plugin.transfer.steering import Steering
+from agent_plugin.transfer.steering import EndedByHandError, Steering
 
 log = events.get_logger()
 
 # Each fetches a large object in parallel ranges by itself.
 AT_ONCE: Final = 8
+# Users are promised an end within a second of their wish.
+STOP_SECONDS: Final = 0.4
 _RANGE: Final = struct.Struct("<QQ")
 _FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _NS: Final = 1_000_000_000
@@ -61,8 +65,8 @@ class Wanted:
 
 def fetch(
     wanted: Sequence[Wanted], root: Root, context: TransferContext, spec: TransferSpec
-) -> int:
-    """Have every object in its place, verified; return how many bytes were fetched.
+) -> tuple[int, frozenset[Wanted]]:
+    """Have every object in its place, verified, but for those that people take out meanwhile.
 
     Args:
         wanted: The objects.
@@ -70,13 +74,18 @@ def fetch(
         context: The services.
         spec: The transfer.
 
+    Returns:
+        How many bytes were fetched, and which objects were excluded by hand: nothing is in their
+        place.
+
     Raises:
         ObjectChangedError: An object is another one by now, or not what its publisher says.
         ArchiveUnsafeError: An archive is not what was published.
         StoreError: An object can not be had.
         NoSpaceError, LocalWriteError: A file can not be written.
         CancelledError: On request. What has come is used by the next run.
-        TransferStateError: Another process carries the same transfer out right now.
+        TransferStateError: Another process carries the same transfer out right now, or a person has
+            set one of its objects to failed.
     """
     tasks = [TaskSpec(_source(w), w.at, w.published.info.size) for w in wanted]
     row = context.ledger.begin(spec, tasks, context.cancellation)
@@ -86,9 +95,9 @@ def fetch(
     size = sum(task.size for task in tasks)
     try:
         meter = Meter(len(tasks), size)
-        steering = Steering(context, row, halt, meter, lambda _tasks: None)
-        with context.view(spec.kind) as steering.view:
-            fetched = _Fetch(root, context, halt, steering).run(wanted)
+        running = _Fetch(root, context, halt, row, meter)
+        with context.view(spec.kind) as running.steering.view:
+            excluded = running.run(wanted)
     except PropmasterError as error:
         failure = error
         raise
@@ -103,13 +112,14 @@ def fetch(
         extra={
             "transfer": row.id,
             "kind": spec.kind,
-            "files": len(tasks),
-            "bytes": size,
-            "bytes_fetched": fetched,
+            "files": len(tasks) - len(excluded),
+            "bytes": size - sum(each.published.info.size for each in excluded),
+            "bytes_fetched": running.fetched,
+            "excluded": len(excluded),
             "seconds": round(time.monotonic() - begun, 3),
         },
     )
-    return fetched
+    return running.fetched, excluded
 
 
 class _Ranges:
@@ -146,39 +156,97 @@ class _Ranges:
 
 
 class _Fetch:
+    """One run; what people want of its tasks is done at each beat, as in a download."""
+
     def __init__(
-        self, root: Root, context: TransferContext, halt: Cancellation, steering: Steering
+        self,
+        root: Root,
+        context: TransferContext,
+        halt: Cancellation,
+        row: TransferRow,
+        meter: Meter,
     ) -> None:
         self._root = root
         self._context = context
         self._halt = halt
-        self._steering = steering
-        self._fetched = 0
+        self.steering = Steering(context, row, halt, meter, self._take_news)
+        self.fetched = 0
+        self._halts: Halts[Wanted] = Halts(halt)
+        self._products: Products[Wanted, int] = Products()
+        self._crew = Crew(self._bring, self._products, AT_ONCE, halt)
+        self._by_task: dict[int, Wanted] = {}
+        self._ordered: set[Wanted] = set()
+        # Of each object the bytes that were counted; it has one thread at a time.
+        self._counted: dict[Wanted, int] = {}
 
-    def run(self, wanted: Sequence[Wanted]) -> int:
-        products: Products[Wanted, int] = Products()
-        crew = Crew(self._bring, products, AT_ONCE, self._halt)
+    def run(self, wanted: Sequence[Wanted]) -> frozenset[Wanted]:
+        """Bring all that people want brought; return the rest."""
+        self._by_task = {self._task(each): each for each in wanted}
         try:
-            for each in wanted:
-                crew.order(each)
-            outstanding = len(wanted)
-            while outstanding:
-                self._steering.tick()
-                if (taken := products.take(TICK_SECONDS)) is None:
-                    continue
-                outstanding -= 1
-                self._settle(*taken)
-            self._steering.finish()
+            self._bring_all(wanted)
+        except EndedByHandError:
+            self._halts.end_all()
+            self._crew.join(STOP_SECONDS)
         finally:
-            crew.close()
-            products.close()
-        return self._fetched
+            self._halts.end_all()
+            self._crew.close()
+            self._products.close()
+        excluded = frozenset(
+            each for each in wanted if not self.steering.is_settled(self._task(each))
+        )
+        for each in excluded:
+            # It may have come before it was excluded.
+            parent, _, name = each.at.rpartition("/")
+            with suppress(FileNotFoundError), self._root.holding(parent) as directory:
+                os.unlink(name, dir_fd=directory)
+        return excluded
+
+    def _bring_all(self, wanted: Sequence[Wanted]) -> None:
+        for each in wanted:
+            self.steering.plan(self._task(each), each.published.info.size)
+            self._want(each)
+        while self._ordered or self.steering.holds:
+            self.steering.tick()
+            if not self._ordered:
+                # What was left may have been taken out at this moment.
+                if self.steering.holds:
+                    self.steering.wait_for_held()
+            elif (taken := self._products.take(TICK_SECONDS)) is not None:
+                self._ordered.discard(taken[0])
+                self._halts.over(taken[0])
+                self._settle(*taken)
+        self.steering.finish()
+        self.steering.refuse_given_up()
 
     def _task(self, wanted: Wanted) -> int:
-        return self._steering.tasks[_source(wanted), wanted.at]
+        return self.steering.tasks[_source(wanted), wanted.at]
+
+    def _take_news(self, tasks: Collection[TaskNews]) -> None:
+        for task in tasks:
+            if (wanted := self._by_task.get(task.id)) is not None:
+                self._want(wanted)
+
+    def _want(self, wanted: Wanted) -> None:
+        """See that an object comes if people want it, as urgently as they do by now."""
+        task = self._task(wanted)
+        if wanted in self._ordered:
+            if not self._crew.withdraw(wanted):
+                if not self.steering.is_open(task):
+                    self._halts.end(wanted)
+                return
+            self._ordered.discard(wanted)
+        if self.steering.is_open(task):
+            self._crew.order(wanted, self.steering.priority([task]))
+            self._ordered.add(wanted)
 
     def _settle(self, wanted: Wanted, result: int | BaseException) -> None:
         task = self._task(wanted)
+        is_let_go = isinstance(result, CancelledError) and not self._halt.wished
+        if is_let_go or not self.steering.is_open(task):
+            self.steering.count(task, -self._counted.pop(wanted, 0), moved=False)
+            # People may want it again by now.
+            self._want(wanted)
+            return
         if isinstance(result, BaseException):
             if isinstance(result, OSError):
                 failure: BaseException = local_write_error(result, f"{self._root.path}/{wanted.at}")
@@ -190,9 +258,14 @@ class _Fetch:
             if isinstance(failure, ArchiveUnsafeError | StoreError):
                 raise wanted.of.publication.origin.blamed(failure)
             raise failure
-        self._fetched += result
-        self._steering.settle(task)
-        self._steering.count(task, 0, files=1)
+        self.fetched += result
+        self.steering.settle(task)
+        self.steering.count(task, 0, files=1)
+
+    def _count(self, wanted: Wanted, size: int, *, moved: bool = True) -> None:
+        """Count bytes of an object that are here; on its thread, or those that fetch it."""
+        self._counted[wanted] = self._counted.get(wanted, 0) + size
+        self.steering.count(self._task(wanted), size, moved=moved)
 
     # ------------------------------------------------------------------ on the crew's threads
 
@@ -200,15 +273,16 @@ class _Fetch:
         """Have one object in its place; return how many bytes came."""
         published = wanted.published
         parent, _, name = wanted.at.rpartition("/")
-        with self._root.holding(parent) as directory:
-            task = self._task(wanted)
-            if self._is_there(published, name, directory):
-                self._steering.count(task, published.info.size, moved=False)
+        with self._root.holding(parent) as directory, self._halts.heeding(wanted) as halt:
+            if self._is_there(published, name, directory, halt):
+                self._count(wanted, published.info.size, moved=False)
                 return 0
-            with self._context.attempt(task):
-                return self._fetch(wanted, name, directory)
+            with self._context.attempt(self._task(wanted)):
+                return self._fetch(wanted, name, directory, halt)
 
-    def _is_there(self, published: PublishedObject, name: str, directory: int) -> bool:
+    def _is_there(
+        self, published: PublishedObject, name: str, directory: int, halt: Cancellation
+    ) -> bool:
         """Tell whether an earlier run has brought it: then it has its name, time and content."""
         with suppress(FileNotFoundError):
             fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
@@ -218,7 +292,7 @@ class _Fetch:
                     published.info.size,
                     _mtime_ns(published),
                 ):
-                    self._verify(published, fd)
+                    self._verify(published, fd, halt)
                     return True
             except (ObjectChangedError, ArchiveUnsafeError):
                 return False
@@ -226,7 +300,7 @@ class _Fetch:
                 os.close(fd)
         return False
 
-    def _fetch(self, wanted: Wanted, name: str, directory: int) -> int:
+    def _fetch(self, wanted: Wanted, name: str, directory: int, halt: Cancellation) -> int:
         info = wanted.published.info
         label = hash_name(f"{info.url} {info.version} {info.etag} {wanted.at}")
         data_name, ranges_name = partial_name(f"data-{label}"), partial_name(f"ranges-{label}")
@@ -234,9 +308,9 @@ class _Fetch:
         fd = os.open(data_name, _FLAGS, 0o666, dir_fd=top)
         try:
             with _Ranges(os.open(ranges_name, _FLAGS | os.O_APPEND, 0o600, dir_fd=top)) as ranges:
-                fetched = self._fill(wanted, fd, ranges)
+                fetched = self._fill(wanted, fd, ranges, halt)
             try:
-                self._verify(wanted.published, fd)
+                self._verify(wanted.published, fd, halt)
             except (ObjectChangedError, ArchiveUnsafeError):
                 # Before the note of what it has: a file without one is fetched anew.
                 os.unlink(ranges_name, dir_fd=top)
@@ -250,37 +324,36 @@ class _Fetch:
             os.close(fd)
         return fetched
 
-    def _fill(self, wanted: Wanted, fd: int, ranges: "_Ranges") -> int:
+    def _fill(self, wanted: Wanted, fd: int, ranges: "_Ranges", halt: Cancellation) -> int:
         info = wanted.published.info
-        task = self._task(wanted)
-        count = partial(self._steering.count, task)
+        count = partial(self._count, wanted)
         if info.size <= WHOLE_BLOB_BYTES:
             os.ftruncate(fd, 0)
-            wanted.of.objects.fetch(info, fd, cancellation=self._halt, progress=count)
+            wanted.of.objects.fetch(info, fd, cancellation=halt, progress=count)
             return info.size
         have = ranges.read()
-        self._steering.count(task, sum(have.values()), moved=False)
+        self._count(wanted, sum(have.values()), moved=False)
         wanted.of.objects.fetch(
             info,
             fd,
-            cancellation=self._halt,
+            cancellation=halt,
             have=have.keys(),
             arrived=ranges.append,
             progress=count,
         )
         return max(0, info.size - sum(have.values()))
 
-    def _verify(self, published: PublishedObject, fd: int) -> None:
+    def _verify(self, published: PublishedObject, fd: int, halt: Cancellation) -> None:
         url = published.info.url
         if published.entry is not None:
-            content = hash_fd(fd, cancellation=self._halt)
+            content = hash_fd(fd, cancellation=halt)
             if content != published.entry.digest:
                 raise ObjectChangedError(
                     f"{url} is {content}, not {published.entry.digest} as it was published",
                     hint="somebody changed the object or its metadata; the store may have it still",
                 )
         if published.sha256:
-            actual = sha256_of(fd, self._halt)
+            actual = sha256_of(fd, halt)
             if actual != published.sha256:
                 raise ArchiveUnsafeError(
                     f"{url} is not what was published: its SHA-256 is {actual}, not"

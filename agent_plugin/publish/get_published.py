@@ -58,6 +58,7 @@ class PublishedWish:
         raw: Bring archives as they are.
         overwrite: Whether other files that stand there give way.
         limits: How much an archive may become.
+        clash_hint: What to do if executions have different files of one path.
     """
 
     path: str
@@ -65,6 +66,7 @@ class PublishedWish:
     raw: bool
     overwrite: bool
     limits: UnpackLimits
+    clash_hint: str = "leave --merge out, or take one execution with --execution"
 
     @property
     def below(self) -> str:
@@ -138,7 +140,9 @@ def get_published(
     with arriving(to) as arrival:
         try:
             found = find_published(publications, servers, context, wish.below)
-            had, result.bytes_fetched = _bring(found, context, job_id, arrival, wish)
+            had, result.bytes_fetched, result.excluded = _bring(
+                found, context, job_id, arrival, wish
+            )
             placed = _placed(had, arrival, context.cancellation, wish)
         except (InputError, LocalError):
             # Trying again changes nothing before somebody has done something.
@@ -183,8 +187,10 @@ def _bring(
     job_id: str,
     arrival: Arrival,
     wish: PublishedWish,
-) -> tuple[dict[str, _Had], int]:
+) -> tuple[dict[str, _Had], int, list[str]]:
     """Return what executions have in place or in the hidden directory, and the bytes that came.
+
+    And the URLs of the objects that people have excluded.
 
     Raises:
         PropmasterError: As get_published.
@@ -201,7 +207,7 @@ def _bring(
     wanted = [*_wanted(results, had, wish), *archives]
     _keep_only(arrival, wanted)
     if not wanted:
-        return had, 0
+        return had, 0, []
     spec = TransferSpec(
         kind="get",
         source=results[0].result.url,
@@ -209,13 +215,16 @@ def _bring(
         job=job_id,
     )
     with Root(arrival.hidden, follow=False) as root:
-        fetched = fetch(wanted, root, context, spec)
-        for archive in archives:
+        fetched, excluded = fetch(wanted, root, context, spec)
+        for each in excluded - {*archives}:
+            del had[each.of.execution].files[each.published.path]
+        for archive in (each for each in archives if each not in excluded):
             try:
                 _unpack(archive, had[archive.of.execution], root, context.cancellation, wish)
             except ArchiveUnsafeError as error:
                 raise archive.of.publication.origin.blamed(error) from error
-    return {execution: each for execution, each in had.items() if each.sizes}, fetched
+    had = {execution: each for execution, each in had.items() if each.sizes}
+    return had, fetched, sorted(each.published.info.url for each in excluded)
 
 
 def _packed(
@@ -288,7 +297,8 @@ def _note_kept(
             {
                 execution: {path: entry.digest for path, entry in files.items()}
                 for execution, files in known.items()
-            }
+            },
+            wish.clash_hint,
         )
     places = {
         (execution, path): _target(execution, path, apart=apart)
@@ -329,11 +339,11 @@ def _known_files(
     return known
 
 
-def _refuse_clashes(contents: Mapping[str, Mapping[str, object]]) -> None:
+def _refuse_clashes(contents: Mapping[str, Mapping[str, object]], hint: str) -> None:
     refuse(
         find_clashes(contents),
-        "results can not stand in one directory",
-        "leave --merge out, or take one execution with --execution",
+        "executions have different files of one path",
+        hint,
     )
 
 
@@ -411,7 +421,8 @@ def _placed(
                         path: content_of(root, had.below(path), cancellation) for path in had.files
                     }
                     for execution, had in arrived.items()
-                }
+                },
+                wish.clash_hint,
             )
         for execution, had in arrived.items():
             above = f"{execution}/" if _are_apart(arrived, wish) else ""

@@ -44,6 +44,8 @@ class GetResult(msgspec.Struct, rename="camel"):
         files, bytes: In place at the end.
         bytes_fetched: Of the distinct bytes, those that came from the store.
         replaced: Of published results, what later executions have replaced; it did not come.
+        excluded: What people have taken out of the transfer: paths below `to`, or of published
+            results the URLs of their objects.
     """
 
     job: str
@@ -55,6 +57,7 @@ class GetResult(msgspec.Struct, rename="camel"):
     bytes_fetched: int
     seconds: float
     replaced: list[Replaced] = []
+    excluded: list[str] = []
 
 
 def get(
@@ -95,11 +98,19 @@ def get(
             find_clashes(
                 {e: {p: f.digest for p, f in found.items()} for e, found in files.items()}
             ),
-            "results can not stand in one directory",
+            "executions have different files of one path",
             "leave --merge out, or take one execution with --execution",
         )
     placed = _placed(files, apart=apart)
-    fetched = _bring(placed, context, job_id, to, overwrite=overwrite) if placed else 0
+    fetched, excluded = 0, frozenset[str]()
+    if placed:
+        fetched, excluded = _bring(placed, context, job_id, to, overwrite=overwrite)
+    for at in excluded:
+        del placed[at]
+    for execution, found in files.items():
+        for name in [*found]:
+            if (f"{execution}/{name}" if apart else name) in excluded:
+                del found[name]
     return GetResult(
         job=job_id,
         to=os.fspath(to),
@@ -117,6 +128,7 @@ def get(
         bytes=sum(entry.size for entry in placed.values()),
         bytes_fetched=fetched,
         seconds=round(time.monotonic() - begun, 3),
+        excluded=sorted(excluded),
     )
 
 
@@ -137,12 +149,12 @@ def _bring(
     to: Path,
     *,
     overwrite: bool,
-) -> int:
-    """Have the files in place; return how many bytes came from the store."""
+) -> tuple[int, frozenset[str]]:
+    """Have the files in place; return how many bytes came, and the paths that were excluded."""
     with arriving(to) as arrival:
         try:
             lacking = _lacking(placed, context, arrival, overwrite=overwrite)
-            fetched = _fetch(lacking, context, job_id, arrival)
+            fetched, excluded = _fetch(lacking, context, job_id, arrival)
         except (InputError, LocalError):
             # Trying again changes nothing before somebody has done something.
             arrival.remove()
@@ -151,12 +163,14 @@ def _bring(
             # What has come is kept: the next run goes on with it.
             arrival.remove_empty()
             raise
-        if arrival.fresh:
+        moves = {path: path for path in lacking if path not in excluded}
+        if arrival.fresh and moves:
             arrival.reveal()
         else:
-            arrival.move_in({path: path for path in lacking}, overwrite=overwrite)
+            if not arrival.fresh:
+                arrival.move_in(moves, overwrite=overwrite)
             arrival.remove()
-        return fetched
+        return fetched, excluded
 
 
 def _lacking(
@@ -187,10 +201,10 @@ def _lacking(
 
 def _fetch(
     lacking: Mapping[str, FileEntry], context: TransferContext, job_id: str, arrival: Arrival
-) -> int:
+) -> tuple[int, frozenset[str]]:
     arrival.keep_only(list(lacking))
     if not lacking:
-        return 0
+        return 0, frozenset()
     plan = plan_download(
         Manifest.of(lacking.values()),
         arrival.hidden,
@@ -208,4 +222,5 @@ def _fetch(
         job=job_id,
     )
     with context.leased(job_id, set(plan.wanted)):
-        return download(plan, context, spec).bytes_fetched
+        done = download(plan, context, spec)
+    return done.bytes_fetched, frozenset(entry.path for entry in done.excluded)

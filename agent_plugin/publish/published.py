@@ -74,12 +74,14 @@ class Replaced(msgspec.Struct):
     Attributes:
         execution: The earlier one.
         by: The later one.
+        place: Where both have published, `s3://bucket/key`.
         files: How many files of the earlier one are gone; 0 if nobody knows.
         of: How many it had, of those that were asked for.
     """
 
     execution: str
     by: str
+    place: str
     files: int
     of: int
 
@@ -158,9 +160,12 @@ class PublishedResult:
         of = sum(is_below(below, path) for below in listed or ())
         if self.publication.is_archive:
             [by] = self.replaced.values()
-            return [Replaced(self.execution, by, of, of)]
+            return [Replaced(self.execution, by, self.result.url, of, of)]
         counted = Counter(self.replaced.values())
-        return [Replaced(self.execution, by, files, of) for by, files in counted.items()]
+        return [
+            Replaced(self.execution, by, self.result.url, files, of)
+            for by, files in counted.items()
+        ]
 
 
 def find_published(

@@ -5,13 +5,14 @@ And when result documents are not what they were. What others do is done by hand
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
 
 from agent_plugin.content.errors import (
+    ArchiveUnsafeError,
     ObjectChangedError,
     ObjectNotFoundError,
     ResultClashError,
@@ -19,8 +20,10 @@ from agent_plugin.content.errors import (
 )
 from agent_plugin.content.manifest import FileEntry, Manifest, encode
 from agent_plugin.publish.published import Replaced
+from agent_plugin.transfer.states import TaskStatus
 from tests.servers.hooks import JOB
-from tests.servers.published import Published
+from tests.servers.published import Published, set_get_tasks, waits
+from tests.servers.publishing import await_that, in_background
 from tests.servers.s3_server import S3Server
 
 
@@ -52,10 +55,14 @@ def test_o7_what_a_later_execution_has_replaced_is_left_out_and_told(
     result = p.get()
     listed = p.run("ls", JOB, "--published").stdout
 
+    place = f"s3://{p.bucket}/{p.documents().popitem()[1]['results'][0]['Params']['Key']}"
     assert p.files() == {"renders/1": b"new"}
     assert [each.execution for each in result.executions] == [two]
-    assert result.replaced == [Replaced(one, two, 1, 1)]
-    assert f"execution {one} was replaced by {two}, which published to the same place" in listed
+    assert result.replaced == [Replaced(one, two, place, 1, 1)]
+    told = (
+        f"left out: all of what execution {one} published to {place}, replaced by execution {two}"
+    )
+    assert told in listed
     assert "1 file, 3 bytes" in listed
     with pytest.raises(ObjectChangedError, match=f"{one} .*was replaced: execution {two}"):
         p.get(only=[one])
@@ -76,7 +83,7 @@ def test_o7_of_a_plain_publication_only_what_was_replaced_is_left_out(published:
         f"{two}/renders/2": b"2",
         f"{two}/renders/log": b"two",
     }
-    assert result.replaced == [Replaced(one, two, 1, 2)]
+    assert result.replaced == [Replaced(one, two, f"s3://{p.bucket}/{p.prefix}/all/", 1, 2)]
     with pytest.raises(ObjectChangedError, match=f"all/renders/log was replaced: execution {two}"):
         p.get(only=[one])
 
@@ -310,3 +317,67 @@ def test_o5_what_was_published_is_listed_beside_the_document(published: Publishe
     assert [(each["path"], each["size"]) for each in listed_execution["files"]] == [
         ("renders/2", 1)
     ]
+
+
+# ------------------------------------------------------------ excluded and held
+
+
+def damage(published: Published, name: str) -> Callable[[], object]:
+    """Have an object of other bytes than its metadata say; return what mends it."""
+    client = published.s3.client()
+    key = f"{published.prefix}/{name}"
+    found = client.get_object(Bucket=published.bucket, Key=key)
+    data, metadata = found["Body"].read(), found["Metadata"]
+
+    def put(body: bytes) -> object:
+        return client.put_object(Bucket=published.bucket, Key=key, Body=body, Metadata=metadata)
+
+    put(b"!" * len(data))
+    return lambda: put(data)
+
+
+def test_t10_a_published_object_that_is_held_is_waited_for_and_an_excluded_one_is_left_out(
+    published: Published,
+) -> None:
+    """Seen to fail when a get took no notice of what people change of its tasks."""
+    p = published
+    p.ran({"Key": "all"}, {"renders/1": b"1", "renders/2": b"2", "renders/3": b"3"})
+    damage(p, "all/renders/2")
+    mend = damage(p, "all/renders/3")
+    with pytest.raises(ObjectChangedError):
+        p.get()
+    mend()
+    set_get_tasks(p.user, ["renders/2", "renders/3"], TaskStatus.ONHOLD)
+    waiting = in_background(p.get)
+    await_that(lambda: waits(p.user))
+    assert not p.to.exists()
+
+    set_get_tasks(p.user, ["renders/3"], TaskStatus.QUEUED)
+    set_get_tasks(p.user, ["renders/2"], TaskStatus.EXCLUDED)
+    result = waiting()
+
+    assert p.files() == {"renders/1": b"1", "renders/3": b"3"}
+    assert result.files == 2
+    assert result.excluded == [f"s3://{p.bucket}/{p.prefix}/all/renders/2"]
+    assert [each.files for each in result.executions] == [2]
+
+
+@pytest.mark.slow
+def test_t10_of_an_archive_that_is_excluded_nothing_comes(published: Published) -> None:
+    p = published
+    one, two = p.ran(
+        {"Key": "{executionID}", "Encoding": "gzip"}, {"renders/1": b"1"}, {"renders/2": b"2"}
+    )
+    damage(p, f"{one}.tar.gz")
+    with pytest.raises(ArchiveUnsafeError):
+        p.get()
+    set_get_tasks(p.user, [f"archive-{one}"], TaskStatus.ONHOLD)
+    waiting = in_background(p.get)
+    await_that(lambda: waits(p.user))
+
+    set_get_tasks(p.user, [f"archive-{one}"], TaskStatus.EXCLUDED)
+    result = waiting()
+
+    assert p.files() == {"renders/2": b"2"}
+    assert [each.execution for each in result.executions] == [two]
+    assert result.excluded == [f"s3://{p.bucket}/{p.prefix}/{one}.tar.gz"]

@@ -18,6 +18,7 @@ import pytest
 from agent_plugin.content import events
 from agent_plugin.content.digest import Digest
 from agent_plugin.content.errors import (
+    BlobNotFoundError,
     JobInvalidError,
     ResultClashError,
     TransferStateError,
@@ -28,7 +29,10 @@ from agent_plugin.publish.arrival import arriving
 from agent_plugin.publish.getting import GetResult, get
 from agent_plugin.publish.results import find_executions, find_job
 from agent_plugin.session.job import JobDocument
+from agent_plugin.transfer.states import TaskStatus
 from tests.servers.hooks import FARM, JOB, QUEUE, Host, action, job_of, step
+from tests.servers.published import set_get_tasks, waits
+from tests.servers.publishing import await_that, in_background
 from tests.servers.s3_server import S3Server
 from tests.servers.sessions import MTIME_NS, Sessions
 from tests.servers.trees import write_files as write_files_at
@@ -395,6 +399,29 @@ def test_o7_what_can_not_be_done_is_told(sessions: Sessions, local_user: User) -
         assert words in told
         assert (process.returncode, printed) == (code, "")
     assert not (local_user.host.home / JOB).exists()
+
+
+@pytest.mark.parametrize("is_there", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_t10_a_result_that_is_excluded_is_left_out_and_the_rest_comes(
+    sessions: Sessions, local_user: User, is_there: bool
+) -> None:
+    """Seen to fail, where there was a directory, when the move looks for what did not come."""
+    ran(sessions, {"renders/1": b"1", "renders/2": b"lost"})
+    (sessions.tmp_path / f"store/Data/{Digest.of(b'lost').hex}.xxh128").unlink()
+    if is_there:
+        local_user.to.mkdir()
+    with pytest.raises(BlobNotFoundError):
+        local_user.get()
+    set_get_tasks(local_user.host, ["renders/2"], TaskStatus.ONHOLD)
+    waiting = in_background(local_user.get)
+    await_that(lambda: waits(local_user.host))
+    set_get_tasks(local_user.host, ["renders/2"], TaskStatus.EXCLUDED)
+
+    result = waiting()
+
+    assert local_user.files() == {"renders/1": b"1"}
+    assert (result.files, result.excluded) == (1, ["renders/2"])
+    assert local_user.leftovers() == []
 
 
 def test_o7_the_beginning_of_an_id_that_several_jobs_have_is_refused(

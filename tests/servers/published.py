@@ -6,7 +6,7 @@ Each has prefixes of its own in the shared bucket. What is hostile is put there 
 import json
 import subprocess
 import uuid
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from agent_plugin.publish.getting import GetResult
 from agent_plugin.publish.results import find_documents
 from agent_plugin.publish.servers import ResultServers
 from agent_plugin.publish.unpack import UnpackLimits
+from agent_plugin.transfer.ledger import Ledger
+from agent_plugin.transfer.states import TaskStatus, TransferStatus
 from tests.servers.hooks import FARM, JOB, QUEUE, Host, action
 from tests.servers.s3_server import S3Server
 from tests.servers.sessions import MTIME_NS, Sessions
@@ -141,3 +143,20 @@ class Published:
                 change(document)
                 data = json.dumps(document).encode()
                 self.s3.client().put_object(Bucket=self.s3.bucket, Key=key, Body=data)
+
+
+def set_get_tasks(host: Host, names: Sequence[str], status: TaskStatus) -> None:
+    """Say of files of a get, by a part of where they go, what a person says."""
+    with Ledger.open(host.state_dir / "ledger.db") as ledger:
+        [row] = [row for row in ledger.transfers() if row.kind == "get"]
+        ids = [
+            task.id for task in ledger.tasks(row.id) if any(n in task.destination for n in names)
+        ]
+        assert len(ids) == len(names)
+        ledger.set_tasks(row.id, {task: {"status": status} for task in ids}, "0:somebody")
+
+
+def waits(host: Host) -> bool:
+    """Whether a get of a host has begun, and all that is left of it is held."""
+    [row] = [row for row in host.transfers() if row.kind == "get"]
+    return bool(row.lease_owner) and row.status is TransferStatus.PAUSED

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from agent_plugin.session.finish_task import TaskAction
 from agent_plugin.session.state import FinishResult
@@ -18,6 +18,8 @@ from tests.servers.hooks import QUEUE, Host, action
 from tests.servers.s3_server import S3Server
 from tests.servers.sessions import MTIME_NS, Sessions
 from tests.servers.trees import write_files
+
+T = TypeVar("T")
 
 MEBIBYTE = 1024 * 1024
 # Two parts, and some.
@@ -135,7 +137,7 @@ def await_that(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def in_background(work: Callable[[], FinishResult]) -> Callable[[], FinishResult]:
+def in_background(work: Callable[[], T]) -> Callable[[], T]:
     """Start work on a thread of its own; return what awaits its result."""
     pool = ThreadPoolExecutor(1)
     future = pool.submit(work)
