@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from agent_plugin.content.errors import SessionStateError, local_write_error
+from agent_plugin.content.private_file import replace_private_file
 from agent_plugin.session.job import check_id
 
 FileSystem = Literal["JOB", "COPIED", "VIRTUAL", "AUTO"]
@@ -61,16 +62,11 @@ def write_queue(state_dir: Path, settings: QueueSettings) -> None:
         NoSpaceError, LocalWriteError: It can not be written; what was chosen before stays.
     """
     path = _path(state_dir, settings.queue_id)
-    temporary = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(temporary, flags, 0o600), "wb") as file:
-            file.write(msgspec.json.encode(settings))
-        temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise local_write_error(error, os.fspath(path)) from error
+    replace_private_file(path, msgspec.json.encode(settings), durable=True)
 
 
 def _path(state_dir: Path, queue_id: str) -> Path:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +11,7 @@ import msgspec
 
 from agent_plugin.content.errors import NotAllowedError, local_write_error
 from agent_plugin.content.leftovers import remove_path
+from agent_plugin.content.private_file import replace_private_file
 from agent_plugin.session.state import session_id
 
 _SESSION: Final = "session.json"
@@ -43,20 +43,15 @@ def write_note(place: Path, name: str, data: bytes) -> None:
         NoSpaceError, LocalWriteError: It can not be written.
     """
     path = place / name
-    temporary = place / f"{name}.{secrets.token_hex(4)}"
     try:
         place.parent.mkdir(mode=0o700, exist_ok=True)
         place.mkdir(mode=0o700, exist_ok=True)
         with suppress(FileNotFoundError):
             if path.read_bytes() == data:
                 return
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-        temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise local_write_error(error, os.fspath(path)) from error
+    replace_private_file(path, data)
 
 
 def note_session(state_dir: Path, session_dir: Path, uid: int) -> None:

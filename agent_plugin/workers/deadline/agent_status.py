@@ -15,6 +15,7 @@ import msgspec
 
 from agent_plugin import __version__
 from agent_plugin.content.errors import NotAllowedError, SessionStateError, local_write_error
+from agent_plugin.content.private_file import replace_private_file
 from agent_plugin.workers.call import DROP_INS
 from agent_plugin.workers.deadline.agent_environment import SUPPORTED, AgentEnvironment
 from agent_plugin.workers.deadline.installer import MODULES, ScriptStatus, look_at_scripts
@@ -98,17 +99,12 @@ def write_record(state_dir: Path, record: Record | None) -> None:
         NoSpaceError, LocalWriteError: It can not be written; what was kept before stays.
     """
     path = state_dir / _RECORD
-    temporary = path.with_suffix(f".{os.getpid()}")
+    if record is not None:
+        replace_private_file(path, msgspec.json.encode(record), durable=True)
+        return
     try:
-        if record is None:
-            path.unlink(missing_ok=True)
-            return
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(temporary, flags, 0o600), "wb") as file:
-            file.write(msgspec.json.encode(record))
-        temporary.replace(path)
+        path.unlink(missing_ok=True)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise local_write_error(error, os.fspath(path)) from error
 
 
