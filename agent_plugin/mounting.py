@@ -53,6 +53,7 @@ def open_mounts(
         passthrough=settings.mounts.passthrough,
         log_place=partial(log_place, settings),
         user_id=None if user_id == os.geteuid() else user_id,
+        source_bytes_on=settings.mounts.source_bytes.on,
     )
 
 

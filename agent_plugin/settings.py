@@ -160,12 +160,15 @@ class MountSettings(_Section, frozen=True, forbid_unknown_fields=True):
             them that the host can.
         passthrough: Whether the kernel reads cached blobs itself, if it can: `auto` decides by the
             mean size of a mount's files.
+        source_bytes: The most that one mounted input source keeps, on the disk of its session, of
+            what was read; `cache.min_free` is left free there as well.
     """
 
     verify: Literal["stream", "strict"] = "stream"
     xattrs: bool = False
     transport: Literal["auto", "fusepy", "kernel"] = "auto"
     passthrough: Literal["auto", "on", "off"] = "auto"
+    source_bytes: Size = Size(percent=10)
 
 
 class WorkerSettings(_Section, frozen=True, forbid_unknown_fields=True):

@@ -41,6 +41,7 @@ from agent_plugin.content.errors import (
     PropmasterError,
 )
 from agent_plugin.content.store import BlobSource, Cancellation
+from vfs.kept_bytes import KeptBytes
 from vfs.open_blob import OpenBlob
 from vfs.statistics import Statistics
 from vfs.streaming import Streamed, StreamPolicy
@@ -120,6 +121,8 @@ class BlobReader:
         statistics: What is counted.
         policy: How large blobs are read.
         fetches_at_once: Threads that fetch.
+        most_bytes: The most that is kept in those files when there is no cache; None for no limit.
+        min_free_bytes: What their disk is left then, as far as keeping less does it.
     """
 
     def __init__(
@@ -131,6 +134,8 @@ class BlobReader:
         *,
         policy: StreamPolicy,
         fetches_at_once: int = FETCHES_AT_ONCE,
+        most_bytes: int | None = None,
+        min_free_bytes: int = 0,
     ) -> None:
         self.on_corrupt: Callable[[Digest, PropmasterError], None] = _tell_nobody
         self._cache = cache
@@ -155,6 +160,9 @@ class BlobReader:
         self._large = ThreadPoolExecutor(LARGE_LOOKS_AT_ONCE, thread_name_prefix="look-large")
         self._halt = Cancellation()
         self._whole = WholeBlobs(cache, open_store, spool, statistics, self._halt)
+        self._kept: KeptBytes | None = None
+        if cache is None and most_bytes is not None:
+            self._kept = KeptBytes(most_bytes, min_free_bytes, spool, self._keep_no_more)
 
     def close(self) -> None:
         """Stop fetching; descriptors are closed as their readers let go of them."""
@@ -247,6 +255,21 @@ class BlobReader:
         with self._lock:
             if self._open.get(digest.hex) is blob:
                 del self._open[digest.hex]
+                self._count_gone(digest.hex)
+
+    def _keep_no_more(self, hex_: str) -> None:
+        """Let go of what is too much; its file goes with the last who reads of it just now."""
+        with self._lock:
+            self._open.pop(hex_, None)
+            self._streamed.pop(hex_, None)
+
+    def _count_gone(self, hex_: str) -> None:
+        if self._kept is not None:
+            self._kept.gone(hex_)
+
+    def _count_part(self, digest: Digest, length: int) -> None:
+        if self._kept is not None:
+            self._kept.grew(digest.hex, length)
 
     def note_uses(self) -> None:
         """Tell the cache what was read since this was called before.
@@ -322,6 +345,8 @@ class BlobReader:
 
     def _note_use(self, digest: Digest) -> None:
         self._used.add(digest.hex)
+        if self._kept is not None:
+            self._kept.used(digest.hex)
         with suppress(KeyError):  # Another thread has just let go of it.
             self._open.move_to_end(digest.hex)
 
@@ -376,9 +401,12 @@ class BlobReader:
         with self._lock:
             self._open[digest.hex] = blob
             while len(self._open) > self._most_open:
-                self._open.popitem(last=False)
+                self._count_gone(self._open.popitem(last=False)[0])
             begin = self._cache is not None and not self._tells_use
             self._tells_use = self._tells_use or begin
+        if self._kept is not None:
+            # It can only be had whole, and readers wait for it.
+            self._kept.grew(digest.hex, digest.size, stays=True)
         if begin:
             threading.Thread(target=self._tell_use, name="use", daemon=True).start()
         if not blob.is_verified:
@@ -408,6 +436,8 @@ class BlobReader:
             ):
                 return None
             if digest.hex in self._streamed:
+                if self._kept is not None:
+                    self._kept.used(digest.hex)
                 return self._streamed[digest.hex]
             future = self._beginning.get(digest.hex)
             is_first = future is None
@@ -439,6 +469,7 @@ class BlobReader:
                     statistics=self._statistics,
                     on_complete=self._completed,
                     on_corrupt=self._came_wrong,
+                    on_part=self._count_part,
                 )
         except BaseException as error:  # noqa: BLE001 - it is raised for those who wait
             outcome: BaseException | None = error
@@ -457,6 +488,7 @@ class BlobReader:
         with self._lock:
             # Its file goes with the last who reads of it just now.
             streamed = self._streamed.pop(digest.hex, None)
+            self._count_gone(digest.hex)
             if streamed is not None:
                 until = time.monotonic() + WRONG_SECONDS
                 self._wrong[digest.hex] = WrongBlob(ref(streamed), copy(error), until)
@@ -466,3 +498,6 @@ class BlobReader:
         with self._lock:
             self._open[digest.hex] = OpenBlob(fd)
             self._streamed.pop(digest.hex, None)
+            # Of one that was let go of while it came, not all has been counted.
+            self._count_gone(digest.hex)
+        self._count_part(digest, digest.size)

@@ -76,6 +76,7 @@ class Streamed:
         statistics: What is counted.
         on_complete: Given the digest and a descriptor of the verified blob, which is then theirs.
         on_corrupt: Told when the blob turned out wrong.
+        on_part: Told how many bytes have come to the file.
 
     Raises:
         NoSpaceError, LocalWriteError: No file could be made.
@@ -93,6 +94,7 @@ class Streamed:
         statistics: Statistics,
         on_complete: Callable[[Digest, int], None],
         on_corrupt: Callable[[Digest, PropmasterError], None],
+        on_part: Callable[[Digest, int], None] = lambda _digest, _length: None,
     ) -> None:
         self._digest = digest
         self._store = store
@@ -102,6 +104,7 @@ class Streamed:
         self._statistics = statistics
         self._on_complete = on_complete
         self._on_corrupt = on_corrupt
+        self._on_part = on_part
         self._lock = threading.Lock()
         parts = -(-digest.size // policy.part_bytes)
         self._here = bytearray(parts)
@@ -229,6 +232,7 @@ class Streamed:
             raise local_write_error(error, f"the file of {self._digest}") from error
         finally:
             os.close(fd)
+        self._on_part(self._digest, length)
 
     def _from_cache(self, offset: int, length: int) -> bytes | None:
         """Return part of the blob if somebody else on this host has got all of it by now."""

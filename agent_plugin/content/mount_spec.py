@@ -110,6 +110,7 @@ class MountSpec(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fiel
         snapshot: The file that holds the snapshot whose objects the content comes from
             (object_snapshot.py), of which the manifests have the tree; then there is no cache, and
             `store_url` only says what it is. Empty for a store.
+        spool_max_bytes: The most that is kept of what was read without a cache; 0 for no limit.
         gives_back: Whether the work directory is given to `uid` when nothing is mounted any more,
             and removed if nothing was written, so that its user can remove it.
     """
@@ -143,6 +144,7 @@ class MountSpec(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fiel
     gives_back: bool = False
     log: LogPlace | None = None
     snapshot: str = ""
+    spool_max_bytes: int = 0
 
     @property
     def lower(self) -> Path:

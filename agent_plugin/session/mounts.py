@@ -174,6 +174,8 @@ class Mounts:
         strict: Of what is mounted from now on, verify all of a blob before any of it is read.
         xattrs: Have extended attributes below overlayfs too; elsewhere they cost nothing.
         store_limits: How mounts talk to their store; None for what is so by default.
+        source_bytes_on: Given a directory, the most that a mounted source keeps there of what was
+            read; None for no limit.
         transport: Of what is mounted from now on: `auto`, `fusepy` or `kernel`.
         passthrough: Whether the kernel reads cached blobs itself: `auto`, `on` or `off`.
         log_place: Where events go, by the key of a session or `mount-` and the mount's name.
@@ -193,7 +195,9 @@ class Mounts:
         passthrough: str = "auto",
         log_place: Callable[[str], LogPlace | None] = lambda _name: None,
         user_id: int | None = None,
+        source_bytes_on: Callable[[Path], int] | None = None,
     ) -> None:
+        self._source_bytes_on = source_bytes_on
         self._directory = state_dir / "mounts"
         self._cache = cache
         self._strict = strict
@@ -449,6 +453,11 @@ class Mounts:
             cache_scope=self._cache.scope,
             log=self._log_place(request.session or f"mount-{place.name}"),
             snapshot=request.snapshot,
+            spool_max_bytes=(
+                self._source_bytes_on(request.work_dir.parent)
+                if request.snapshot and self._source_bytes_on is not None
+                else 0
+            ),
         )
 
     def _is_served(self, place: Path) -> bool:

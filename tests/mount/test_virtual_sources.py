@@ -520,3 +520,55 @@ def test_s6_of_two_thousand_objects_one_that_is_overwritten_is_the_documented_er
         proxied.finish_task(virtual_dir, action())
     for directory in (virtual_dir, copied_dir):
         proxied.end(directory)
+
+
+def kept_bytes(host: Host, root: Path) -> int:
+    """Return how much of the disk the server of a mount has in files without a name."""
+    pid = json.loads(ask_mount(host.mounts.control_of(root), {"ask": "status"}))["pid"]
+    sizes = {}
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            status = fd.stat()
+            is_ours = "/spool/" in str(fd.readlink()) and status.st_nlink == 0
+        except FileNotFoundError:
+            continue
+        if is_ours:
+            sizes[status.st_ino] = status.st_blocks * 512
+    return sum(sizes.values())
+
+
+def test_s6_what_a_mounted_source_keeps_on_the_disk_is_bounded(
+    tmp_path: Path, s3: S3Server, s3_prefix: str, session_dir: Path
+) -> None:
+    """Caught: no limit; one for whole objects only; one that forgets an object in parts."""
+    content = store_objects(
+        s3,
+        s3_prefix,
+        {**{f"whole-{at}": MIB for at in range(12)}, **{f"parts-{at}": 6 * MIB for at in range(4)}},
+    )
+    host = Host(
+        tmp_path / "host",
+        f"file://{tmp_path}/store",
+        environment=s3.environment,
+        settings={"mounts": {"source_bytes": "4 MiB"}},
+    )
+    try:
+        [told] = mounted(host, session_dir, source_of(s3, s3_prefix))
+        root = Path(told.local_root)
+        for name in ("parts-0", "parts-1", "parts-2", "parts-3"):
+            with (root / name).open("rb") as file:
+                # Backwards and with gaps, so that no object ever comes to its end.
+                for offset in range(6 * MIB - MIB // 2, 0, -MIB // 2):
+                    data = os.pread(file.fileno(), 1000, offset)
+                    assert data == content[name][offset : offset + 1000]
+            until(lambda: kept_bytes(host, root) <= 6 * MIB)
+        for _ in range(2):
+            for name in sorted(content):
+                assert (root / name).read_bytes() == content[name]
+                # What is fetched with one request comes on top.
+                until(lambda: kept_bytes(host, root) <= 8 * MIB)
+            forget_pages(root)
+
+        assert fetched(host, root) > sum(map(len, content.values())), "what went came again"
+    finally:
+        end_mounts(host, tmp_path)
