@@ -1,6 +1,5 @@
 """The unmodified client's `queue sync-output` and `outputs sync`, side by side."""
 
-import json
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -35,9 +34,7 @@ class Side:
 
     def sync(self, *words: str) -> Any:
         ids = ("--farm-id", FARM_ID, "--queue-id", QUEUE_ID)
-        done = self.artist.run("outputs", "sync", *ids, "--json", *words)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        return self.artist.call("outputs", "sync", *ids, *words)
 
 
 @pytest.fixture

@@ -4,19 +4,24 @@ As functions they take a tenth of the time, and a test can look at what is share
 is what a host shares: the state directory and the blob cache. Each call opens and closes its own.
 """
 
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 
+from agent_plugin.cli.main import propmaster
+from agent_plugin.content.errors import PropmasterError
 from agent_plugin.content.store import Cancellation
 from agent_plugin.mounting import open_mounts
 from agent_plugin.services import open_records, open_services, state_directory
@@ -314,6 +319,34 @@ class Host:
             timeout=CALL_SECONDS,
             check=False,
         )
+
+    def call(self, *arguments: str | Path, code: int = 0) -> Any:
+        """Run a command with --json in this process; return its result, or what is said of failure.
+
+        A process of its own takes a second of a core to load what the Deadline API and S3 need.
+        """
+        here = {"PATH", "PYTHONPATH", "PYTHONFAULTHANDLER"}
+        printed = io.BytesIO()
+        stdout = io.TextIOWrapper(printed, encoding="utf-8", write_through=True)
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(stdout):
+            for name in ("PROPMASTER_CACHE_DIR", "PROPMASTER_STATE_DIR"):
+                patch.delenv(name, raising=False)
+            for name, value in self.process_environment().items():
+                if name not in here:
+                    patch.setenv(name, value)
+            failure: PropmasterError | None = None
+            try:
+                words = [*map(str, arguments), "--json", "--config", str(self.config)]
+                propmaster.main(words, standalone_mode=False)
+            except PropmasterError as error:
+                failure = error
+            finally:
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
+        assert (failure.exit_code if failure else 0) == code, failure
+        told = printed.getvalue()
+        return msgspec.json.decode(told) if told or failure is None else failure.message
 
     def popen(self, *arguments: str | Path) -> subprocess.Popen[str]:
         """Start a command."""
