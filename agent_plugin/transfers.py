@@ -1,18 +1,23 @@
 """The transfers of this host, for whoever looks at them, steers them or has something copied."""
 
 import os
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from agent_plugin.content.store import Cancellation
 from agent_plugin.services import OpenObjects, open_copying, state_directory, store_limits
 from agent_plugin.settings import Settings
 from agent_plugin.transfer.api import Session
+from agent_plugin.transfer.copy_queue import CopyQueue
 from agent_plugin.transfer.ledger import Ledger, TaskSpec
 
 if TYPE_CHECKING:
-    from agent_plugin.transfer.copying import CopyResult
+    from agent_plugin.transfer.copying import CopyResult, Left
+
+# Whoever aborts something is not to wait for long for a server that does not answer.
+CLEAR_SECONDS: Final = 5.0
 
 
 def ledger_path(settings: Settings) -> Path:
@@ -63,3 +68,28 @@ def run_copies(
         # On a host that runs no sessions nobody else does.
         ledger.housekeep()
         return open_copying(settings, ledger, cancellation=cancellation, only=only, told=told).run()
+
+
+def clear_copies(
+    settings: Settings, transfers: Collection[int], *, environment: Mapping[str, str] = os.environ
+) -> "list[Left]":
+    """Remove what copies have left that nobody goes on with: aborted ones, excluded tasks.
+
+    Of a transfer that a process carries out that process removes it. Takes CLEAR_SECONDS at most.
+
+    Args:
+        settings: The host's.
+        transfers: The transfers that are meant.
+        environment: Where credentials and endpoints come from.
+
+    Returns:
+        What could not be removed, and is by the next run.
+    """
+    with Ledger.open(ledger_path(settings)) as ledger:
+        # Loaded only for those few: it takes longer than most commands.
+        if not CopyQueue(ledger.file, time.time, transfers).leftovers():
+            return []
+        copying = open_copying(
+            settings, ledger, cancellation=Cancellation(), only=transfers, environment=environment
+        )
+        return copying.clear(CLEAR_SECONDS)

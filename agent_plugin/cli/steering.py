@@ -22,7 +22,7 @@ from agent_plugin.transfer.find import EVERYWHERE, Scopes
 from agent_plugin.transfer.progress import format_bytes
 from agent_plugin.transfer.query import ENTITY_WORDS, Entity, Place, refuse, where
 from agent_plugin.transfer.states import DEFAULT_PRIORITY
-from agent_plugin.transfers import ledger_path, open_session
+from agent_plugin.transfers import clear_copies, ledger_path, open_session
 
 R = TypeVar("R")
 
@@ -31,6 +31,8 @@ _VOCABULARY: Final = (Entity.ATTRIBUTES, Entity.ENTITYTYPES)
 _BYTES: Final = frozenset({"size", "done"})
 # Of what was changed; there may be a hundred thousand.
 _SAID: Final = 20
+# Of these nobody goes on with what there is.
+_DROPPED: Final = frozenset({"aborted", "done", "excluded", "failed"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -356,6 +358,7 @@ def set_command(noun: Noun, about: str, *options: click.Option) -> click.Command
             raise click.UsageError("say what is to be set")
         changed = noun.change(writing(config), choice, Change(attributes, metadata))
         print_changed(noun, changed, as_json=as_json)
+        _clear_left(noun, changed, config)
 
     made = click.command(name="set", help=about)(command)
     # After --status and --priority.
@@ -379,6 +382,7 @@ def steering_command(noun: Noun, name: str, status: str, about: str) -> click.Co
     def command(*, choice: Choice, as_json: bool, config: Path | None) -> None:
         changed = noun.change(writing(config), choice, Change({"status": status}, {}))
         print_changed(noun, changed, as_json=as_json)
+        _clear_left(noun, changed, config)
 
     return command
 
@@ -395,6 +399,19 @@ def print_changed(noun: Noun, changed: Changed, *, as_json: bool) -> None:
         say(f"and {len(changed.found) - _SAID} more")
     if not changed.found:
         say(f"no {noun.entity} was found; --where looks among active ones")
+
+
+def _clear_left(noun: Noun, changed: Changed, config: Path | None) -> None:
+    """See that nothing half-written stays of what nobody goes on with, or say that it does."""
+    key = "job" if noun.entity is Entity.TASK else "id"
+    transfers = {each[key] for each in changed.found if each["status"] in _DROPPED}
+    left = clear_copies(load(config), transfers) if transfers else []
+    for each in left[:_SAID]:
+        say(
+            f"{each.destination}: something half-written is left: {each.reason}; the same command"
+            " again, or the next `propmaster transfer run`, removes it",
+            err=True,
+        )
 
 
 def _priority(each: Found) -> str:

@@ -404,18 +404,27 @@ class CopyQueue:
         return ended
 
     def leftovers(self) -> list[CopyTask]:
-        """Return tasks that nobody will go on with, of which something is left."""
+        """Return tasks that nobody will go on with, of which something is left.
+
+        Not those of transfers that another engine has, which sees to them itself.
+        """
+        now = self._clock()
         with self._file.read() as connection:
             rows = connection.execute(
                 "SELECT task.id, transfer, task.source, task.destination, task.size, upload_id,"
-                " parts, task.priority FROM task JOIN transfer ON transfer.id = task.transfer"
-                " WHERE kind = ?"
+                " parts, task.priority, lease_owner, lease_until"
+                " FROM task JOIN transfer ON transfer.id = task.transfer WHERE kind = ?"
                 " AND parts != '[]' AND (transfer.status IN ('aborted', 'done')"
                 " OR task.status IN ('excluded', 'done', 'failed'))"
                 " AND task.status NOT IN ('booting', 'executing')",
                 (KIND,),
             ).fetchall()
-        return [_task_of(row) for row in rows if self._only is None or row[1] in self._only]
+        return [
+            _task_of(row)
+            for row in rows
+            if (self._only is None or row[1] in self._only)
+            and (row[8] == lease_owner() or lease_holder(row[8], row[9], now) is None)
+        ]
 
     @staticmethod
     def _state_of_tasks(connection: sqlite3.Connection, transfer_id: int) -> TransferStatus:

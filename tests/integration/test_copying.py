@@ -23,7 +23,7 @@ from agent_plugin.content.errors import (
     JobInvalidError,
     UnsafePathError,
 )
-from agent_plugin.content.leftovers import is_partial
+from agent_plugin.content.leftovers import is_partial, partial_name
 from agent_plugin.content.objects import ObjectAccess
 from agent_plugin.content.s3_objects import S3Objects, open_objects
 from agent_plugin.content.store import Cancellation
@@ -35,6 +35,7 @@ from agent_plugin.transfer.copying import BEAT_SECONDS, CONCURRENCY, Copying, Co
 from agent_plugin.transfer.ledger import Ledger, TaskSpec, TransferSpec, lease_owner
 from agent_plugin.transfer.progress import Progress, describe_transfer
 from agent_plugin.transfer.states import TaskStatus, TransferStatus
+from tests.servers.command import Command, Done
 from tests.servers.fault_proxy import FaultProxy
 from tests.servers.faults import Fault
 from tests.servers.s3_server import S3Server
@@ -458,24 +459,44 @@ def test_t9_what_is_aborted_leaves_nothing(
         assert not (farm.directory / "a").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["up", "down"])
+def _steer(farm: Farm, *words: str) -> Done:
+    """Run a command of `propmaster` on the host."""
+    done = Command(farm.directory.parent, farm.environment)(*words)
+    assert done.code == 0, done.stderr
+    return done
+
+
+@pytest.mark.parametrize("kind", ["up", pytest.param("down", marks=pytest.mark.slow)])
 def test_t9_what_was_paused_and_then_aborted_leaves_nothing(
     farm: Farm, running: Callable[[], threading.Thread], kind: str
 ) -> None:
+    """No engine runs any more: the command removes it; if it can not it says so, and the next does.
+
+    Seen to fail when the command only sets the state, and when what could not be removed is
+    forgotten.
+    """
     transfer, method = _slow(farm, kind)
     engine = running()
     until(lambda: _moved(farm, method))
     farm.tell(transfer, TransferStatus.PAUSED)
     engine.join(30)
-    assert farm.uploads() or any(is_partial(path.name) for path in farm.directory.iterdir())
-    farm.tell(transfer, TransferStatus.ABORTED)
-
-    assert farm.copying().clear(10) == []
-
     farm.proxy.release()
-    until(lambda: farm.uploads() == [])
-    assert not [path for path in farm.directory.rglob("*") if is_partial(path.name)]
+    left = farm.directory / partial_name(f"copy-{farm.ledger.tasks(transfer)[0].id}")
+    assert farm.uploads() or left.exists()
+    if kind == "up":
+        farm.proxy.inject(Fault.INTERNAL_ERROR, methods={"DELETE"})
+        done = _steer(farm, "transfer", "abort", str(transfer))
+        assert done.text.startswith(f"transfer {transfer} is aborted")
+        assert "something half-written is left: abort the upload of " in done.stderr
+        assert farm.uploads()
+        farm.proxy.clear()
+
+    done = _steer(farm, "transfer", "abort", str(transfer))
+
+    assert "half-written" not in done.stderr
+    assert (farm.uploads(), left.exists()) == ([], False)
+    assert farm.ledger.transfer(transfer).status is TransferStatus.ABORTED
+    assert farm.ledger.transfer(transfer).done == 0
 
 
 def _slow_here(farm: Farm, name: str, size: int = 48 * MIB, seconds: int = 10) -> int:

@@ -108,7 +108,7 @@ def test_t9_a_busy_ledger_holds_nothing_up_and_gets_all_of_it_later(
     queue.beat({1: 1}, ())
 
     assert not queue.behind
-    assert rows(tmp_path / "ledger.db", "SELECT bytes FROM sample") == [(15,)]
+    assert rows(tmp_path / "ledger.db", "SELECT sum(bytes) FROM sample") == [(15,)]
     found = [(str(task.status), task.size, task.done) for task in ledger.tasks(1)]
     assert found == [
         ("executing", 2 * SIZE, 0), ("executing", SIZE, 4), ("done", SIZE, SIZE),
