@@ -71,8 +71,8 @@ def _tell(found: HandlerStatus, as_json: bool) -> None:
     for scheme, default in found.defaults.items():
         before = f", before {found.before[scheme]}" if found.before.get(scheme) else ""
         say(f"default for {scheme}: {default or 'none'}{before}")
-    say(f"entry: {found.desktop_file}")
     if found.command:
+        say(f"entry: {found.desktop_file}")
         say(f"command: {found.command}")
     if found.overridden_by:
         say(f"overridden by {found.overridden_by}: remove the line there that names the scheme")

@@ -4,8 +4,10 @@ All seen to hang when the files are opened without O_NONBLOCK.
 """
 
 import os
+import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,9 +33,13 @@ COMMANDS: list[list[str]] = [
 
 
 @pytest.fixture
-def pipe(tmp_path: Path) -> Path:
+def pipe(tmp_path: Path) -> Iterator[Path]:
+    """A pipe; what commands do with signals is undone afterwards."""
     os.mkfifo(tmp_path / "pipe", 0o600)
-    return tmp_path / "pipe"
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield tmp_path / "pipe"
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def run(words: list[str], pipe: Path) -> None:

@@ -251,7 +251,11 @@ def test_a_profile_in_a_url_is_the_one_that_is_used(farm: Farm) -> None:
 
 @pytest.mark.parametrize(
     ("answer", "code", "files", "scheme"),
-    [("\n", 0, 1, "deadline"), ("n\n", 77, 0, "deadline"), ("\n", 77, 0, "propmaster")],
+    [
+        ("\n", 0, 1, "deadline"),
+        pytest.param("n\n", 77, 0, "deadline", marks=pytest.mark.slow),
+        ("\n", 77, 0, "propmaster"),
+    ],
 )
 def test_who_clicks_is_asked_and_the_terminal_stays_until_a_key(
     farm: Farm, answer: str, code: int, files: int, scheme: str
