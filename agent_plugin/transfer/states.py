@@ -134,7 +134,7 @@ def check_transfer_change(
     allowed = TRANSFER_CHANGES[current]
     if wanted not in allowed:
         raise TransferStateError(
-            _unchanged(which, current, wanted),
+            f"{which} is {current}, and can not become {wanted}",
             hint=f"from {current} it can become: {', '.join(sorted(allowed))}",
         )
 
@@ -148,15 +148,9 @@ def check_task_change(current: TaskStatus, wanted: TaskStatus, which: str = "a t
     allowed = TASK_CHANGES[current]
     if wanted not in allowed:
         raise TransferStateError(
-            _unchanged(which, current, wanted),
+            f"{which} is {current}, and can not become {wanted}",
             hint=f"from {current} it can become: {', '.join(sorted(allowed))}",
         )
-
-
-def _unchanged(which: str, current: str, wanted: str) -> str:
-    if current == wanted:
-        return f"{which} is {current} already"
-    return f"{which} is {current}, and can not become {wanted}"
 
 
 def aggregate(tasks: Collection[TaskStatus]) -> TransferStatus:
