@@ -35,7 +35,9 @@ Duplicates = Literal["retry", "reject", "replace"]
 _T = TransferStatus
 _K = TaskStatus
 # What these are to move follows from a job alone.
-_OF_HOOKS: Final = frozenset({"sync-in", "sync-step", "sync-out", "submit", "outputs", "get"})
+_OF_HOOKS: Final = frozenset(
+    {"sync-in", "source", "sync-step", "sync-out", "publish", "submit", "outputs", "get"}
+)
 _BEGUN: Final = frozenset({_K.BOOTING, _K.EXECUTING})
 
 

@@ -216,7 +216,7 @@ def test_a_root_that_is_swapped_for_a_link_after_it_was_filled_is_not_read_throu
     job = sessions.submitted()
     root = sessions.session_dir / session_directory_name(str(sessions.source))
 
-    with swapped.when("agent_plugin.session.start.materialise", root):
+    with swapped.when("agent_plugin.session.bring.materialise", root):
         sessions.host.start(job, sessions.session_dir)
 
 

@@ -452,8 +452,9 @@ def test_t8_what_is_under_way_is_never_touched(ledger: Ledger, duplicates: str) 
     assert ledger.transfer(row.id).status is TransferStatus.RUNNING
 
 
-def test_t8_a_session_actions_transfer_takes_no_tasks_of_others(ledger: Ledger) -> None:
-    spec = TransferSpec("sync-in", "s3://b/p", "/root", session="s1")
+@pytest.mark.parametrize("kind", ["sync-in", "source", "publish"])
+def test_t8_a_session_actions_transfer_takes_no_tasks_of_others(ledger: Ledger, kind: str) -> None:
+    spec = TransferSpec(kind, "s3://b/p", "/root", session="s1")
     row = ledger.begin(spec, TASKS)
     ledger.finish(row.id, StoreUnavailableError("no"))
 
