@@ -160,6 +160,8 @@ def begin_task_command(
         print_json(result)
         return
     _print_sources(result.sources)
+    if not result.sources:
+        say("no source of the session has parts that a task parameter says")
     say(f"{result.seconds} s")
 
 

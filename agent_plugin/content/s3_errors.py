@@ -242,6 +242,10 @@ def error_of_answer(  # noqa: PLR0911 - one for each kind of answer
 
 
 _UNREACHABLE: Final = "Check the network and the endpoint; a later try may succeed."
+# Of requests that nobody has signed.
+NOT_OPEN: Final = (
+    "The bucket is not open to everybody, or not for this: use credentials (leave NoSign out)."
+)
 _FORBIDDEN: Final = (
     "Check the identity's rights (s3:GetObject, s3:PutObject, s3:ListBucket) and that the bucket"
     " belongs to the expected account; without s3:ListBucket S3 also answers so for what is absent."
@@ -252,7 +256,7 @@ RESTORE_HINT: Final = (
 )
 _BY_CODE: Final[dict[str, Callable[[str], PropmasterError]]] = {
     "NoSuchBucket": lambda reason: BucketAbsentError(
-        f"{reason} (the bucket itself is missing)", hint="Check the queue's bucket name."
+        f"{reason} (the bucket itself is missing)", hint="Check the bucket's name."
     ),
     "NoSuchUpload": UploadGoneError,
     "InvalidObjectState": lambda reason: ObjectArchivedError(reason, hint=RESTORE_HINT),

@@ -25,7 +25,10 @@ _FIELDS: Final = {
 } | {"checksum256": "ChecksumSHA256"}
 _SWITCHES: Final = {"Anchored", "Required", "NoSign"}
 _WORDS: Final = {"true": True, "1": True, "false": False, "0": False}
-_FORM: Final = "its form is s3://bucket/key:/inputs,opt=region=us-east-1"
+_FORM: Final = (
+    "its form is s3://bucket/key:/inputs,opt=region=us-east-1; a part with a comma in it stands in"
+    " double quotes"
+)
 
 
 def parse_source(text: str) -> InputSource:
@@ -41,6 +44,8 @@ def parse_source(text: str) -> InputSource:
         key = name.strip().lower()
         if index == 0 and part[: len(SCHEME)].lower() == SCHEME:
             _take_place(*_split_target(part), fields)
+        elif index == 0 and not equals:
+            raise _failed(part, f"it does not begin with {SCHEME}", _FORM)
         elif not equals:
             raise _failed(part, "it is no name=value", _FORM)
         elif key in _SOURCE_NAMES:

@@ -15,8 +15,10 @@ from typing import Final
 from agent_plugin.content import events
 from agent_plugin.content.errors import (
     ObjectChangedError,
+    ObjectNotFoundError,
     SourceEmptyError,
     SourceInvalidError,
+    StoreAccessError,
 )
 from agent_plugin.content.object_snapshot import (
     MAX_OBJECTS,
@@ -26,6 +28,7 @@ from agent_plugin.content.object_snapshot import (
 )
 from agent_plugin.content.objects import SHA256, ObjectInfo
 from agent_plugin.content.pattern import Pattern, PatternTooSlowError
+from agent_plugin.content.s3_errors import NOT_OPEN, BucketAbsentError
 from agent_plugin.content.s3_objects import S3Objects
 from agent_plugin.content.store import Cancellation
 from agent_plugin.sources.access import SourceServers
@@ -33,7 +36,7 @@ from agent_plugin.sources.archives import refuse_archived
 from agent_plugin.sources.mapping import path_of, prefix_of
 from agent_plugin.sources.partition import Share
 from agent_plugin.sources.parts import share_of
-from agent_plugin.sources.spec import InputSource
+from agent_plugin.sources.spec import DEFAULT_TARGET, InputSource
 
 # What some servers and clients keep for a directory.
 _DIRECTORY_TYPE: Final = "application/x-directory"
@@ -46,10 +49,11 @@ log = events.get_logger()
 
 @dataclass(slots=True)
 class _Found:
-    """What a listing had, before it is shared out."""
+    """What there was, before it is shared out; `is_single` if it was one object by its key."""
 
     listed: int = 0
     matching: int = 0
+    is_single: bool = False
 
 
 def resolve(
@@ -84,26 +88,16 @@ def resolve(
     access = servers.access_of(source)
     objects = servers.objects(access)
     found = _Found()
-    single = _head(source, objects)
-    archived = []
-    if single is not None:
-        found.listed = found.matching = 1
-        entries = [_single_entry(source, single)] if share.has(single.key) else []
-        archived = [single] if entries and single.archive else []
-    else:
-        entries = []
-        for info in _matching(source, objects, found, cancellation):
-            if not share.has(info.key):
-                continue
-            if len(entries) == MAX_OBJECTS:
-                raise too_many(source.bucket)
-            entries.append(SnapshotEntry.of(info, path_of(info.key, share.prefix)))
-            if info.archive:
-                archived.append(info)
+    try:
+        entries, doubtful = _entries(source, share, objects, found, cancellation)
+    except StoreAccessError as error:
+        if not source.no_sign or isinstance(error, BucketAbsentError):
+            raise
+        raise StoreAccessError(error.message, hint=NOT_OPEN) from error
     snapshot = ObjectSnapshot(access, source.bucket, entries)
     if not len(snapshot) and source.on_empty == "error":
         raise _empty(source, found, share)
-    refuse_archived(source.name, archived, objects, cancellation)
+    refuse_archived(source.name, doubtful, objects, cancellation)
     log.info(
         events.SOURCE_RESOLVED,
         extra={
@@ -111,18 +105,52 @@ def resolve(
             "objects": len(snapshot),
             "bytes": snapshot.total_bytes,
             "listed": found.listed,
-            "ignored": _ignored(source, is_single=single is not None),
+            "ignored": _ignored(source, is_single=found.is_single),
             "seconds": round(time.monotonic() - begun, 3),
         },
     )
     return snapshot
 
 
+def _entries(
+    source: InputSource,
+    share: Share,
+    objects: S3Objects,
+    found: _Found,
+    cancellation: Cancellation | None,
+) -> tuple[list[SnapshotEntry], list[ObjectInfo]]:
+    """Return the objects that are taken, and those of them that may be in an archive."""
+    single = _head(source, objects)
+    if single is not None:
+        found.listed = found.matching = 1
+        found.is_single = True
+        entries = [_single_entry(source, single)] if share.has(single.key) else []
+        return entries, [single] if entries and single.archive else []
+    entries, doubtful = [], []
+    for info in _matching(source, objects, found, cancellation):
+        if not share.has(info.key):
+            continue
+        if len(entries) == MAX_OBJECTS:
+            raise too_many(source.bucket)
+        entries.append(SnapshotEntry.of(info, path_of(info.key, share.prefix)))
+        if info.archive:
+            doubtful.append(info)
+    return entries, doubtful
+
+
 def _head(source: InputSource, objects: S3Objects) -> ObjectInfo | None:
     """Return the one object that a source names; None if it names several, or a directory."""
     if not source.is_single:
         return None
-    info = objects.head(source.bucket, source.key, version=source.version_id)
+    try:
+        info = objects.head(source.bucket, source.key, version=source.version_id)
+    except ObjectNotFoundError as error:
+        colon = "; a key with a colon, as src=" if source.target != DEFAULT_TARGET else ""
+        raise ObjectNotFoundError(
+            error.message,
+            hint="check bucket and key, and whether it was deleted; what several objects begin with"
+            f" is named with / or * at its end: {source.url}/{colon}",
+        ) from error
     return None if info.content_type.startswith(_DIRECTORY_TYPE) else info
 
 

@@ -82,3 +82,23 @@ def test_s1_a_source_that_brings_nothing_is_told_with_what_to_do(
     assert (done.code, done.stdout) == (code, b""), done.stderr
     assert message in done.stderr
     assert "hint: " in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("{stored}", "what several objects begin with is named with / or * at its end"),
+        ("{stored}t:1.exr", "a key with a colon, as src="),
+        ("show/plates/", "it does not begin with s3://"),
+        ("s3://no-such-bucket/a/", "hint: Check the bucket's name."),
+        ("{stored}/,opt=nosign=true", "The bucket is not open to everybody"),
+    ],
+)
+def test_s1_what_is_easily_written_wrong_is_told_how_it_is_right(
+    propmaster: Command, stored: str, spec: str, said: str
+) -> None:
+    """Each was met by hand, with a hint that did not help."""
+    done = propmaster("source", "resolve", spec.replace("{stored}", stored.rstrip("/")))
+
+    assert done.code > 64
+    assert said in done.stderr
