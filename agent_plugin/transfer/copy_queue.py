@@ -55,6 +55,7 @@ class CopyTask:
         upload_id: Of an upload to go on with; empty for none.
         kept: What an earlier attempt has left of it; see copy_task.py.
         priority: Its own.
+        tries: Attempts that were begun before.
     """
 
     id: int
@@ -65,6 +66,7 @@ class CopyTask:
     upload_id: str
     kept: Mapping[str, Any]
     priority: int = DEFAULT_PRIORITY
+    tries: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +191,7 @@ class CopyQueue:
         with self._write() as connection:
             if connection is None:
                 return claimed
-            columns = "id, transfer, source, destination, size, upload_id, parts, priority"
+            columns = "id, transfer, source, destination, size, upload_id, parts, priority, tries"
             rows = self._queued(connection, columns, most, executing, yielding, now)
             claimed = [_task_of(row) for row in rows]
             connection.executemany(
@@ -412,7 +414,7 @@ class CopyQueue:
         with self._file.read() as connection:
             rows = connection.execute(
                 "SELECT task.id, transfer, task.source, task.destination, task.size, upload_id,"
-                " parts, task.priority, lease_owner, lease_until"
+                " parts, task.priority, task.tries, lease_owner, lease_until"
                 " FROM task JOIN transfer ON transfer.id = task.transfer WHERE kind = ?"
                 " AND parts != '[]' AND (transfer.status IN ('aborted', 'done')"
                 " OR task.status IN ('excluded', 'done', 'failed'))"
@@ -423,7 +425,7 @@ class CopyQueue:
             _task_of(row)
             for row in rows
             if (self._only is None or row[1] in self._only)
-            and (row[8] == lease_owner() or lease_holder(row[8], row[9], now) is None)
+            and (row[9] == lease_owner() or lease_holder(row[9], row[10], now) is None)
         ]
 
     @staticmethod
@@ -486,7 +488,9 @@ class CopyQueue:
 
 def _task_of(row: Sequence[Any]) -> CopyTask:
     source, destination = from_sql(row[2]), from_sql(row[3])
-    return CopyTask(row[0], row[1], source, destination, row[4], row[5], _kept(row[6]), row[7])
+    return CopyTask(
+        row[0], row[1], source, destination, row[4], row[5], _kept(row[6]), row[7], row[8]
+    )
 
 
 def _kept(text: str) -> Mapping[str, Any]:

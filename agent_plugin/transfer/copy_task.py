@@ -9,6 +9,7 @@ cut may take it and leave the ledger that speaks of it.
 Nothing has its destination's name before it is whole.
 """
 
+import hashlib
 import os
 import stat
 import threading
@@ -43,6 +44,10 @@ Keep = Callable[[str, Mapping[str, Any], int], None]
 # Written down more often, an upload of 10,000 parts would write its list 10,000 times. What is
 # missing in it the store knows.
 PARTS_WRITTEN_SECONDS: Final = 1.0
+# What is sent by one request, whose ETag is an MD5 on most servers.
+_COMPARED_BYTES: Final = 8 * 1024 * 1024
+# Times are set as binary fractions, which are some tenths of a microsecond apart.
+_SAME_TIME_SECONDS: Final = 1e-5
 _READ: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _WRITE: Final = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
@@ -115,6 +120,10 @@ class Attempt:
                 self._upload(source, destination)
             else:
                 self._copy_file(source, destination)
+        except KeyExistsError:
+            # An engine that was killed may have made it, and not come to write that down.
+            if not self._is_made(source, destination):
+                raise
         finally:
             with self._lock:
                 # Threads that were left behind write nothing down any more.
@@ -359,6 +368,42 @@ class Attempt:
         except ObjectNotFoundError:
             return False
         return True
+
+    def _is_made(self, source: Place, destination: Place) -> bool:
+        """Tell whether an earlier attempt has made what is at the destination.
+
+        Of objects that are made of parts nobody can tell; they are taken for somebody else's.
+        """
+        if not destination.is_object:
+            there = Path(destination.path).lstat()
+            size, modified = self._facts(source)
+            # As _place leaves a file. Before that, what there is of it is written down.
+            return (
+                bool(self.task.kept)
+                and stat.S_ISREG(there.st_mode)
+                and there.st_size == size
+                and abs(there.st_mtime - modified) < _SAME_TIME_SECONDS
+            )
+        if not self.task.tries:
+            return False
+        objects = self.open_objects(self.settings.destination.access)
+        made = objects.head(destination.bucket, destination.key, cancellation=self.halt)
+        if source.is_object:
+            info = self._look(source)
+            return bool(info.etag) and (made.size, made.etag) == (info.size, info.etag)
+        with _opened(source.path) as (fd, status):
+            if status.st_size != made.size or made.size > _COMPARED_BYTES:
+                return False
+            data = parts.read_all(fd, 0, status.st_size)
+        return made.etag.strip('"') == hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+    def _facts(self, source: Place) -> tuple[int, float]:
+        """Return size and time of a source; seconds since the epoch."""
+        if source.is_object:
+            info = self._look(source)
+            return info.size, info.modified
+        status = Path(source.path).stat()
+        return status.st_size, status.st_mtime
 
     def _write_down(self, upload_id: str, kept: Mapping[str, Any], done: int) -> None:
         with self._lock:

@@ -904,6 +904,46 @@ with Ledger.open(Path(directory, "ledger.db")) as ledger:
 """
 
 
+@pytest.mark.parametrize("kind", ["up", "down", "copy", "file"])
+def test_t1_what_a_killed_engine_had_made_and_not_noted_is_done(farm: Farm, kind: str) -> None:
+    """Also where nothing may be replaced: it is no other's.
+
+    Seen to fail when what is there is taken for somebody else's, whatever it is, and when it is
+    taken for our own, whatever it is.
+    """
+    data = b"made and not noted"
+    source = farm.file("a", data) if kind in ("up", "file") else farm.store("a", data)
+    target = farm.directory / "got" if kind in ("down", "file") else farm.url("got")
+    transfer = farm.create([(source, target)], overwrite=False)
+    farm.run()
+    _forget_done(farm)
+
+    farm.run()
+    assert farm.ledger.transfer(transfer).status is TransferStatus.DONE
+
+    _forget_done(farm)
+    if isinstance(target, Path):
+        target.write_bytes(b"others had made it")
+    else:
+        farm.store("got", b"others had made it")
+    farm.run()
+    [task] = farm.ledger.tasks(transfer)
+    assert (task.status, task.error_code) == (TaskStatus.FAILED, "E_KEY_EXISTS")
+
+
+def _forget_done(farm: Farm) -> None:
+    """Leave the ledger as a kill does that comes before the engine notes what it has made."""
+    with farm.ledger.file.write() as connection:
+        connection.execute(
+            "UPDATE transfer SET status = 'running', lease_owner = '1:1', lease_until = 9e9,"
+            " finished = NULL"
+        )
+        connection.execute(
+            "UPDATE task SET status = 'executing', done = 0, finished = NULL, parts = ?",
+            (json.dumps({"partial": os.fspath(farm.directory / "nowhere")}),),
+        )
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["up", "down", "copy"])
