@@ -27,9 +27,12 @@ from agent_plugin.content.errors import (
     PropmasterError,
     local_write_error,
 )
+from agent_plugin.transfer.ledger_holder import holder_of
 from agent_plugin.transfer.ledger_migrate import from_version_1
 
 BUSY_TIMEOUT_SECONDS: Final = 10.0
+# People are promised an answer within a second, if only whom they wait for.
+SAY_AFTER_SECONDS: Final = 0.7
 # Result codes: https://sqlite.org/rescode.html. SQLITE_ERROR is not among them: it may be anything.
 _DAMAGED: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _WRONG_KINDS: Final = {stat.S_IFLNK: errno.ELOOP, stat.S_IFDIR: errno.EISDIR}
@@ -136,7 +139,7 @@ class LedgerFile:
             NoSpaceError, LocalWriteError: Instead of any other error of SQLite.
         """
         with self._lend(patience) as connection:
-            connection.execute("BEGIN IMMEDIATE")
+            self._begin(connection, patience)
             try:
                 yield connection
                 connection.execute("COMMIT")
@@ -146,12 +149,29 @@ class LedgerFile:
                     connection.execute("ROLLBACK")
                 raise
 
+    def _begin(self, connection: sqlite3.Connection, patience: float) -> None:
+        """Begin a transaction; say whom it waits for, if that takes longer than people expect."""
+        if patience > SAY_AFTER_SECONDS:
+            _set_patience(connection, SAY_AFTER_SECONDS)
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as error:
+                if _code(error) != sqlite3.SQLITE_BUSY:
+                    raise
+            else:
+                return
+            holder = holder_of(self._path)
+            extra = {"path": os.fspath(self._path), "holder": str(holder or "")}
+            log.info(events.LEDGER_BUSY, extra=extra)
+            _set_patience(connection, patience - SAY_AFTER_SECONDS)
+        connection.execute("BEGIN IMMEDIATE")
+
     @contextmanager
     def _lend(self, patience: float) -> Iterator[sqlite3.Connection]:
         with self._lock:
             try:
                 if patience != self._patience:
-                    self._connection.execute(f"PRAGMA busy_timeout = {round(patience * 1000)}")
+                    _set_patience(self._connection, patience)
                     self._patience = patience
                 yield self._connection
             except sqlite3.DatabaseError as error:
@@ -188,6 +208,10 @@ class LedgerFile:
             Path(f"{self._path}{suffix}").unlink(missing_ok=True)
         extra = {"path": str(aside), "reason": str(reason)}
         log.warning(events.LEDGER_QUARANTINED, extra=extra)
+
+
+def _set_patience(connection: sqlite3.Connection, seconds: float) -> None:
+    connection.execute(f"PRAGMA busy_timeout = {round(seconds * 1000)}")
 
 
 def _connect(path: Path, schema: Schema, *, create: bool) -> sqlite3.Connection:
@@ -336,9 +360,12 @@ def ledger_error(path: Path, error: sqlite3.Error) -> PropmasterError:
     if code == sqlite3.SQLITE_FULL or (code == sqlite3.SQLITE_IOERR and _is_full(path)):
         return NoSpaceError(f"{path}: {error}", hint="free some space in the state directory")
     if code == sqlite3.SQLITE_BUSY:
+        holder = holder_of(path)
         return LedgerBusyError(
-            f"{path}: {error}",
-            hint="another process is writing to it: try again, and if it lasts, look for one that"
+            f"{path}: {error}: {holder} writes to it" if holder else f"{path}: {error}",
+            hint=f"let it go on: kill -CONT {holder.pid}"
+            if holder and holder.stopped
+            else "another process is writing to it: try again, and if it lasts, look for one that"
             " was stopped",
         )
     return LocalWriteError(

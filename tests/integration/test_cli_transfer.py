@@ -142,6 +142,35 @@ def test_t9_t10_what_is_so_already_is_no_error_and_is_said(filled: Here) -> None
         steer("transfer", "pause", "1")
 
 
+STOPPED = """
+import os, signal, sqlite3, sys
+ledger = sqlite3.connect(sys.argv[1], isolation_level=None)
+ledger.execute("BEGIN IMMEDIATE")
+os.kill(os.getpid(), signal.SIGSTOP)
+ledger.execute("ROLLBACK")
+"""
+
+
+def test_t9_a_command_that_waits_for_the_ledger_says_for_whom(
+    command: Command, filled: Here
+) -> None:
+    """And goes on when it can. Seen to fail when nothing is said before the wait is over."""
+    arguments = [sys.executable, "-c", STOPPED, str(filled.state_dir / "ledger.db")]
+    with subprocess.Popen(arguments) as writer:
+        try:
+            os.waitpid(writer.pid, os.WUNTRACED)
+            pausing = command.popen("transfer", "pause", "1")
+            assert pausing.stderr is not None
+            told = json.loads(pausing.stderr.readline())
+            assert told["event"] == "ledger.busy"
+            assert told["holder"].startswith(f"process {writer.pid} (")
+            assert told["holder"].endswith(", stopped)")
+        finally:
+            writer.send_signal(signal.SIGCONT)
+        output, _ = pausing.communicate(timeout=60)
+    assert (pausing.returncode, output) == (0, b"transfer 1 is paused\n")
+
+
 def on_terminal(command: Command, *words: str, columns: int, seconds: float = 0.0) -> str:
     """Return what a command writes to a terminal of 24 lines; Ctrl-C after some seconds."""
     ours, theirs = pty.openpty()
