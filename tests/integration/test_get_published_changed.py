@@ -7,12 +7,14 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from agent_plugin.content.errors import (
     ArchiveUnsafeError,
+    NotAllowedError,
     ObjectChangedError,
     ObjectNotFoundError,
     ResultClashError,
@@ -28,7 +30,7 @@ from tests.servers.s3_server import S3Server
 
 
 @pytest.fixture
-def published(s3: S3Server, tmp_path: Any) -> Published:
+def published(s3: S3Server, tmp_path: Path) -> Published:
     return Published(s3, tmp_path)
 
 
@@ -215,36 +217,64 @@ def foreign() -> Iterator[_Foreign]:
     server.close()
 
 
+def at(endpoint: str) -> Callable[[dict[str, Any]], None]:
+    """Return what has a result document name a server."""
+
+    def change(document: dict[str, Any]) -> None:
+        document["results"][0]["Params"]["Endpoint"] = endpoint
+
+    return change
+
+
 def test_o7_a_server_that_only_a_document_names_is_not_asked(
     published: Published, foreign: _Foreign
 ) -> None:
     """Seen to fail, with a signed request at the other server, when endpoints are not looked at."""
     p = published
     one, _ = p.ran({"Key": "{executionID}"}, {"renders/1": b"1"}, {"renders/2": b"2"})
+    p.rewrite(one, at(foreign.url))
 
-    def elsewhere(document: dict[str, Any]) -> None:
-        document["results"][0]["Params"]["Endpoint"] = foreign.url
-
-    p.rewrite(one, elsewhere)
-
-    done = p.run("get", JOB, "--published", "--to", p.to, code=89)
+    with pytest.raises(NotAllowedError, match=f"what execution {one} ") as refused:
+        p.get()
 
     assert foreign.asked == []
-    assert f"what execution {one} (Manifests/" in done.stderr
-    assert f"--allow-endpoint {foreign.url}" in done.stderr
-    assert f"--without {one}" in done.stderr
-    p.run("results", JOB, "--presign", "1h", code=89)
-    assert foreign.asked == []
+    assert f"--allow-endpoint {foreign.url}" in refused.value.hint
+    assert f"--without {one}" in refused.value.hint
     assert p.get(without=[one]).files == 1
+    with pytest.raises(ObjectNotFoundError):
+        p.get(only=[one], allowed=[f"{foreign.url}/"])
+    assert p.s3.access_key in (foreign.asked[0] or "")
+
+
+@pytest.mark.slow
+def test_o7_servers_are_allowed_by_an_option_or_by_the_settings(
+    published: Published, foreign: _Foreign
+) -> None:
+    """Seen to fail when a command does not hand on what was allowed."""
+    p = published
+    [one] = p.ran({"Key": "{executionID}"}, {"renders/1": b"1"})
+    p.rewrite(one, at(foreign.url))
+    commands: list[list[str | Path]] = [
+        ["get", JOB, "--published", "--to", p.to],
+        ["ls", JOB, "--published"],
+        ["cat", f"{JOB}/renders/1", "--published"],
+        ["results", JOB, "--presign", "1h"],
+    ]
+
+    for command in commands:
+        p.run(*command, code=89)
+    assert foreign.asked == []
+    for number, command in enumerate(commands):
+        p.run(*command, "--allow-endpoint", foreign.url, code=91)
+        assert len(foreign.asked) > number
     p.user.config.write_text(
         p.user.config.read_text().replace(
-            "[store]\n", f'[store]\nresult_endpoints = ["{foreign.url}/"]\n'
+            "[store]\n", f'[store]\nresult_endpoints = ["{foreign.url}"]\n'
         )
     )
-    p.run("ls", JOB, "--published", "--execution", one, code=91)
-    assert p.s3.access_key in (foreign.asked[0] or "")
-    with pytest.raises(ObjectNotFoundError):
-        p.get(only=[one], allowed=[foreign.url.upper().replace("HTTP", "http")])
+    asked = len(foreign.asked)
+    p.run(*commands[1], code=91)
+    assert len(foreign.asked) > asked
 
 
 # ------------------------------------------------------------ in place
@@ -295,6 +325,9 @@ def test_o7_results_that_clash_are_known_before_a_byte_has_come(published: Publi
 
     with pytest.raises(ResultClashError, match="1 path: renders/log"):
         p.get(merge=True)
+    told = p.run("cat", f"{JOB}/renders/log", "--published", code=101).stderr
+    assert "executions have different files of one path: 1 path: renders/log" in told
+    assert "hint: say which one is meant: --execution ID" in told
 
 
 @pytest.mark.slow
@@ -311,6 +344,7 @@ def test_o5_what_was_published_is_listed_beside_the_document(published: Publishe
         ("renders/2", 1),
     ]
     assert [(each["files"], each["bytes"]) for each in document["contents"]] == [(2, 4)]
+    assert p.run("cat", f"{JOB}/renders/1", "--published").stdout == "one"
     text = p.run("ls", f"{JOB}/renders/2", "--published", "--json").stdout
     [listed_execution] = json.loads(text)["executions"]
     assert listed_execution["execution"] == execution
