@@ -165,6 +165,7 @@ def run_command(transfers: tuple[int, ...], as_json: bool, config: Path | None) 
         for each in after:
             why = f": {each['error']}" if each["error"] else ""
             say(f"transfer {each['id']} is {each['status']}{why}")
-        say(f"{done.files} files, {format_bytes(done.bytes)}, {done.failed} failed")
+        files = "1 file" if done.files == 1 else f"{done.files} files"
+        say(f"{files}, {format_bytes(done.bytes)}, {done.failed} failed")
     if any(each["status"] != "done" for each in after):
         raise click.exceptions.Exit(1)
