@@ -80,6 +80,7 @@ MAY_IMPORT = {
     ],
     "agent_plugin/doctor": [
         *(*SETTINGS, *TRANSFER, "agent_plugin.session.mounts"),
+        "agent_plugin.session.mount_control",
         *("agent_plugin.doctor_files", "agent_plugin.doctor_mounts"),
         "agent_plugin.workers.deadline",
     ],

@@ -39,7 +39,8 @@ from agent_plugin.content.mount_spec import read_spec
 from agent_plugin.content.safe_path import Root
 from agent_plugin.content.snapshot import walk
 from agent_plugin.mounting import open_mounts
-from agent_plugin.session.mounts import Mounts, ask_mount
+from agent_plugin.session.mount_control import ask_mount
+from agent_plugin.session.mounts import Mounts
 from agent_plugin.session.state import VIRTUAL
 from agent_plugin.settings import CACHE_VARIABLE, load
 from agent_plugin.transfer.progress import format_bytes

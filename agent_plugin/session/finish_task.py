@@ -29,7 +29,8 @@ from agent_plugin.content.safe_path import Root
 from agent_plugin.content.snapshot import FoundFile, hash_files, walk, walk_links
 from agent_plugin.content.store import Store
 from agent_plugin.publish.spec import Publisher
-from agent_plugin.session.mounts import Mounts, files_of_mount
+from agent_plugin.session.mount_control import files_of_mount
+from agent_plugin.session.mounts import Mounts
 from agent_plugin.session.roots import (
     is_below,
     output_manifest_key,

@@ -9,7 +9,6 @@ kernel's table, without touching what may hang.
 import fcntl
 import json
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -33,7 +32,7 @@ from agent_plugin.content.errors import (
 )
 from agent_plugin.content.leftovers import remove_path
 from agent_plugin.content.log_file import LogPlace
-from agent_plugin.content.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest, encode
+from agent_plugin.content.manifest import MAX_MANIFEST_BYTES, Manifest, encode
 from agent_plugin.content.mount_probe import AUTO
 from agent_plugin.content.mount_spec import (
     VERSION,
@@ -47,6 +46,7 @@ from agent_plugin.content.mount_spec import (
 )
 from agent_plugin.content.mount_table import is_mounted, read_mounts, unmount_all
 from agent_plugin.content.store import Cancellation
+from agent_plugin.session.mount_control import ask_whoever_serves
 from agent_plugin.session.mount_process import (
     LAST_READERS_SECONDS,
     await_ready,
@@ -60,8 +60,6 @@ from agent_plugin.session.mount_process import (
 )
 from agent_plugin.transfer.ledger import lease_owner
 
-# A server answers from memory, but may have to wait for a core.
-ANSWER_SECONDS: Final = 30.0
 _POLL_SECONDS: Final = 0.02
 _COPIED_AT_ONCE: Final = 4 * 1024 * 1024
 
@@ -291,7 +289,7 @@ class Mounts:
         before = read_spec(path)
         write_spec(msgspec.structs.replace(before, layers=[*before.layers, layer]), path)
         # A server that is killed now is replaced by one that reads the spec.
-        answer = json.loads(_ask_whoever_serves(before.control, {"ask": "add"}))
+        answer = json.loads(ask_whoever_serves(before.control, {"ask": "add"}))
         if "error" in answer:
             write_spec(before, path)
             raise MountFailedError(f"nothing can be added to {mountpoint}: {answer['error']}")
@@ -504,58 +502,6 @@ class Mounts:
     def _forget(self, place: Path) -> None:
         if place.exists():
             remove_path(place)
-
-
-def ask_mount(control: str, question: Mapping[str, object]) -> bytes:
-    """Return what a mount's server answers, one line of JSON.
-
-    Raises:
-        MountFailedError: There is none, or it does not answer.
-    """
-    place = Path(control)
-    try:
-        directory = os.open(place.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-                connection.settimeout(ANSWER_SECONDS)
-                # By its directory's descriptor: a socket's path has 107 bytes at most.
-                connection.connect(f"/proc/self/fd/{directory}/{place.name}")
-                connection.sendall(json.dumps(question).encode("ascii") + b"\n")
-                with connection.makefile("rb") as answer:
-                    line = answer.readline()
-        finally:
-            os.close(directory)
-    except OSError as error:
-        raise MountFailedError(
-            f"the server of the mount does not answer at {place}: {error.strerror or error}",
-            hint="look into `log` beside it; if that is gone, so is the mount: start the session"
-            " again",
-        ) from error
-    if not line.endswith(b"\n"):
-        raise MountFailedError(f"the mount at {place} broke off its answer")
-    return line
-
-
-def _ask_whoever_serves(control: str, question: Mapping[str, object]) -> bytes:
-    """Ask, and ask again if the server was replaced meanwhile: only for what can be asked twice."""
-    until = time.monotonic() + ANSWER_SECONDS
-    while True:
-        try:
-            return ask_mount(control, question)
-        except MountFailedError:
-            if time.monotonic() > until:
-                raise
-            time.sleep(_POLL_SECONDS)
-
-
-def files_of_mount(control: str, paths: Sequence[str]) -> list[list[FileEntry]]:
-    """Return the inputs of a mount that are at each path or below it.
-
-    Raises:
-        MountFailedError: Its server does not answer.
-    """
-    answer = json.loads(_ask_whoever_serves(control, {"ask": "files", "paths": list(paths)}))
-    return msgspec.convert(answer, list[list[FileEntry]])
 
 
 def _clear(spec: MountSpec) -> None:

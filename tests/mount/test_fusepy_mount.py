@@ -23,7 +23,7 @@ from agent_plugin.content.errors import MountFailedError, MountReadFailedError
 from agent_plugin.content.layout import blob_key
 from agent_plugin.content.manifest import Manifest
 from agent_plugin.content.mount_table import is_mounted, unmount
-from agent_plugin.session.mounts import ask_mount
+from agent_plugin.session.mount_control import ask_mount
 from tests.mount import failing_server
 from tests.mount.conftest import END_SECONDS, Mounter, by_each_transport
 from tests.mount.failing_server import FAILURES

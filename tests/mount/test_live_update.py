@@ -12,7 +12,7 @@ import pytest
 from agent_plugin.content.errors import MountFailedError
 from agent_plugin.content.manifest import Manifest, encode
 from agent_plugin.content.mount_spec import Layer
-from agent_plugin.session.mounts import ask_mount
+from agent_plugin.session.mount_control import ask_mount
 from tests.mount.conftest import Mounter
 from tests.mount.prepared_mount import Prepared
 from tests.servers.proxied_object import until

@@ -245,7 +245,7 @@ def test_the_jobs_user_reaches_nothing_but_the_mount(sessions: Sessions, home: P
 
 
 def _asked(control: str) -> bytes:
-    from agent_plugin.session.mounts import ask_mount  # noqa: PLC0415 - as the plugin asks
+    from agent_plugin.session.mount_control import ask_mount  # noqa: PLC0415 - as the plugin asks
 
     return ask_mount(control, {"ask": "status"})
 

@@ -10,7 +10,7 @@ import pytest
 
 from agent_plugin.content.errors import MountFailedError
 from agent_plugin.content.mount_table import is_mounted
-from agent_plugin.session.mounts import ask_mount
+from agent_plugin.session.mount_control import ask_mount
 from tests.mount.conftest import END_SECONDS, Mounter
 from tests.mount.prepared_mount import Prepared
 from tests.servers.proxied_object import until

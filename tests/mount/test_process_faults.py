@@ -23,7 +23,7 @@ from agent_plugin.content.blob_cache import BlobCache
 from agent_plugin.content.errors import CancelledError
 from agent_plugin.content.manifest import Manifest
 from agent_plugin.content.mount_table import read_mounts
-from agent_plugin.session.mounts import ask_mount
+from agent_plugin.session.mount_control import ask_mount
 from tests.mount.conftest import END_SECONDS, Mounter, gone, open_files
 from tests.mount.prepared_mount import Prepared
 from tests.servers.fault_proxy import FaultProxy

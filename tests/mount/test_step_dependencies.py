@@ -20,7 +20,7 @@ from agent_plugin.content.errors import (
 )
 from agent_plugin.content.mount_table import read_mounts
 from agent_plugin.session.job import JobDocument
-from agent_plugin.session.mounts import ask_mount
+from agent_plugin.session.mount_control import ask_mount
 from agent_plugin.session.state import FinishResult
 from tests.servers.hooks import Host, action, step
 from tests.servers.proxied_object import until

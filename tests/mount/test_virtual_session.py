@@ -24,7 +24,7 @@ from agent_plugin.content.errors import (
 from agent_plugin.content.events import fields_of
 from agent_plugin.content.mount_table import read_mounts
 from agent_plugin.session.job import JobDocument
-from agent_plugin.session.mounts import ask_mount, files_of_mount
+from agent_plugin.session.mount_control import ask_mount, files_of_mount
 from agent_plugin.session.state import FinishResult
 from tests.servers.disks import tmpfs_mounted
 from tests.servers.gate import always

@@ -13,7 +13,7 @@ from agent_plugin.content.errors import MountReadFailedError
 from agent_plugin.content.mount_table import read_mounts
 from agent_plugin.session import virtual
 from agent_plugin.session.input_sources import SourceResult
-from agent_plugin.session.mounts import ask_mount
+from agent_plugin.session.mount_control import ask_mount
 from agent_plugin.sources.parts import share_of
 from agent_plugin.transfer.plan import SPARE_BYTES
 from tests.mount.conftest import by_each_transport_in_time

@@ -21,7 +21,7 @@ from agent_plugin.content.manifest import FileEntry, Manifest, encode
 from agent_plugin.content.mount_table import is_mounted, read_mounts, unmount
 from agent_plugin.content.open_store import build_store
 from agent_plugin.content.store import Cancellation
-from agent_plugin.session.mounts import ask_mount
+from agent_plugin.session.mount_control import ask_mount
 from agent_plugin.workers.call import VFS_MOUNT, VFS_UNMOUNT, Call, JobUser, carry_out
 from agent_plugin.workers.deadline.vfs import run_mount, run_unmount
 from agent_plugin.workers.deadline.vfs_prefix import write_prefix
