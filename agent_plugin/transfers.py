@@ -44,13 +44,13 @@ def open_session(
     state_directory(settings)
     wish = cancellation or Cancellation()
 
-    def expand(pairs: Iterable[tuple[str, str]], told: Mapping[str, Any]) -> Iterable[TaskSpec]:
+    def expand(wanted: Iterable[TaskSpec], told: Mapping[str, Any]) -> Iterable[TaskSpec]:
         # Loaded here: most commands copy nothing, and need no S3 client.
         from agent_plugin.transfer.copy_places import plan_copies  # noqa: PLC0415
         from agent_plugin.transfer.copy_settings import CopySettings  # noqa: PLC0415
 
         objects = OpenObjects(store_limits(settings), environment)
-        return plan_copies(pairs, CopySettings.read(told), objects, wish)
+        return plan_copies(wanted, CopySettings.read(told), objects, wish)
 
     return Session(ledger_path(settings), expand=expand)
 

@@ -34,7 +34,7 @@ from agent_plugin.transfer.create import (
 )
 from agent_plugin.transfer.entities import Found
 from agent_plugin.transfer.find import EVERYWHERE, Scopes, Search, count_tasks, find, find_events
-from agent_plugin.transfer.ledger import Ledger
+from agent_plugin.transfer.ledger import Ledger, TaskSpec
 from agent_plugin.transfer.query import ENTITY_WORDS, MAX_QUERY_BYTES, Entity, nearest, parse
 from agent_plugin.transfer.query_attributes import ATTRIBUTES, named
 from agent_plugin.transfer.states import TransferStatus
@@ -46,8 +46,8 @@ _SQLITE_INTEGERS: Final = 2**63
 _ASKED_FOR_BY_NAME: Final = 200
 
 
-def _no_expansion(pairs: Iterable[tuple[str, str]], settings: Mapping[str, Any]) -> NoReturn:
-    del pairs, settings
+def _no_expansion(wanted: Iterable[TaskSpec], settings: Mapping[str, Any]) -> NoReturn:
+    del wanted, settings
     raise TypeError("this session was made without `expand`, and can make no transfers")
 
 

@@ -8,8 +8,8 @@ its own place below the destination, and no name leads out of that.
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import quote_from_bytes, unquote_to_bytes, urlsplit
 
@@ -34,6 +34,7 @@ OpenObjects = Callable[[ObjectAccess], "S3Objects"]
 
 MAX_NAME_BYTES: Final = 255
 _S3: Final = "s3://"
+_READ_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _HINT: Final = "A place is s3://bucket/key, file:///path or an absolute path."
 
 log = events.get_logger()
@@ -109,7 +110,7 @@ class Place:
 
 
 def plan_copies(
-    pairs: Iterable[tuple[str, str]],
+    wanted: Iterable[TaskSpec],
     settings: CopySettings,
     open_objects: OpenObjects,
     cancellation: Cancellation,
@@ -120,7 +121,8 @@ def plan_copies(
     excluded and the rest goes on. What patterns leave out is left out.
 
     Args:
-        pairs: Source and destination, as URLs or paths.
+        wanted: What is to be copied, by URLs or paths. What is below a tree gets its priority and
+            metadata, and no uri.
         settings: Of the transfer.
         open_objects: Returns the objects that an access sees.
         cancellation: Checked while things are looked at.
@@ -132,25 +134,74 @@ def plan_copies(
         StoreError: A listing or a look fails.
     """
     names = settings.names
-    for source_url, destination_url in pairs:
+    targets: _Targets | None = None
+    for task in wanted:
         cancellation.check()
-        source, destination = Place.parse(source_url), Place.parse(destination_url)
-        if source.is_tree and not destination.is_tree:
+        source = Place.parse(task.source)
+        # Of many tasks it is mostly the same.
+        if targets is None or task.destination != targets.said:
+            targets = _Targets(task.destination)
+        if source.is_tree and not targets.is_tree:
             raise JobInvalidError(
-                f"{source_url} is a tree and {destination_url} is not",
+                f"{task.source} is a tree and {task.destination} is not",
                 hint="End the destination with a slash.",
             )
         if source.is_tree:
             found = _below(source, settings, open_objects, cancellation)
         else:
             name = (source.key or source.path).rpartition("/")[2]
-            target = destination.below(name) if destination.is_tree else destination
             size = _size(source, settings, open_objects, cancellation)
-            found = iter([(source, target, size)])
-        for each, relative, size in found:
-            if names.admits(each.url if each.is_object else each.path):
-                target = destination.below(relative) if isinstance(relative, str) else relative
-                yield TaskSpec(each.url, target.url, size)
+            found = iter([(source.url, name, size)])
+        uri = "" if source.is_tree else task.uri
+        for url, relative, size in found:
+            if names.admits(relative):
+                target = targets.url(relative)
+                yield TaskSpec(url, target, size, task.priority, task.metadata, uri)
+
+
+class _Targets:
+    """The URLs of things at a destination.
+
+    Args:
+        said: A tree, or the place of one thing, as a URL or path.
+
+    Attributes:
+        said: As given.
+        is_tree: Whether there may be several.
+
+    Raises:
+        JobInvalidError, UnsafePathError: As `Place.parse`.
+    """
+
+    def __init__(self, said: str) -> None:
+        self.said = said
+        self._destination = destination = Place.parse(said)
+        self.is_tree = destination.is_tree
+        self._is_object, self._key = destination.is_object, destination.key
+        self._url = destination.url
+        # Of the directory asked for last: what comes one after another is mostly of the same.
+        self._directory: str | None = None
+        self._directory_url = ""
+
+    def url(self, relative: str) -> str:
+        """Return the URL of what is called so.
+
+        Raises:
+            UnsafePathError: As `Place.below`.
+        """
+        if not self.is_tree:
+            return self._url
+        if self._is_object:
+            checked_key(self._key + relative)
+            return self._url + relative
+        directory, _, name = relative.rpartition("/")
+        known = directory == self._directory and name not in ("", ".", "..") and "\0" not in name
+        encoded = os.fsencode(name) if known else b""
+        if known and len(encoded) <= MAX_NAME_BYTES:
+            return self._directory_url + quote_from_bytes(encoded)
+        url = self._destination.below(relative).url
+        self._directory, self._directory_url = directory, url[: url.rindex("/") + 1]
+        return url
 
 
 def _below(
@@ -158,7 +209,8 @@ def _below(
     settings: CopySettings,
     open_objects: OpenObjects,
     cancellation: Cancellation,
-) -> Iterator[tuple[Place, str | Place, int]]:
+) -> Iterator[tuple[str, str, int]]:
+    """Yield the URL of each thing below a tree, what it is called below that, and its size."""
     if not source.is_object:
         yield from _files_below(source, cancellation)
         return
@@ -167,30 +219,58 @@ def _below(
         relative = info.key.removeprefix(source.key)
         # Such keys stand for directories.
         if relative and not relative.endswith("/"):
-            yield Place(info.bucket, info.key), relative, info.size
+            yield info.url, relative, info.size
 
 
-def _files_below(
-    source: Place, cancellation: Cancellation
-) -> Iterator[tuple[Place, str | Place, int]]:
-    def refuse(error: OSError) -> None:
-        raise LocalReadError(f"{error.filename}: {error.strerror}") from error
+def _files_below(source: Place, cancellation: Cancellation) -> Iterator[tuple[str, str, int]]:
+    """Yield what `_below` does, the files of a directory before what is in its directories."""
+    waiting = [source.path]
+    while waiting:
+        directory = waiting.pop()
+        names, directories = _listed(directory, cancellation, follow=directory == source.path)
+        url, below = Place(path=directory).url, directory[len(source.path) :]
+        for name, size in names:
+            yield url + quote_from_bytes(os.fsencode(name)), below + name, size
+        waiting += [f"{directory}{name}/" for name in reversed(directories)]
 
-    for directory, directories, names in os.walk(source.path, onerror=refuse):
-        cancellation.check()
-        directories.sort()
-        for name in sorted(names):
-            path = Path(directory, name)
-            try:
-                status = path.lstat()
-            except FileNotFoundError:
-                continue
-            if stat.S_ISREG(status.st_mode):
-                relative = os.fspath(path)[len(source.path) :]
-                yield Place(path=os.fspath(path)), relative, status.st_size
-            else:
-                extra = {"path": os.fspath(path), "reason": "it is no regular file"}
-                log.info(events.FILE_SKIPPED, extra=extra)
+
+def _listed(
+    directory: str, cancellation: Cancellation, *, follow: bool
+) -> tuple[list[tuple[str, int]], list[str]]:
+    """Return the files of a directory with their sizes, and its directories, each sorted.
+
+    Each name is looked at once, by the directory's descriptor: a directory that has become a link
+    meanwhile is not followed.
+    """
+    files: list[tuple[str, int]] = []
+    directories: list[str] = []
+    path = directory
+    try:
+        # With a slash at its end a link would be followed.
+        name = directory if follow else directory.rstrip("/")
+        fd = os.open(name, _READ_DIRECTORY if follow else _READ_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            with os.scandir(fd) as entries:
+                for entry in entries:
+                    path = directory + entry.name
+                    if entry.is_dir(follow_symlinks=False):
+                        directories.append(entry.name)
+                        continue
+                    cancellation.check()
+                    with suppress(FileNotFoundError):
+                        status = entry.stat(follow_symlinks=False)
+                        if stat.S_ISREG(status.st_mode):
+                            files.append((entry.name, status.st_size))
+                        else:
+                            extra = {"path": path, "reason": "it is no regular file"}
+                            log.info(events.FILE_SKIPPED, extra=extra)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise LocalReadError(f"{path}: {error.strerror}") from error
+    files.sort()
+    directories.sort()
+    return files, directories
 
 
 def _size(
@@ -201,7 +281,7 @@ def _size(
 ) -> int:
     try:
         if not source.is_object:
-            return Path(source.path).stat().st_size
+            return os.stat(source.path).st_size  # noqa: PTH116 - half the time of Path
         objects = open_objects(settings.source.access)
         return objects.head(source.bucket, source.key, cancellation=cancellation).size
     except (ObjectNotFoundError, OSError):

@@ -111,6 +111,8 @@ class NameFilter:
         Raises:
             JobInvalidError: A pattern takes too long to be searched for.
         """
+        if not self._include and not self._exclude:
+            return True
         name = source.rstrip("/").rpartition("/")[2]
         try:
             if any(matches(name) for matches in self._include):

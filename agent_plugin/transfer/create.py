@@ -5,7 +5,7 @@ here; what is below a source, and how large it is, is found by whoever copies (c
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -27,8 +27,9 @@ from agent_plugin.transfer.query import Entity, nearest
 from agent_plugin.transfer.query_attributes import named
 from agent_plugin.transfer.states import DEFAULT_PRIORITY, TransferStatus, priority_of
 
-# Returns the tasks that copy each source to its destination: (pairs, settings of the transfer).
-Expand = Callable[[Iterable[tuple[str, str]], Mapping[str, Any]], Iterable[TaskSpec]]
+# Returns the tasks that copy each source to its destination, with their sizes: (what is wanted,
+# settings of the transfer).
+Expand = Callable[[Iterable[TaskSpec], Mapping[str, Any]], Iterable[TaskSpec]]
 
 # A million tasks, as JSON.
 MAX_DOCUMENT_BYTES: Final = 512 * 1024 * 1024
@@ -132,7 +133,7 @@ def task_specs(
     settings: Mapping[str, Any],
     expand: Expand,
 ) -> Iterable[TaskSpec]:
-    """Yield the tasks of some entries.
+    """Return the tasks of some entries.
 
     Args:
         entries: What is to be copied.
@@ -143,6 +144,10 @@ def task_specs(
     Raises:
         JobInvalidError: It is not said where something goes.
     """
+    return expand(_wanted(entries, destination), settings)
+
+
+def _wanted(entries: Iterable[TaskDocument], destination: str) -> Iterator[TaskSpec]:
     for entry in entries:
         target = entry.destination or destination
         if not target:
@@ -151,9 +156,7 @@ def task_specs(
                 hint="give the task, or its transfer, a destination",
             )
         number = priority_of(entry.priority)
-        for spec in expand([(entry.source, target)], settings):
-            uri = "" if _is_tree(entry.source) else entry.uri
-            yield replace(spec, priority=number, metadata=entry.metadata, uri=uri)
+        yield TaskSpec(entry.source, target, 0, number, entry.metadata, entry.uri)
 
 
 def _entry(given: str | TaskDocument, uri: str = "") -> TaskDocument:
@@ -171,10 +174,6 @@ def _check_uris(uris: Sequence[str]) -> None:
                 f"{uri[:40]!r} is no uri of a task",
                 hint=f"it has up to {MAX_URI_CHARACTERS} characters that can be printed",
             )
-
-
-def _is_tree(source: str) -> bool:
-    return Place.parse(source).is_tree
 
 
 def _numbered(tasks: Iterable[TaskSpec]) -> list[TaskSpec]:

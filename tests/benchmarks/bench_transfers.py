@@ -1,12 +1,15 @@
 """What the ledger takes for a large transfer, and how soon a transfer in flight obeys.
 
 A transfer of 100,000 tasks is created; then transfers are found by their status, its failed tasks
-are found and excluded, and it is archived. A session start of 400 blobs, whose store answers each
+are found and excluded, and it is archived. The same number of files, in 100 directories, is given
+to `propmaster transfer create`, as one directory and each by itself in a document; measured is the
+whole command. A session start of 400 blobs, whose store answers each
 request after 0.3 s, is paused, resumed and aborted by another process: measured is how long after
 the change was written the last request began (pause), the first one began (resume), and the process
 was gone (abort, which includes the end of the interpreter).
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -30,6 +33,7 @@ from tests.servers.hooks import Host, job_of
 from tests.servers.trees import write_files
 
 TASKS: Final = 100_000
+DIRECTORIES: Final = 100
 TRANSFERS: Final = 200
 EXCLUDED: Final = 1000
 BLOBS: Final = 400
@@ -58,6 +62,7 @@ def run() -> Iterator[dict[str, object]]:
             for name, seconds in _ledger(Path(directory)):
                 measured.setdefault(name, []).append(seconds)
     yield from lines("ledger, 100,000 tasks", measured, reference="create")
+    yield from _commands()
     reactions: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as directory, DemoStore(Path(directory) / "s3") as store:
         store.create_bucket(BUCKET)
@@ -69,6 +74,33 @@ def run() -> Iterator[dict[str, object]]:
                     reactions.setdefault(name, []).append(seconds)
             proxy.clear()
     yield from lines("steered from another process", reactions, reference="pause")
+
+
+def _commands() -> Iterator[dict[str, object]]:
+    measured: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        home = Path(directory)
+        source = home / "files"
+        for at in range(DIRECTORIES):
+            (source / f"set-{at}").mkdir(parents=True)
+        names = [f"{source}/set-{at % DIRECTORIES}/{at}.tx" for at in range(TASKS)]
+        for name in names:
+            Path(name).touch()
+        document = home / "document.json"
+        document.write_text(json.dumps({"tasks": names, "destination": "s3://bucket/to/"}))
+        for number in range(ROUNDS):
+            for what, words in (
+                ("of a directory", (f"{source}/", "s3://bucket/to/")),
+                ("of a document", ("--spec", os.fspath(document))),
+            ):
+                host = Host(home / f"{what} {number}", f"file://{home}/store")
+                begun = time.perf_counter()
+                done = host.run("transfer", "create", *words)
+                measured.setdefault(what, []).append(time.perf_counter() - begun)
+                assert done.returncode == 0, done.stderr
+    yield from lines(
+        "transfer create, 100,000 files", measured, reference="of a directory", files=TASKS
+    )
 
 
 def _ledger(directory: Path) -> Iterator[tuple[str, float]]:

@@ -17,14 +17,15 @@ from urllib.parse import parse_qs
 
 import pytest
 
-from agent_plugin.content import parts
+from agent_plugin.content import events, parts
 from agent_plugin.content.errors import (
     CancelledError,
     JobInvalidError,
+    LocalReadError,
     UnsafePathError,
 )
 from agent_plugin.content.leftovers import is_partial, partial_name
-from agent_plugin.content.objects import ObjectAccess
+from agent_plugin.content.objects import ObjectAccess, ObjectInfo
 from agent_plugin.content.s3_objects import S3Objects, open_objects
 from agent_plugin.content.store import Cancellation
 from agent_plugin.services import open_copying
@@ -86,7 +87,7 @@ class Farm:
         told = CopySettings.read(settings)
         planned = list(
             plan_copies(
-                [(os.fspath(source), os.fspath(destination)) for source, destination in pairs],
+                [TaskSpec(os.fspath(source), os.fspath(target), 0) for source, target in pairs],
                 told,
                 lambda _: self.objects,
                 Cancellation(),
@@ -269,12 +270,96 @@ def test_t4_no_name_leads_out_of_the_destination(name: str) -> None:
 )
 def test_t4_what_is_no_place_is_refused(source: str, destination: str) -> None:
     with pytest.raises(JobInvalidError) as refused:
-        list(plan_copies([(source, destination)], CopySettings(), _no_objects, Cancellation()))
+        list(_planned(source, destination))
     assert refused.value.hint
 
 
-def _no_objects(_access: ObjectAccess) -> S3Objects:
-    raise AssertionError
+def _planned(source: str, destination: str) -> Iterator[TaskSpec]:
+    """Return what a copy from this host is planned to be."""
+
+    def no_objects(_access: ObjectAccess) -> S3Objects:
+        raise AssertionError
+
+    wanted = [TaskSpec(source, destination, 0)]
+    return plan_copies(wanted, CopySettings(), no_objects, Cancellation())
+
+
+def test_t4_what_is_below_a_directory_comes_in_the_order_of_the_names(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Files before directories, names as they are, nothing by a link.
+
+    Seen to fail when names are not sorted, when links to directories are entered, and when a
+    name that is not UTF-8 is replaced.
+    """
+    names = [b"b", b"a-z/x", b"a/z", b"a/\xff%", b"a\xff/\xe9", b"A", "é#".encode()]
+    for name in names:
+        path = os.path.join(os.fsencode(tmp_path), b"in", name)  # noqa: PTH118 - bytes
+        os.makedirs(os.path.dirname(path), exist_ok=True)  # noqa: PTH103, PTH120 - bytes
+        Path(os.fsdecode(path)).write_bytes(name)
+    (tmp_path / "in" / "to-directory").symlink_to(tmp_path / "in" / "a")
+    (tmp_path / "in" / "to-file").symlink_to("b")
+    os.mkfifo(tmp_path / "in" / "a" / "fifo")
+
+    with caplog.at_level("INFO", logger=events.LOGGER_NAME):
+        found = list(_planned(f"{tmp_path}/in/", f"{tmp_path}/out/"))
+    skipped = {vars(record)["path"] for record in caplog.records}
+    in_bucket = list(_planned(f"{tmp_path}/in/a-z/", "s3://bucket/to/"))
+
+    ordered = ["A", "b", "%C3%A9%23", "a/z", "a/%FF%25", "a-z/x", "a%FF/%E9"]
+    below = f"file://{tmp_path}/"
+    assert [task.source for task in found] == [f"{below}in/{name}" for name in ordered]
+    assert [task.destination for task in found] == [f"{below}out/{name}" for name in ordered]
+    assert [task.size for task in found] == [1, 1, 3, 3, 4, 5, 4]
+    assert skipped == {f"{tmp_path}/in/{name}" for name in ("to-directory", "to-file", "a/fifo")}
+    assert [task.destination for task in in_bucket] == ["s3://bucket/to/x"]
+
+
+def test_t4_a_tree_may_be_deeper_than_calls_may_be(tmp_path: Path) -> None:
+    """Seen to fail with a recursion, `os.walk` among them."""
+    deep = tmp_path / "deep"
+    try:
+        for _ in range(1_010):
+            deep.mkdir()
+            deep = deep / "d"
+        deep.write_bytes(b"x")
+        assert [task.size for task in _planned(f"{tmp_path}/deep/", f"{tmp_path}/out/")] == [1]
+    finally:
+        # What removes a test's directory is a recursion.
+        subprocess.run(["rm", "-r", tmp_path / "deep"], check=True)
+
+
+def test_t4_a_directory_that_becomes_a_link_meanwhile_is_not_entered(tmp_path: Path) -> None:
+    """Seen to fail when directories are opened by names that are followed."""
+    (tmp_path / "in" / "directory").mkdir(parents=True)
+    (tmp_path / "in" / "first").write_bytes(b"")
+    planned = _planned(f"{tmp_path}/in/", f"{tmp_path}/out/")
+    assert next(planned).source.endswith("/first")
+    (tmp_path / "in" / "directory").rmdir()
+    (tmp_path / "in" / "directory").symlink_to("/etc")
+
+    with pytest.raises(LocalReadError, match=f"{tmp_path}/in/directory"):
+        next(planned)
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a//b", "a/../b", "x" * 256, "a/" + "x" * 256])
+def test_t4_no_key_of_a_listing_leads_out_of_the_destination(farm: Farm, name: str) -> None:
+    """Also of a directory of which another file is to be copied.
+
+    Seen to fail when only the first name in a directory is looked at.
+    """
+    listed = [
+        ObjectInfo("bucket", f"from/{key}", 1, "", "", 0.0)
+        for key in ("first", "a/first", f"a/{name}")
+    ]
+    objects = farm.objects
+    objects.list = lambda *_arguments, **_named: iter(listed)  # type: ignore[method-assign]
+    wanted = [TaskSpec("s3://bucket/from/", f"{farm.directory}/", 0)]
+    planned = plan_copies(wanted, CopySettings(), lambda _: objects, Cancellation())
+
+    assert [next(planned).size, next(planned).size] == [1, 1]
+    with pytest.raises(UnsafePathError):
+        next(planned)
 
 
 def test_t4_two_servers_are_a_stream(farm: Farm) -> None:

@@ -5,6 +5,7 @@ import sqlite3
 import threading
 from collections.abc import Iterable, Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +38,19 @@ class Clock:
         return self.now
 
 
-def expand(pairs: Iterable[tuple[str, str]], settings: Mapping[str, Any]) -> Iterable[TaskSpec]:
+def expand(wanted: Iterable[TaskSpec], settings: Mapping[str, Any]) -> Iterable[TaskSpec]:
     """Every source is a file of as many bytes as its name has letters; trees have two."""
     assert "unknown" not in settings
-    for source, destination in pairs:
-        if source.endswith("/"):
+    for task in wanted:
+        if task.source.endswith("/"):
             for name in ("one.exr", "two.exr"):
-                yield TaskSpec(source + name, destination + name, len(name))
+                source, destination = task.source + name, task.destination + name
+                yield replace(task, source=source, destination=destination, size=len(name), uri="")
         else:
-            target = destination
-            if destination.endswith("/"):
-                target += source.rpartition("/")[2]
-            yield TaskSpec(source, target, len(source))
+            target = task.destination
+            if target.endswith("/"):
+                target += task.source.rpartition("/")[2]
+            yield replace(task, destination=target, size=len(task.source))
 
 
 @pytest.fixture
