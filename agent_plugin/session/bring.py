@@ -12,6 +12,7 @@ from pathlib import Path
 from agent_plugin.content.errors import CancelledError, MountFailedError, PropmasterError
 from agent_plugin.content.manifest import Manifest
 from agent_plugin.session.baseline import baseline_of
+from agent_plugin.session.copy_room import CopyRoom
 from agent_plugin.session.input_sources import FoundSources, is_required, wish_for
 from agent_plugin.session.inputs import materialise
 from agent_plugin.session.mounts import Mounts
@@ -53,16 +54,16 @@ def bring(
     """
     inputs = [root for root in state.roots if root.local_root in manifests]
     reasons = {}
-    taken = 0
+    room = CopyRoom(Path(state.session_dir), context.cache)
     for root in sorted(inputs, key=lambda root: wish_for(root, wish) == AUTO):
         manifest = manifests[root.local_root]
         # What was ready once stays as it is, but for a source that was not known then.
         again = state.was_ready and root.local_root not in found.new
         reasons[root.local_root] = _mount(
-            root, manifest, wish, state, context, mounts, environment, again=again, taken=taken
+            root, manifest, wish, state, context, mounts, environment, again=again, room=room
         )
         if root.file_system == COPIED and not again and manifest and state.owns(root):
-            taken += manifest.total_bytes
+            room.add(manifest, is_stored=root.source is None)
     copied = [
         (root, _without_outputs(manifest, root) if state.was_ready else manifest)
         for root in inputs
@@ -117,12 +118,12 @@ def _mount(
     environment: Mapping[str, str],
     *,
     again: bool,
-    taken: int,
+    room: CopyRoom,
 ) -> str:
     """Mount a root if it is to be; return why it is not, or why AUTO chose so.
 
-    `again` says that it was in place before, in a session that was ready; `taken`, how many bytes
-    are going to be copied besides.
+    `again` says that it was in place before, in a session that was ready; `room`, what is
+    going to be copied besides.
     """
     if root.file_system == VIRTUAL:
         # Of a session that is started again: as it was.
@@ -130,7 +131,7 @@ def _mount(
     elif again:
         return ""
     else:
-        choice = choose(wish_for(root, wish), root, manifest, state, taken=taken)
+        choice = choose(wish_for(root, wish), root, manifest, state, room)
     if choice.file_system == COPIED or manifest is None:
         if mounts.knows(Path(root.local_root)):
             # Of a start that failed, when something else was wished.

@@ -22,6 +22,7 @@ from agent_plugin.content.mount_table import is_mounted
 from agent_plugin.content.owner import Owner, make_directories
 from agent_plugin.content.writes_probe import AUTO as WRITES_AUTO
 from agent_plugin.content.writes_probe import choose_writes
+from agent_plugin.session.copy_room import CopyRoom
 from agent_plugin.session.mount_control import ask_mount
 from agent_plugin.session.mounts import FailedRead, MountRequest, Mounts
 from agent_plugin.session.state import COPIED, VIRTUAL, RootState, SessionState
@@ -69,8 +70,7 @@ def choose(
     root: RootState,
     manifest: Manifest | None,
     state: SessionState,
-    *,
-    taken: int = 0,
+    room: CopyRoom,
 ) -> Choice:
     """Decide for one root.
 
@@ -79,7 +79,10 @@ def choose(
         root: The root.
         manifest: Its inputs, None if it has none.
         state: The session.
-        taken: Bytes that are going to be copied to the session's disk besides.
+        room: What is going to be copied to the session's disk besides.
+
+    Raises:
+        CacheUnsafeError: Others can write to the cache.
     """
     if wished == COPIED:
         return Choice(COPIED)
@@ -88,16 +91,18 @@ def choose(
         return Choice(COPIED, obstacle)
     if wished == VIRTUAL:
         return Choice(VIRTUAL)
+    if len(manifest) > AUTO_COPIED_FILES or manifest.total_bytes > AUTO_COPIED_BYTES:
+        return Choice(VIRTUAL, f"{len(manifest)} files of {manifest.total_bytes} bytes are many")
     filesystem = os.statvfs(state.session_dir)
     free = filesystem.f_bavail * filesystem.f_frsize
-    if manifest.total_bytes and manifest.total_bytes + taken + SPARE_BYTES > free:
-        beside = f" beside {taken} of other inputs" if taken else ""
+    needed = room.with_also(manifest, is_stored=root.source is None)
+    if manifest.total_bytes and needed + SPARE_BYTES > free:
+        more = needed - manifest.total_bytes
+        beside = f" beside {more} of other inputs and of the blob cache" if more else ""
         return Choice(
             VIRTUAL, f"{manifest.total_bytes} bytes do not fit{beside} where {free} are free"
         )
-    if manifest.total_bytes <= AUTO_COPIED_BYTES and len(manifest) <= AUTO_COPIED_FILES:
-        return Choice(COPIED, f"{len(manifest)} files of {manifest.total_bytes} bytes are few")
-    return Choice(VIRTUAL, f"{len(manifest)} files of {manifest.total_bytes} bytes are many")
+    return Choice(COPIED, f"{len(manifest)} files of {manifest.total_bytes} bytes are few")
 
 
 def _obstacle(root: RootState, manifest: Manifest | None, state: SessionState) -> str:

@@ -183,10 +183,9 @@ def survey(
             raise LocalReadError(f"{plan.root}: {error.strerror}") from error
         places.setdefault(device, plan.root)
         needed[device] = needed.get(device, 0) + plan.bytes_to_place
-    if cache is not None:
+    for device in needed:
         # Only what shares a disk with a root: the cache evicts, or is done without, elsewhere.
-        device = cache.path.stat().st_dev
-        if device in needed:
+        if cache is not None and shares_disk(cache, device):
             fetched = {
                 digest
                 for plan in plans
@@ -202,6 +201,11 @@ def survey(
                 f"{places[device]}: {size} bytes are needed and {free} are free",
                 hint="free some space, or use another disk for sessions or for the blob cache",
             )
+
+
+def shares_disk(cache: BlobCache, device: int) -> bool:
+    """Whether blobs that are fetched take space on a disk, by its `st_dev`."""
+    return cache.path.stat().st_dev == device
 
 
 def _has_entries(root: Path, owner: Owner | None) -> bool:

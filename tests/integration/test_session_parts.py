@@ -52,8 +52,18 @@ def session_dir(tmp_path: Path) -> Path:
 
 
 def parted(s3: S3Server, prefix: str, **fields: Any) -> dict[str, Any]:
-    """Return a source whose part the task parameter Part says."""
-    partition = {"Type": "object", "Count": COUNT, "IndexParameter": "Part"}
+    """Return a source whose part the task parameter Part says.
+
+    Of each name its first characters count, and not the prefix, which is another in each run: each
+    part has some of NAMES.
+    """
+    partition = {
+        "Type": "substring",
+        "StartIndex": 0,
+        "EndIndex": 3,
+        "Count": COUNT,
+        "IndexParameter": "Part",
+    }
     return source_of(s3, prefix, Partition=partition, **fields)
 
 
