@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from agent_plugin.services import scope_of, state_directory, store_limits
-from agent_plugin.session.mounts import CachePlace, Mounts
+from agent_plugin.session.mounts import CachePlace, Mounts, SpoolPlace
 from agent_plugin.session_logs import log_place
 from agent_plugin.settings import Settings
 
@@ -53,7 +53,13 @@ def open_mounts(
         passthrough=settings.mounts.passthrough,
         log_place=partial(log_place, settings),
         user_id=None if user_id == os.geteuid() else user_id,
-        source_bytes_on=settings.mounts.source_bytes.on,
+        spool_on=partial(_spool_on, settings),
+    )
+
+
+def _spool_on(settings: Settings, directory: Path) -> SpoolPlace:
+    return SpoolPlace(
+        settings.mounts.source_bytes.on(directory), settings.cache.min_free_bytes_on(directory)
     )
 
 

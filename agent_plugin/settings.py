@@ -160,8 +160,9 @@ class MountSettings(_Section, frozen=True, forbid_unknown_fields=True):
             them that the host can.
         passthrough: Whether the kernel reads cached blobs itself, if it can: `auto` decides by the
             mean size of a mount's files.
-        source_bytes: The most that one mounted input source keeps, on the disk of its session, of
-            what was read; `cache.min_free` is left free there as well.
+        source_bytes: The most that one mount keeps, on the disk of its session, of what was read
+            and is in no cache: of an input source all, of other inputs what the cache can not take.
+            `cache.min_free` is left free there as well.
     """
 
     verify: Literal["stream", "strict"] = "stream"

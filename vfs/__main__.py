@@ -206,7 +206,7 @@ class Server:
             policy=_stream_policy(spec),
             fetches_at_once=_fetches_at_once(spec),
             most_bytes=spec.spool_max_bytes or None,
-            min_free_bytes=spec.cache_min_free_bytes,
+            min_free_bytes=spec.spool_min_free_bytes,
         )
         service = NodeService(
             self._tree,

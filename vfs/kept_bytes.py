@@ -1,4 +1,4 @@
-"""How much of what was read a mount without a cache keeps in files of its own.
+"""How much of what was read, and no cache can take, a mount keeps in files of its own.
 
 They have no names, so that the kernel gives their space back when nobody reads them any more, and
 nothing is left of a mount that is killed. What was used least recently goes first; who reads it

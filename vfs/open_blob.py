@@ -14,14 +14,19 @@ class OpenBlob:
         verifying: What hashes it beside the reading, if that is so.
         kept_at: When that began, monotonic seconds.
         was_read: Somebody has read of it before it was verified.
+        is_spooled: Only this mount has it, in a file without a name.
         is_wrong: It was found to be damaged; what was read before one has seen that is none.
     """
 
-    __slots__ = ("fd", "is_verified", "is_wrong", "kept_at", "verifying", "was_read")
+    __slots__ = (
+        *("fd", "is_spooled", "is_verified"),
+        *("is_wrong", "kept_at", "verifying", "was_read"),
+    )
 
-    def __init__(self, fd: int, *, is_verified: bool = True) -> None:
+    def __init__(self, fd: int, *, is_verified: bool = True, is_spooled: bool = False) -> None:
         self.fd = fd
         self.is_verified = is_verified
+        self.is_spooled = is_spooled
         self.verifying: Future[None] | None = None
         self.kept_at = time.monotonic()
         self.was_read = self.is_wrong = False

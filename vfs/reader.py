@@ -114,15 +114,16 @@ class BlobReader:
         on_corrupt: Told of a blob that turned out wrong when some of it may have been read.
 
     Args:
-        cache: The host's cache, or None to do without; what is fetched is then kept in unnamed
+        cache: The host's cache, or None to do without. What it can not take is kept in unnamed
             files as long as it is among the last that were read.
         open_store: Opens the store; called when something has to be fetched, from any thread.
         spool: A directory for those files.
         statistics: What is counted.
         policy: How large blobs are read.
         fetches_at_once: Threads that fetch.
-        most_bytes: The most that is kept in those files when there is no cache; None for no limit.
-        min_free_bytes: What their disk is left then, as far as keeping less does it.
+        most_bytes: The most that is kept in those files; None for no limit. A blob that is verified
+            when all of it has come is counted from then on.
+        min_free_bytes: What their disk is left, as far as keeping less does it.
     """
 
     def __init__(
@@ -161,7 +162,10 @@ class BlobReader:
         self._halt = Cancellation()
         self._whole = WholeBlobs(cache, open_store, spool, statistics, self._halt)
         self._kept: KeptBytes | None = None
-        if cache is None and most_bytes is not None:
+        # Of what was let go of, to be read once more only when all of it is verified: who has read
+        # some of it would else be given the rest of what nobody ever completes.
+        self._only_whole: set[str] = set()
+        if most_bytes is not None:
             self._kept = KeptBytes(most_bytes, min_free_bytes, spool, self._keep_no_more)
 
     def close(self) -> None:
@@ -262,14 +266,23 @@ class BlobReader:
         with self._lock:
             self._open.pop(hex_, None)
             self._streamed.pop(hex_, None)
+            if self._policy.by_hash:
+                self._only_whole.add(hex_)
 
     def _count_gone(self, hex_: str) -> None:
         if self._kept is not None:
             self._kept.gone(hex_)
 
     def _count_part(self, digest: Digest, length: int) -> None:
-        if self._kept is not None:
+        # What is to be verified has to be let come to its end.
+        if self._kept is not None and not self._policy.by_hash:
             self._kept.grew(digest.hex, length)
+
+    def _count_whole(self, digest: Digest, blob: OpenBlob, *, stays: bool) -> None:
+        if self._kept is not None and blob.is_spooled:
+            # Of one that was let go of while it came, not all has been counted.
+            self._kept.gone(digest.hex)
+            self._kept.grew(digest.hex, digest.size, stays=stays)
 
     def note_uses(self) -> None:
         """Tell the cache what was read since this was called before.
@@ -404,9 +417,8 @@ class BlobReader:
                 self._count_gone(self._open.popitem(last=False)[0])
             begin = self._cache is not None and not self._tells_use
             self._tells_use = self._tells_use or begin
-        if self._kept is not None:
-            # It can only be had whole, and readers wait for it.
-            self._kept.grew(digest.hex, digest.size, stays=True)
+        # It can only be had whole, and readers wait for it.
+        self._count_whole(digest, blob, stays=True)
         if begin:
             threading.Thread(target=self._tell_use, name="use", daemon=True).start()
         if not blob.is_verified:
@@ -433,6 +445,7 @@ class BlobReader:
                 digest.hex in self._open
                 or digest.hex in self._under_way
                 or digest.hex in self._wrong
+                or digest.hex in self._only_whole
             ):
                 return None
             if digest.hex in self._streamed:
@@ -494,10 +507,8 @@ class BlobReader:
                 self._wrong[digest.hex] = WrongBlob(ref(streamed), copy(error), until)
         self.on_corrupt(digest, error)
 
-    def _completed(self, digest: Digest, fd: int) -> None:
+    def _completed(self, digest: Digest, blob: OpenBlob) -> None:
         with self._lock:
-            self._open[digest.hex] = OpenBlob(fd)
+            self._open[digest.hex] = blob
             self._streamed.pop(digest.hex, None)
-            # Of one that was let go of while it came, not all has been counted.
-            self._count_gone(digest.hex)
-        self._count_part(digest, digest.size)
+        self._count_whole(digest, blob, stays=self._policy.by_hash)

@@ -33,6 +33,7 @@ from agent_plugin.content.errors import (
 )
 from agent_plugin.content.parts import write_all
 from agent_plugin.content.store import BlobSource, Cancellation
+from vfs.open_blob import OpenBlob
 from vfs.read_ahead import ReadAhead
 from vfs.statistics import Statistics
 from vfs.waiting import result_of
@@ -74,7 +75,7 @@ class Streamed:
         policy: Sizes.
         threads: Where parts are fetched.
         statistics: What is counted.
-        on_complete: Given the digest and a descriptor of the verified blob, which is then theirs.
+        on_complete: Given the digest and the verified blob.
         on_corrupt: Told when the blob turned out wrong.
         on_part: Told how many bytes have come to the file.
 
@@ -92,7 +93,7 @@ class Streamed:
         *,
         threads: ThreadPoolExecutor,
         statistics: Statistics,
-        on_complete: Callable[[Digest, int], None],
+        on_complete: Callable[[Digest, OpenBlob], None],
         on_corrupt: Callable[[Digest, PropmasterError], None],
         on_part: Callable[[Digest, int], None] = lambda _digest, _length: None,
     ) -> None:
@@ -262,13 +263,14 @@ class Streamed:
             self._on_corrupt(self._digest, self._failure)
             return
         self._statistics.count(blobs_fetched=1)
-        fd = os.dup(self._fd)
+        blob = OpenBlob(os.dup(self._fd), is_spooled=True)
         if self._staged is not None:
             try:
                 self._staged.publish(self._digest)
+                blob.is_spooled = False
             except LocalError as error:
                 log.warning(events.CACHE_BYPASSED, extra={"reason": error.message})
-        self._on_complete(self._digest, fd)
+        self._on_complete(self._digest, blob)
 
     def _make_file(self, cache: BlobCache | None, spool: Path) -> int:
         if cache is not None:

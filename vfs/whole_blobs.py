@@ -183,6 +183,6 @@ class WholeBlobs:
         try:
             with tempfile.TemporaryFile(dir=self._spool) as file:
                 fill(file.fileno())
-                return OpenBlob(os.dup(file.fileno()))
+                return OpenBlob(os.dup(file.fileno()), is_spooled=True)
         except OSError as error:
             raise local_write_error(error, os.fspath(self._spool)) from error

@@ -110,7 +110,8 @@ class MountSpec(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fiel
         snapshot: The file that holds the snapshot whose objects the content comes from
             (object_snapshot.py), of which the manifests have the tree; then there is no cache, and
             `store_url` only says what it is. Empty for a store.
-        spool_max_bytes: The most that is kept of what was read without a cache; 0 for no limit.
+        spool_max_bytes: The most that is kept in `spool`; 0 for no limit.
+        spool_min_free_bytes: What its disk is left, as far as keeping less there does it.
         gives_back: Whether the work directory is given to `uid` when nothing is mounted any more,
             and removed if nothing was written, so that its user can remove it.
     """
@@ -145,6 +146,7 @@ class MountSpec(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fiel
     log: LogPlace | None = None
     snapshot: str = ""
     spool_max_bytes: int = 0
+    spool_min_free_bytes: int = 0
 
     @property
     def lower(self) -> Path:

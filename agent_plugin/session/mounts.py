@@ -163,6 +163,19 @@ class CachePlace:
     scope: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class SpoolPlace:
+    """What a mount may take of a disk for what was read and the cache does not take; in bytes.
+
+    Attributes:
+        max_bytes: The most; 0 for no limit.
+        min_free_bytes: What the disk is left, as far as keeping less does it.
+    """
+
+    max_bytes: int = 0
+    min_free_bytes: int = 0
+
+
 class Mounts:
     """The mounts that one state directory knows.
 
@@ -172,8 +185,8 @@ class Mounts:
         strict: Of what is mounted from now on, verify all of a blob before any of it is read.
         xattrs: Have extended attributes below overlayfs too; elsewhere they cost nothing.
         store_limits: How mounts talk to their store; None for what is so by default.
-        source_bytes_on: Given a directory, the most that a mounted source keeps there of what was
-            read; None for no limit.
+        spool_on: Given a directory, how much a mount keeps there of what was read and the cache
+            does not take.
         transport: Of what is mounted from now on: `auto`, `fusepy` or `kernel`.
         passthrough: Whether the kernel reads cached blobs itself: `auto`, `on` or `off`.
         log_place: Where events go, by the key of a session or `mount-` and the mount's name.
@@ -193,9 +206,9 @@ class Mounts:
         passthrough: str = "auto",
         log_place: Callable[[str], LogPlace | None] = lambda _name: None,
         user_id: int | None = None,
-        source_bytes_on: Callable[[Path], int] | None = None,
+        spool_on: Callable[[Path], SpoolPlace] = lambda _directory: SpoolPlace(),
     ) -> None:
-        self._source_bytes_on = source_bytes_on
+        self._spool_on = spool_on
         self._directory = state_dir / "mounts"
         self._cache = cache
         self._strict = strict
@@ -420,6 +433,7 @@ class Mounts:
                 raise NotAllowedError(f"the mount at {mountpoint} is another user's")
 
     def _spec(self, request: MountRequest, place: Path) -> MountSpec:
+        spool = self._spool_on(request.work_dir.parent)
         return MountSpec(
             version=VERSION,
             name=f"propmaster:{place.name}",
@@ -451,11 +465,8 @@ class Mounts:
             cache_scope=self._cache.scope,
             log=self._log_place(request.session or f"mount-{place.name}"),
             snapshot=request.snapshot,
-            spool_max_bytes=(
-                self._source_bytes_on(request.work_dir.parent)
-                if request.snapshot and self._source_bytes_on is not None
-                else 0
-            ),
+            spool_max_bytes=spool.max_bytes,
+            spool_min_free_bytes=spool.min_free_bytes,
         )
 
     def _is_served(self, place: Path) -> bool:

@@ -114,9 +114,15 @@ class Rig:
         *,
         policy: StreamPolicy = SMALL_PARTS,
         statistics: Statistics | None = None,
+        most_bytes: int | None = None,
     ) -> BlobReader:
         reader = BlobReader(
-            cache, lambda: self.store, self.spool, statistics or self.statistics, policy=policy
+            cache,
+            lambda: self.store,
+            self.spool,
+            statistics or self.statistics,
+            policy=policy,
+            most_bytes=most_bytes,
         )
         self.readers.append(reader)
         return reader
@@ -435,6 +441,85 @@ def test_what_does_not_fit_into_the_cache_is_spooled(
 def _free(directory: Path) -> int:
     filesystem = os.statvfs(directory)
     return filesystem.f_bavail * filesystem.f_frsize
+
+
+def spooled(rig: Rig) -> int:
+    """Return the bytes of the files in the spool that this process has open."""
+    sizes = {}
+    for fd in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):
+            if str(fd.readlink()).startswith(f"{rig.spool}/"):
+                status = fd.stat()
+                sizes[status.st_ino] = status.st_size
+    return sum(sizes.values())
+
+
+def test_what_the_cache_can_not_take_is_kept_as_long_as_there_is_room_for_it(
+    rig: Rig, expected_events: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Caught: no limit where there is a cache; one that counts what the cache has as well."""
+    expected_events.add(events.CACHE_BYPASSED)
+    # Of what comes in one piece a cache takes some more than it may have.
+    monkeypatch.setattr(vfs.whole_blobs, "WHOLE_BLOB_BYTES", 1000)
+    blobs = [blob(70 + at) for at in range(8)]
+    taken, data_of_taken = blob(80, 900)
+    for digest, data in (*blobs, (taken, data_of_taken)):
+        rig.put(digest, data)
+    reader = rig.reader(rig.cache(max_bytes=1000), most_bytes=10_000)
+
+    for digest, data in blobs:
+        assert read(reader, digest, 1000, 3000) == data[1000:4000]
+        until(lambda: spooled(rig) <= 10_000)
+    assert read(reader, taken, 100, 500) == data_of_taken[100:600]
+    assert spooled(rig) == 10_000, "what the cache has takes no room from the others"
+    for digest, data in blobs[-2:]:
+        assert read(reader, digest, 1000, 3000) == data[1000:4000]
+    assert rig.count("blobs_fetched") == 9
+    first, data = blobs[0]
+    assert read(reader, first, 1000, 3000) == data[1000:4000]
+    assert rig.count("blobs_fetched") == 10
+
+
+@pytest.mark.usefixtures("large")
+def test_a_large_blob_that_only_the_spool_takes_comes_to_its_end_once_and_is_verified(
+    rig: Rig, expected_events: set[str]
+) -> None:
+    """Caught: one that is let go of while it comes, as those that nobody verifies may be."""
+    expected_events.add(events.CACHE_BYPASSED)
+    (right, data), (wrong, _) = blobs = [blob(81 + at, 5 * LARGE_BYTES) for at in range(2)]
+    for each, content in blobs:
+        rig.put(each, content)
+    flip_a_bit(rig.home / "store" / blob_key(wrong), 100)
+    reader = rig.reader(rig.cache(max_bytes=1000), most_bytes=LARGE_BYTES)
+
+    def read_on(digest: Digest) -> list[bytes]:
+        step = 16 * KIBIBYTE
+        return [read(reader, digest, offset, step) for offset in range(0, digest.size, step)]
+
+    assert b"".join(read_on(right)) == data
+    assert rig.count("bytes_fetched") == right.size
+    with pytest.raises(BlobCorruptError):
+        read_on(wrong)
+
+
+@pytest.mark.usefixtures("large")
+def test_a_large_blob_that_the_spool_has_let_go_of_is_read_again_only_when_it_is_verified(
+    rig: Rig, expected_events: set[str]
+) -> None:
+    """Caught: its rest streamed to who has read its beginning, so that nobody verifies it."""
+    expected_events.add(events.CACHE_BYPASSED)
+    (digest, data), (other, _) = blobs = [blob(83 + at, 5 * LARGE_BYTES) for at in range(2)]
+    for each, content in blobs:
+        rig.put(each, content)
+    reader = rig.reader(rig.cache(max_bytes=1000), most_bytes=LARGE_BYTES)
+    assert read(reader, digest) == data
+    until(lambda: not reader._streamed)
+    read(reader, other)
+    until(lambda: digest.hex not in reader._open)
+    flip_a_bit(rig.home / "store" / blob_key(digest), digest.size - 1)
+
+    with pytest.raises(BlobCorruptError):
+        read(reader, digest, digest.size - 16 * KIBIBYTE, 10)
 
 
 def test_a_cache_that_others_could_write_is_neither_read_nor_written(

@@ -1,4 +1,4 @@
-"""AUTO on a disk that has the sessions and the blob cache, and little room for both."""
+"""What sessions take of a disk that has little room, and perhaps the blob cache as well."""
 
 import os
 from collections.abc import Iterator
@@ -74,3 +74,23 @@ def test_auto_counts_no_blob_that_the_cache_has_and_none_twice(
     # 3.5 MiB of files and half a MiB for the cache, where it has left 5 MiB.
     few = f"2 files of {7 * MEBIBYTE // 2} bytes are few"
     assert (root.file_system, root.reason) == ("COPIED", few)
+
+
+def test_what_a_mount_keeps_is_measured_by_the_disk_of_its_session(
+    disk: Path, tmp_path: Path
+) -> None:
+    """Caught: a floor of so many percent of the cache's disk, and one for sources alone."""
+    settings = {"cache": {"min_free": "25 %"}, "mounts": {"source_bytes": "50 %"}}
+    host = Host(tmp_path / "host", f"file://{tmp_path}/store", settings=settings)
+    job = submitted(host, tmp_path / "show", 1000)
+
+    [root] = host.start(job, disk / "session", file_system="VIRTUAL").roots
+    known = host.mounts.spec_of(Path(root.local_root))
+    host.end(disk / "session")
+
+    assert known is not None
+    spec, _ = known
+    assert (spec.spool_max_bytes, spec.spool_min_free_bytes) == (
+        (SPARE_BYTES + ROOM) // 2,
+        (SPARE_BYTES + ROOM) // 4,
+    )
