@@ -67,7 +67,7 @@ MAY_IMPORT = {
     "agent_plugin/transfers.py": HOST,
     "agent_plugin/session_logs.py": SETTINGS,
     "agent_plugin/queue_settings.py": [*HOST, "agent_plugin.session.queues"],
-    "agent_plugin/publications.py": [
+    "agent_plugin/ending.py": [
         *(*HOST, "agent_plugin.publish"),
         *("agent_plugin.session.publishing", "agent_plugin.session.state"),
     ],
@@ -76,7 +76,7 @@ MAY_IMPORT = {
     ],
     "agent_plugin/workers/": [
         *(*HOST, "agent_plugin.mounting", "agent_plugin.session", "agent_plugin.workers"),
-        *("agent_plugin.publications", "agent_plugin.queue_settings", "agent_plugin.session_logs"),
+        *("agent_plugin.ending", "agent_plugin.queue_settings", "agent_plugin.session_logs"),
     ],
     "agent_plugin/doctor": [
         *(*SETTINGS, *TRANSFER, "agent_plugin.session.mounts"),

@@ -10,6 +10,7 @@ import click
 from agent_plugin.cli.job_results import (
     allow_endpoint_option,
     by_root_option,
+    check_by_root,
     check_ids,
     chosen,
     count_files,
@@ -120,8 +121,7 @@ def command(
     store, or with --published from where publishers put them.
     """
     check_ids(farm_id, queue_id, step_id, task_id)
-    if (raw and by_root) or (published and by_root):
-        raise click.UsageError("--by-root is for results in the store; publishers have ByRoot")
+    check_by_root(by_root=by_root, published=published or raw)
     name, path = job_and_path(job)
     settings = load(config)
     with (
@@ -135,7 +135,7 @@ def command(
             context, where, published=published or raw, step_id=step_id, task_id=task_id
         )
         if documents or published or raw:
-            wanted = chosen(job_id, documents, only, without)
+            wanted = chosen(job_id, documents, only, without, published=True)
             limits = UnpackLimits(max_file_size, max_total_size)
             wish = PublishedWish(path, merge, raw, overwrite, limits)
             result = get_published(
@@ -147,7 +147,8 @@ def command(
                 wish,
             )
         else:
-            wanted = chosen(job_id, [execution.id for execution in executions], only, without)
+            there = [execution.id for execution in executions]
+            wanted = chosen(job_id, there, only, without, published=False)
             with _telling_of_published(context, where):
                 result = get(
                     [execution for execution in executions if execution.id in wanted],

@@ -107,8 +107,23 @@ def job_and_path(argument: str) -> tuple[str, str]:
     return job, path
 
 
+def check_by_root(*, by_root: bool, published: bool) -> None:
+    """Refuse an option that means nothing for what publishers published.
+
+    Raises:
+        click.UsageError: Both are wished.
+    """
+    if by_root and published:
+        raise click.UsageError("--by-root is for results in the store; publishers have ByRoot")
+
+
 def chosen(
-    job_id: str, there: Collection[str], only: Collection[str], without: Collection[str]
+    job_id: str,
+    there: Collection[str],
+    only: Collection[str],
+    without: Collection[str],
+    *,
+    published: bool,
 ) -> set[str]:
     """Return which of a job's executions are meant.
 
@@ -117,11 +132,12 @@ def chosen(
         there: Those that there are.
         only: Those that were asked for; empty for all.
         without: Those that are to be left out.
+        published: Whether those that published something are there as well.
 
     Raises:
         JobInvalidError: One of those that were named is not there.
     """
-    check_only(job_id, there, [*only, *without])
+    check_only(job_id, there, [*only, *without], published=published)
     return (set(only) or set(there)) - set(without)
 
 

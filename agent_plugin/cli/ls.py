@@ -10,6 +10,7 @@ import msgspec
 from agent_plugin.cli.job_results import (
     allow_endpoint_option,
     by_root_option,
+    check_by_root,
     check_ids,
     chosen,
     count_files,
@@ -94,6 +95,7 @@ def command(
     """List the result files of JOB, or those below PATH; JOB may be the beginning of an id."""
     settings = load(config)
     check_ids(farm_id, queue_id, step_id, task_id)
+    check_by_root(by_root=by_root, published=published)
     name, path = job_and_path(job)
     with cancel_on_signals() as cancellation:
         asking = ask_store(settings, store_url, cancellation=cancellation, queue_id=queue_id)
@@ -102,7 +104,8 @@ def command(
         executions, documents = find_either(
             asking, where, published=published, step_id=step_id, task_id=task_id
         )
-        wanted = chosen(job_id, [*(each.id for each in executions), *documents], only, without)
+        there = [*(each.id for each in executions), *documents]
+        wanted = chosen(job_id, there, only, without, published=not executions)
         servers = result_servers(settings, queue_id, endpoints)
         documents = {name: found for name, found in documents.items() if name in wanted}
         listed, replaced = _published(documents, path, servers, asking)

@@ -22,7 +22,13 @@ from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.publish.presigning import PresignedResult, parse_duration, presign, presign_files
 from agent_plugin.publish.publications import read_publications
 from agent_plugin.publish.published import Replaced, find_published, refuse_lost
-from agent_plugin.publish.result_documents import PublishFailure, Result, ResultsDocument
+from agent_plugin.publish.result_documents import (
+    Contents,
+    ExcludedOutputs,
+    PublishFailure,
+    Result,
+    ResultsDocument,
+)
 from agent_plugin.publish.results import (
     JobExecution,
     files_of,
@@ -38,10 +44,15 @@ from agent_plugin.transfer.progress import format_bytes
 
 # What signing all links may take, in seconds: a shorter life than asked for has another reason.
 SIGNING_SECONDS: Final = 60
+SHOWN_PATHS: Final = 10
 
 
 class ExecutionResults(msgspec.Struct, rename="camel"):
-    """What there is of one execution; `files` and `bytes` are those in the store."""
+    """What there is of one execution; `files` and `bytes` are those in the store.
+
+    Attributes:
+        contents: Of each of the results, which files it has; empty where nobody tells.
+    """
 
     execution: str
     step: str
@@ -49,8 +60,28 @@ class ExecutionResults(msgspec.Struct, rename="camel"):
     node: str
     files: int
     bytes: int
-    results: list[Result]
-    failures: list[PublishFailure]
+    results: list[Result] = []
+    failures: list[PublishFailure] = []
+    excluded: list[ExcludedOutputs] = []
+    contents: list[Contents] = []
+
+    @classmethod
+    def of(
+        cls, execution: JobExecution | None, name: str, document: ResultsDocument | None
+    ) -> "ExecutionResults":
+        """Return what the store and the result document tell; either may be missing."""
+        step, task, sizes = "", "", list[int]()
+        if document is not None:
+            step, task = document.step_id, document.task_id or ""
+        if execution is not None:
+            step, task = execution.step, execution.task
+            sizes = [e.size for output in execution.manifests for e in output.manifest.entries]
+        told = cls(name, step, task, "", len(sizes), sum(sizes))
+        if document is not None:
+            told.node = document.node_id
+            told.results, told.failures = document.results, document.failures
+            told.excluded, told.contents = document.excluded, document.contents
+        return told
 
 
 class JobResults(msgspec.Struct):
@@ -119,7 +150,7 @@ def command(
         executions = find_executions(asking, where, step_id=step_id, task_id=task_id)
         documents = find_documents(asking, where, step_id=step_id, task_id=task_id)
         there = [*(each.id for each in executions), *documents]
-        wanted = chosen(job_id, there, only, without)
+        wanted = chosen(job_id, there, only, without, published=True)
         executions = [each for each in executions if each.id in wanted]
         documents = {name: found for name, found in documents.items() if name in wanted}
         result = JobResults(
@@ -145,37 +176,9 @@ def _executions(
     executions: Sequence[JobExecution], documents: dict[str, ResultsDocument]
 ) -> list[ExecutionResults]:
     """Return every execution that left something, or of which something was published."""
-    told = []
-    for execution in executions:
-        sizes = [e.size for output in execution.manifests for e in output.manifest.entries]
-        document = documents.get(execution.id)
-        told.append(
-            ExecutionResults(
-                execution=execution.id,
-                step=execution.step,
-                task=execution.task,
-                node=document.node_id if document else "",
-                files=len(sizes),
-                bytes=sum(sizes),
-                results=document.results if document else [],
-                failures=document.failures if document else [],
-            )
-        )
-    known = {execution.id for execution in executions}
-    return told + [
-        ExecutionResults(
-            execution=execution,
-            step=document.step_id,
-            task=document.task_id or "",
-            node=document.node_id,
-            files=0,
-            bytes=0,
-            results=document.results,
-            failures=document.failures,
-        )
-        for execution, document in documents.items()
-        if execution not in known
-    ]
+    known = {execution.id: execution for execution in executions}
+    names = [*known, *(name for name in documents if name not in known)]
+    return [ExecutionResults.of(known.get(name), name, documents.get(name)) for name in names]
 
 
 def _links(
@@ -209,11 +212,28 @@ def _print(result: JobResults) -> None:
         say(f"  of {execution.task or execution.step}")
         if execution.files:
             say(f"  {count_files(execution.files)}, {format_bytes(execution.bytes)}, in the store")
-        for each in execution.results:
-            say(f"  published: {each.url}")
-        for failure in execution.failures:
-            say(f"  not published: s3://{failure.bucket}/{failure.key}")
-            say(f"    {failure.error}: {failure.message}")
+        _print_published(execution)
+
+
+def _print_published(execution: ExecutionResults) -> None:
+    for index, result in enumerate(execution.results):
+        say(f"  published: {result.url}")
+        if execution.contents:
+            contents = execution.contents[index]
+            say(f"    {count_files(contents.files)}, {format_bytes(contents.bytes)}")
+    for excluded in execution.excluded:
+        say(f"  excluded by hand from {excluded.url}: {count_files(excluded.files)}")
+        for path in excluded.paths[:SHOWN_PATHS]:
+            say(f"    {path}")
+        if excluded.files > SHOWN_PATHS:
+            say(f"    and {excluded.files - len(excluded.paths[:SHOWN_PATHS])} more")
+    for failure in execution.failures:
+        say(f"  not published: s3://{failure.bucket}/{failure.key}")
+        say(f"    {failure.error}: {failure.message}")
+        if failure.hint:
+            say(f"    hint: {failure.hint}")
+        if failure.later:
+            say("    tried again when the session ends")
 
 
 def _print_links(links: Sequence[PresignedResult], seconds: int) -> None:

@@ -19,8 +19,8 @@ from agent_plugin.cli.options import (
 from agent_plugin.cli.signals import cancel_on_signals
 from agent_plugin.content.errors import JobInvalidError, LocalReadError, SessionStateError
 from agent_plugin.content.log_file import writing_to
+from agent_plugin.ending import ending_publications
 from agent_plugin.mounting import open_mounts
-from agent_plugin.publications import ending_publications
 from agent_plugin.queue_settings import settings_of_queue
 from agent_plugin.services import open_records, open_services, state_directory
 from agent_plugin.session.begin_task import begin_task
@@ -234,7 +234,7 @@ def finish_task_command(
         if failure.hint:
             say(f"hint: {failure.hint}")
     for excluded in result.publish_excluded:
-        say(f"excluded by hand: {len(excluded.paths)} files of {excluded.url}")
+        say(f"excluded by hand: {excluded.files} files of {excluded.url}")
 
 
 @command.command(name="end")

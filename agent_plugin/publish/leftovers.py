@@ -28,7 +28,8 @@ def access_document(access: ObjectAccess) -> Mapping[str, Any]:
 def abort_left(context: TransferContext, *, source: str = "", session: str = "") -> int:
     """Abort the uploads of publications that no living process carries out; return how many.
 
-    What can not be aborted is logged, and left to a lifecycle rule.
+    What can not be aborted is logged, and left to a lifecycle rule: nothing that publishes depends
+    on it.
 
     Args:
         context: The services.
@@ -37,9 +38,14 @@ def abort_left(context: TransferContext, *, source: str = "", session: str = "")
 
     Raises:
         CancelledError: On request.
-        NoSpaceError, LocalWriteError: The ledger can not be written.
     """
-    left = context.ledger.dead_uploads(KIND, source=source, session=session)
+    try:
+        left = context.ledger.dead_uploads(KIND, source=source, session=session)
+    except CancelledError:
+        raise
+    except PropmasterError as error:
+        log.warning(events.LEDGER_UNAVAILABLE, extra={"reason": error.message})
+        return 0
     for upload in left:
         bucket, _ = split_url(upload.transfer_destination)
         try:
@@ -47,8 +53,9 @@ def abort_left(context: TransferContext, *, source: str = "", session: str = "")
             objects.abort(bucket, upload.destination, upload.upload_id)
         except CancelledError:
             raise
-        except PropmasterError as error:
-            extra = {"object": upload.destination, "reason": error.message}
+        except (PropmasterError, msgspec.ValidationError) as error:
+            # People may have given the task other metadata, which make no sense here.
+            extra = {"object": upload.destination, "reason": str(error)}
             log.warning(events.UPLOAD_LEFT, extra=extra)
         context.ledger.note_upload(upload.task, "", ())
     return len(left)

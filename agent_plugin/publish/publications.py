@@ -84,12 +84,13 @@ def read_publications(
 ) -> list[Publication]:
     """Return which results of executions are brought, with the lists of their files.
 
-    All publishers of an execution publish the same files; plain ones can be had without the rest.
+    All publishers of an execution publish the same files, but for those that people excluded of
+    one; plain ones can be had without the rest.
 
     Args:
         documents: By execution.
         asking: Of the job's store.
-        every: All of an execution's results, not the first of them, plain before others.
+        every: All of an execution's results, not only the one with most files, plain before others.
 
     Raises:
         PropmasterError: A list can not be had; the message names execution and document.
@@ -97,7 +98,7 @@ def read_publications(
     chosen = [
         (execution, index)
         for execution, document in documents.items()
-        for index in _chosen(document, every=every)
+        for index in chosen_results(document, every=every)
     ]
     of = len({execution for execution, _ in chosen})
     refusing = Refusing()
@@ -121,11 +122,20 @@ def _read_contents(
     return read_contents(asking.open_store(), document, index)
 
 
-def _chosen(document: ResultsDocument, *, every: bool) -> Sequence[int]:
+def chosen_results(document: ResultsDocument, *, every: bool) -> Sequence[int]:
+    """Return which of a document's results are brought; see `read_publications`."""
     results = document.results
     if every:
         return range(len(results))
-    return sorted(range(len(results)), key=lambda at: not results[at].params.key.endswith("/"))[:1]
+    if not results:
+        return []
+    files = [contents.files for contents in document.contents] or [0] * len(results)
+    return [
+        min(
+            range(len(results)),
+            key=lambda at: (-files[at], not results[at].params.key.endswith("/")),
+        )
+    ]
 
 
 class Refusing:

@@ -112,7 +112,7 @@ def _failed(
         error=error.code,
         message=shown_path(error.message),
         required=publisher.params.required,
-        hint=error.hint,
+        hint=shown_path(error.hint),
         later=later,
     )
     return Published(index, failure=failure)

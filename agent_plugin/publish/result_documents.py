@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 
 from agent_plugin.content import events
-from agent_plugin.content.errors import DocumentNotFoundError
+from agent_plugin.content.errors import DocumentNotFoundError, InputError, StoreProtocolError
 from agent_plugin.content.store import Store
 from agent_plugin.publish.placeholders import Execution
 from agent_plugin.transfer.asking import Asking
@@ -20,6 +20,8 @@ from agent_plugin.transfer.asking import Asking
 VERSION: Final = 1
 RESULTS: Final = "Results"
 MAX_RESULTS_BYTES: Final = 1024 * 1024
+# Of the paths that one publisher's part of a document has: all parts fit into it together.
+EXCLUDED_BYTES: Final = 16 * 1024
 
 log = events.get_logger()
 
@@ -88,12 +90,30 @@ class ExcludedOutputs(msgspec.Struct, frozen=True, rename="camel"):
         publisher: Its index among the job's and then the host's.
         key: Its key, with the placeholders filled.
         paths: As they would be below the key, or in the archive; what is not UTF-8 is escaped.
+        more: How many further paths there are, which are not named.
     """
 
     publisher: int
     bucket: str
     key: str
     paths: list[str]
+    more: int = 0
+
+    @property
+    def files(self) -> int:
+        """How many outputs."""
+        return len(self.paths) + self.more
+
+    @property
+    def shortened(self) -> "ExcludedOutputs":
+        """The same with so many paths as a document has room for."""
+        kept, size = 0, 0
+        for path in self.paths:
+            size += len(msgspec.json.encode(path))
+            if size > EXCLUDED_BYTES:
+                break
+            kept += 1
+        return msgspec.structs.replace(self, paths=self.paths[:kept], more=self.files - kept)
 
     @property
     def url(self) -> str:
@@ -125,8 +145,8 @@ class Contents(msgspec.Struct, frozen=True, rename="camel"):
         hash: The xxh128 of the manifest's bytes.
     """
 
-    files: int
-    bytes: int
+    files: Annotated[int, msgspec.Meta(ge=0)]
+    bytes: Annotated[int, msgspec.Meta(ge=0)]
     hash: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 
 
@@ -174,7 +194,7 @@ class ResultsDocument(msgspec.Struct, frozen=True, rename="camel", kw_only=True)
             published_at=execution.instant,
             results=[turn.result for turn in turns if turn.result is not None],
             failures=[turn.failure for turn in turns if turn.failure is not None],
-            excluded=[turn.excluded for turn in turns if turn.excluded is not None],
+            excluded=[turn.excluded.shortened for turn in turns if turn.excluded is not None],
         )
 
     @property
@@ -255,7 +275,8 @@ def _read(store: Store, key: str) -> ResultsDocument | None:
     try:
         data = store.get_document(key, max_bytes=MAX_RESULTS_BYTES).data
         document = msgspec.json.decode(data, type=ResultsDocument)
-    except DocumentNotFoundError as error:
+    except (DocumentNotFoundError, InputError, StoreProtocolError) as error:
+        # Gone meanwhile, too large, or coded.
         reason = error.message
     except msgspec.DecodeError as error:
         reason = str(error)

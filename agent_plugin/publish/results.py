@@ -126,16 +126,25 @@ def find_executions(
     return sorted(named.values(), key=lambda each: (each.started, each.id))
 
 
-def check_only(job_id: str, there: Collection[str], only: Collection[str]) -> None:
+def check_only(
+    job_id: str, there: Collection[str], only: Collection[str], *, published: bool
+) -> None:
     """Do nothing if all executions that were asked for are there.
+
+    Args:
+        job_id: The job.
+        there: Those that there are.
+        only: Those that were asked for.
+        published: Whether those that published something are there as well.
 
     Raises:
         JobInvalidError: One is not.
     """
     if missing := set(only) - set(there):
+        last = "of a task only its last run counts; what earlier ones published --published brings"
         raise JobInvalidError(
-            f"{job_id} has no execution {min(missing)} with results",
-            hint="`propmaster results JOB` lists them; of a task only its last run counts",
+            f"{job_id} has no execution {min(missing)[:200]} with results",
+            hint="`propmaster results JOB` lists them" + ("" if published else f"; {last}"),
         )
 
 

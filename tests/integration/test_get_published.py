@@ -14,6 +14,7 @@ import urllib.request
 import uuid
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -221,6 +222,30 @@ def test_o7_raw_brings_archives_as_they_are(published: Published) -> None:
         assert tar.getnames() == ["renders/1"]
 
 
+@pytest.mark.slow
+def test_o7_archives_of_one_name_that_publishers_of_an_execution_made_are_not_mixed_up(
+    published: Published,
+) -> None:
+    """One comes if they are the same; seen to fail when the last, or the first, is taken anyway."""
+    p = published
+    one = {"Key": "a/all", "Encoding": "gzip"}
+    runs: dict[str | bytes, bytes | int] = {"renders/1": b"1"}
+    p.ran(one, runs, besides=[{**one, "Key": "b/all"}])
+
+    assert p.get(raw=True).files == 1
+    assert p.files().keys() == {"all.tar.gz"}
+    assert p.get(raw=True).bytes_fetched == 0
+
+    other = Published(p.s3, p.to.parent.parent / "other")
+    other.ran(one, runs, besides=[{**one, "Key": "b/all", "Mtime": "zero"}])
+    with pytest.raises(ResultClashError, match="published different files of one name") as refused:
+        other.get(raw=True)
+    for key in ("a/all.tar.gz", "b/all.tar.gz"):
+        assert f"s3://{other.bucket}/{other.prefix}/{key}" in refused.value.message
+    assert other.nothing_is_there()
+    assert other.get().files == 1
+
+
 def test_o7_after_a_kill_an_archive_goes_on_where_it_was(published: Published) -> None:
     p = published
     data = os.urandom(24 * MEBIBYTE)
@@ -267,6 +292,39 @@ def test_o5_results_tells_what_was_published_and_what_is_in_the_store(published:
         each["Params"]["Key"] for each in result["Results"]
     ]
     assert f"  published: s3://{published.bucket}/{published.prefix}/{one}.tar.gz" in text
+
+
+def test_o5_results_tells_how_much_is_published_what_was_left_out_and_what_to_do(
+    published: Published,
+) -> None:
+    p = published
+    [one] = p.ran({"Key": "all"}, {"renders/1": b"1", "renders/2": b"22"})
+
+    def change(document: dict[str, Any]) -> None:
+        paths = [f"renders/{number}\x1b" for number in range(3, 15)]
+        at = {"publisher": 0, "bucket": p.bucket, "key": "all/"}
+        document["excluded"] = [{**at, "paths": paths, "more": 7}]
+        failure = {**at, "publisher": 1, "key": "taken/", "error": "E_KEY_EXISTS"}
+        told = {"message": "it exists", "required": False, "hint": "say Overwrite", "later": True}
+        document["failures"] = [{**failure, **told}]
+
+    p.rewrite(one, change)
+    [execution] = p.results()["executions"]
+    text = p.run("results", JOB).stdout
+
+    assert [(each["files"], each["bytes"]) for each in execution["contents"]] == [(2, 3)]
+    assert execution["excluded"][0]["more"] == 7
+    assert text.splitlines()[3:] == [
+        f"  published: s3://{p.bucket}/{p.prefix}/all/",
+        "    2 files, 3 bytes",
+        f"  excluded by hand from s3://{p.bucket}/all/: 19 files",
+        *(rf"    renders/{number}\x1b" for number in range(3, 13)),
+        "    and 9 more",
+        f"  not published: s3://{p.bucket}/taken/",
+        "    E_KEY_EXISTS: it exists",
+        "    hint: say Overwrite",
+        "    tried again when the session ends",
+    ]
 
 
 def test_o6_each_plain_file_has_a_link_that_ends_when_it_is_told(published: Published) -> None:

@@ -332,6 +332,7 @@ def test_o7_results_that_clash_are_known_before_a_byte_has_come(published: Publi
 
 @pytest.mark.slow
 def test_o5_what_was_published_is_listed_beside_the_document(published: Published) -> None:
+    """Seen to fail when no list is stored, when a count is wrong, and when `ls` lists all of it."""
     p = published
     [execution] = p.ran({"Key": "a", "Encoding": "zstd"}, {"renders/1": b"one", "renders/2": b"2"})
 
@@ -351,6 +352,23 @@ def test_o5_what_was_published_is_listed_beside_the_document(published: Publishe
     assert [(each["path"], each["size"]) for each in listed_execution["files"]] == [
         ("renders/2", 1)
     ]
+
+
+def test_o7_cat_prints_a_file_and_has_no_directory_come(published: Published) -> None:
+    """Seen to fail, by the missing object, when what comes shows that it is a directory."""
+    p = published
+    p.ran({"Key": "all"}, {"renders/1": b"1", "renders/2": b"2"})
+    p.delete("all/renders/1", "all/renders/2")
+
+    whole = p.run("cat", f"{JOB}/", "--published", code=66).stderr
+    part = p.run("cat", f"{JOB}/renders", "--published", code=66).stderr
+    none = p.run("cat", f"{JOB}/none", "--published", code=91).stderr
+    by_root = p.run("cat", f"{JOB}/renders/1", "--published", "--by-root", code=2).stderr
+
+    assert "the whole of a job is a directory of results, with renders/1, renders/2" in whole
+    assert "renders is a directory of results, with renders/1, renders/2" in part
+    assert "there is no result none" in none
+    assert "publishers have ByRoot" in by_root
 
 
 # ------------------------------------------------------------ excluded and held

@@ -382,6 +382,7 @@ REFUSED: list[tuple[list[str], int, str]] = [
     (["cat", f"{JOB}/renders/none"], 91, "there is no result renders/none"),
     (["cat", f"{JOB}/renders"], 66, "is a directory of results, with renders/1"),
     (["cat", f"{JOB}/renders/log"], 101, "renders/log: sessionaction-"),
+    (["cat", f"{JOB}/renders/log"], 101, "hint: say which one is meant: --execution ID"),
     (["get", f"{JOB}/none"], 91, "there is no result none"),
     (["ls", "job-7777/../x"], 73, "below its root"),
     (["ls", "7777"], 66, "nor the beginning of one"),

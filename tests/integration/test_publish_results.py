@@ -13,7 +13,11 @@ from agent_plugin.content.errors import (
     KeyExistsError,
     StoreAccessError,
 )
-from agent_plugin.publish.result_documents import find_results, results_prefix
+from agent_plugin.publish.result_documents import (
+    MAX_RESULTS_BYTES,
+    find_results,
+    results_prefix,
+)
 from agent_plugin.session.submit import SubmitResult
 from agent_plugin.sources.access import SourceServers
 from agent_plugin.sources.resolve import resolve
@@ -186,6 +190,7 @@ def test_o5_a_result_is_an_input_source_as_it_is(publishing: Publishing) -> None
 
 @pytest.mark.expected_events(events.RESULTS_SKIPPED)
 def test_o5_what_somebody_put_among_the_results_hides_none(publishing: Publishing) -> None:
+    """Seen to fail, since nothing was found any more, when a large document was a failure."""
     publishing.start(publishing.publisher("{executionID}"))
     publishing.write({"0001.exr": 10})
     publishing.finish()
@@ -197,10 +202,29 @@ def test_o5_what_somebody_put_among_the_results_hides_none(publishing: Publishin
         store.put_document(f"{prefix}a.json", b"{}", {})
         store.put_document(f"{prefix}b.json", data, {})
         store.put_document(f"{prefix}c.json", b"\xff" * 100, {})
+        store.put_document(f"{prefix}large.json", data + b" " * MAX_RESULTS_BYTES, {})
         # An instant that no calendar has.
         store.put_document(
             f"{prefix}d.json", re.sub(rb'(?<="publishedAt":)[^,]*', b"1e300", data), {}
         )
+
+    assert len(documents(publishing)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.expected_events(events.RESULTS_SKIPPED)
+def test_o5_a_coded_object_among_the_results_hides_none(publishing: Publishing) -> None:
+    """Seen to fail when only what is missing, or no JSON, was passed over."""
+    publishing.start(publishing.publisher("{executionID}"))
+    publishing.write({"0001.exr": 10})
+    publishing.finish()
+    above = publishing.host.store_url.partition(f"{publishing.s3.bucket}/")[2]
+    publishing.s3.client().put_object(
+        Bucket=publishing.s3.bucket,
+        Key=f"{above}/Manifests/{results_prefix((FARM, QUEUE, JOB))}a.json",
+        Body=b"{}",
+        ContentEncoding="gzip",
+    )
 
     assert len(documents(publishing)) == 1
 

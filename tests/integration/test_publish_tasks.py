@@ -3,17 +3,22 @@
 import io
 import json
 import signal
+import sqlite3
 import tarfile
 import time
 from collections.abc import Sequence
+from contextlib import closing
 
 import pytest
 
 from agent_plugin.content.errors import KeyExistsError
 from agent_plugin.publish.contents import read_contents
+from agent_plugin.publish.placeholders import Execution
+from agent_plugin.publish.publisher import publish
 from agent_plugin.publish.result_documents import find_results
+from agent_plugin.publish.spec import Publisher, parse_all
 from agent_plugin.session.finish_task import TaskAction
-from agent_plugin.transfer.ledger import Ledger, TransferRow
+from agent_plugin.transfer.ledger import Ledger, TaskSpec, TransferRow, TransferSpec
 from agent_plugin.transfer.states import TaskStatus, TransferStatus
 from tests.servers.fault_proxy import FaultProxy
 from tests.servers.faults import Fault
@@ -71,7 +76,10 @@ def names(*left_out: int) -> list[str]:
 def test_t10_excluded_outputs_are_not_published_and_the_results_say_so(
     publishing: Publishing,
 ) -> None:
-    """Seen to fail when a publication took no notice of what people change of its tasks."""
+    """Seen to fail when a publication took no notice of what people change of its tasks.
+
+    And when the list of what is published had what was excluded.
+    """
     run = failed_once(publishing, "renders/0003.exr")
     set_tasks(publishing, ["0000.exr", "0003.exr"], TaskStatus.EXCLUDED)
     # What is excluded is not asked for.
@@ -99,6 +107,7 @@ def test_t10_excluded_outputs_are_not_published_and_the_results_say_so(
 def test_t10_held_outputs_are_waited_for_until_somebody_says_what_becomes_of_them(
     publishing: Publishing,
 ) -> None:
+    """Seen to fail when a publication is over as soon as all that is left is held."""
     run = failed_once(publishing, "renders/0003.exr")
     set_tasks(publishing, ["0000.exr", "0001.exr"], TaskStatus.ONHOLD)
     waiting = in_background(lambda: publishing.finish(run))
@@ -112,6 +121,29 @@ def test_t10_held_outputs_are_waited_for_until_somebody_says_what_becomes_of_the
 
     assert publishing.published() == names(0)
     assert [each.paths for each in result.publish_excluded] == [["renders/0000.exr"]]
+
+
+@pytest.mark.slow
+def test_t10_what_is_excluded_before_its_turn_is_not_published(
+    watched: Publishing, fault_proxy: FaultProxy
+) -> None:
+    """While others are under way; seen to fail when a thread publishes whatever it was told to."""
+    text = watched.host.config.read_text()
+    watched.host.config.write_text(f'{text}[queues."{QUEUE}"]\nstore.concurrency = 2\n')
+    watched.start(watched.publisher())
+    watched.write({f"{number:04}.exr": 10 for number in range(10)})
+    under_way = r"published.*000[12]\.exr"
+    fault_proxy.inject(Fault.STALL, methods={"PUT"}, key=under_way, seconds=WAIT_SECONDS)
+    waiting = in_background(watched.finish)
+    await_that(lambda: fault_proxy.count("PUT", under_way) == 2)
+
+    set_tasks(watched, ["0009.exr"], TaskStatus.EXCLUDED)
+    watched.await_beats()
+    fault_proxy.release()
+    result = waiting()
+
+    assert watched.published() == names(9)
+    assert [each.paths for each in result.publish_excluded] == [["renders/0009.exr"]]
 
 
 @pytest.mark.slow
@@ -236,6 +268,53 @@ def test_o4_the_next_publication_on_the_host_aborts_the_upload_of_a_killed_one(
 
     assert watched.uploads() == []
     assert watched.published() == ["other/renders/0001.exr"]
+
+
+@pytest.mark.expected_events("upload.left_behind")
+def test_o4_what_people_say_of_a_task_keeps_nobody_from_publishing(publishing: Publishing) -> None:
+    """The metadata of a task are theirs to change, and tell where a dead upload is.
+
+    Seen to fail, with every further publication of the host, when they were taken for ours.
+    """
+    publishing.start(publishing.publisher())
+    publishing.write({"0001.exr": 10})
+    with publishing.host.services() as context:
+        where = f"s3://{publishing.s3.bucket}/{publishing.prefix}/all.tar.gz"
+        spec = TransferSpec(kind="publish", source=context.store_url, destination=where)
+        odd = TaskSpec("x", "all.tar.gz", 1, metadata={"endpoint": ["odd"]})
+        row = context.ledger.begin(spec, [odd])
+        [task] = context.ledger.tasks(row.id)
+        context.ledger.note_upload(task.id, "an-upload", ())
+        context.ledger.finish(row.id, KeyExistsError("it was killed"))
+
+    assert len(publishing.finish().results) == 1
+
+    with publishing.host.services() as context:
+        dead = context.ledger.dead_uploads("publish", source=context.store_url, session="")
+    assert dead == []
+
+
+@pytest.mark.usefixtures("declined")
+@pytest.mark.expected_events("ledger.unavailable")
+def test_a_ledger_that_fails_is_a_failure_of_publishers_and_not_of_the_task(
+    publishing: Publishing,
+) -> None:
+    """Seen to fail when the look for uploads that were left failed the task."""
+    publishing.start()
+    where = decode_publishers(publishing)
+    execution = Execution(FARM, QUEUE, JOB, "step", "task", "run", "session", "worker", 1.7e9)
+    with publishing.host.services() as context:
+        with closing(sqlite3.connect(publishing.host.state_dir / "ledger.db")) as connection:
+            connection.execute("ALTER TABLE task RENAME TO lost")
+
+        published, refused = publish(where, [], execution, context)
+
+    assert refused is None
+    assert [each.failure is not None for each in published] == [True]
+
+
+def decode_publishers(publishing: Publishing) -> tuple[Publisher, ...]:
+    return parse_all([f"s3://{publishing.s3.bucket}/{publishing.prefix}"], "a test")
 
 
 @pytest.mark.expected_events("publications.left")

@@ -48,12 +48,23 @@ class Published:
         publisher: Mapping[str, Any],
         *runs: dict[str | bytes, bytes | int],
         again: bool = False,
+        besides: Sequence[Mapping[str, Any]] = (),
     ) -> list[str]:
-        """Have tasks, or one task again, leave and publish files; return the executions."""
-        params = {"Bucket": self.bucket, "Key": self.prefix, **publisher}
-        if "Key" in publisher:
-            params["Key"] = f"{self.prefix}/{publisher['Key']}"
-        job = self.sessions.submitted({"in": b"in"}, publishers=[{"Type": "s3", "Params": params}])
+        """Have tasks, or one task again, leave and publish files; return the executions.
+
+        Args:
+            publisher: The parameters of the job's publisher.
+            runs: What each leaves.
+            again: Whether they are runs of one task.
+            besides: The parameters of further publishers.
+        """
+        publishers = []
+        for each in (publisher, *besides):
+            params = {"Bucket": self.bucket, "Key": self.prefix, **each}
+            if "Key" in each:
+                params["Key"] = f"{self.prefix}/{each['Key']}"
+            publishers.append({"Type": "s3", "Params": params})
+        job = self.sessions.submitted({"in": b"in"}, publishers=publishers)
         root = self.sessions.started(job)
         ids = []
         for number, files in enumerate(runs):

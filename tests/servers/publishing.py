@@ -107,6 +107,21 @@ class Publishing:
         answer = self.s3.client().list_multipart_uploads(Bucket=self.s3.bucket, Prefix=self.prefix)
         return [upload["Key"] for upload in answer.get("Uploads", [])]
 
+    def await_beats(self) -> None:
+        """Wait until the publication that is under way has read what people want of it by now.
+
+        It does so at each beat, after it has renewed its lease: at the second it has.
+        """
+
+        def lease() -> float | None:
+            [row] = [row for row in self.host.transfers() if row.kind == "publish"]
+            return row.lease_until
+
+        seen = [lease()]
+        for _ in range(2):
+            await_that(lambda: lease() != seen[-1])
+            seen.append(lease())
+
     def arguments(self, run: TaskAction) -> list[str]:
         """Return the arguments of `session finish-task` for an action."""
         assert run.task_id is not None

@@ -64,7 +64,7 @@ def run(call: Call, settings: Settings) -> int:
         if failure.hint:
             call.say(f"propmaster: hint: {failure.hint}")
     for excluded in result.publish_excluded:
-        call.say(f"propmaster: excluded by hand: {len(excluded.paths)} files of {excluded.url}")
+        call.say(f"propmaster: excluded by hand: {excluded.files} files of {excluded.url}")
     call.say(
         summary(
             result.files,

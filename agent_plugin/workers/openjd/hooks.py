@@ -15,8 +15,8 @@ from typing import Final
 
 from agent_plugin.content.errors import PropmasterError, local_write_error
 from agent_plugin.content.store import Cancellation
+from agent_plugin.ending import ending_publications
 from agent_plugin.mounting import open_mounts
-from agent_plugin.publications import ending_publications
 from agent_plugin.queue_settings import settings_of_queue
 from agent_plugin.services import open_records, open_services, state_directory
 from agent_plugin.session.begin_task import awaited_parameters, begin_task, put_aside
@@ -316,7 +316,7 @@ def _tell_finished(result: FinishResult, say: Say) -> None:
         if failure.hint:
             say(f"propmaster: hint: {failure.hint}")
     for excluded in result.publish_excluded:
-        say(f"propmaster: excluded by hand: {len(excluded.paths)} files of {excluded.url}")
+        say(f"propmaster: excluded by hand: {excluded.files} files of {excluded.url}")
 
 
 def _write_rules(session_dir: Path, rules: list[PathMappingRule]) -> Path:
