@@ -7,6 +7,7 @@ that the user or the operator has named.
 """
 
 import re
+import shlex
 from collections.abc import Collection, Mapping
 from typing import Final
 from urllib.parse import urlsplit
@@ -83,8 +84,9 @@ class ResultServers:
         raise NotAllowedError(
             f"{result.url} is at {shown}, which is not asked with your keys: your S3 server is"
             f" {own or 'that of AWS'}",
-            hint=f"if you trust that server, say --allow-endpoint {shown}, or have it in"
-            " store.result_endpoints of the settings",
+            # Whoever wrote the document knows that people paste this into a shell.
+            hint="if you trust that server, say --allow-endpoint"
+            f" {shlex.quote(shown)}, or have it in store.result_endpoints of the settings",
         )
 
 

@@ -1,5 +1,7 @@
 """Which servers are asked for results; nothing here is asked."""
 
+import shlex
+
 import pytest
 
 from agent_plugin.content.bandwidth import Bandwidth
@@ -54,6 +56,16 @@ def test_o7_another_server_is_not_asked_unless_it_was_named(endpoint: str) -> No
     assert "--allow-endpoint" in refused.value.hint
     with pytest.raises(NotAllowedError, match="your S3 server is that of AWS"):
         servers("").objects(result(endpoint))
+
+
+def test_o7_what_a_document_says_is_quoted_where_it_is_to_be_pasted() -> None:
+    """Seen to fail when the hint had the endpoint as it is."""
+    endpoint = "http://x;$(touch here)'"
+
+    with pytest.raises(NotAllowedError) as refused:
+        servers().objects(result(endpoint))
+
+    assert shlex.split(refused.value.hint.partition(", or")[0])[-1] == endpoint
 
 
 def test_o7_a_server_that_was_named_is_asked() -> None:
