@@ -5,6 +5,7 @@ next on this host from the same store aborts what is left, and so does the end o
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -13,6 +14,7 @@ from agent_plugin.content import events
 from agent_plugin.content.errors import CancelledError, PropmasterError
 from agent_plugin.content.objects import ObjectAccess, split_url
 from agent_plugin.transfer.context import TransferContext
+from agent_plugin.transfer.ledger_rows import DeadUpload
 
 KIND: Final = "publish"
 
@@ -46,11 +48,11 @@ def abort_left(context: TransferContext, *, source: str = "", session: str = "")
     except PropmasterError as error:
         log.warning(events.LEDGER_UNAVAILABLE, extra={"reason": error.message})
         return 0
-    for upload in left:
-        bucket, _ = split_url(upload.transfer_destination)
+    # A server that does not answer takes a while for each, which nobody has to wait for.
+    asked = [context.lanes.submit(partial(_abort, context, upload)) for upload in left]
+    for upload, future in zip(left, asked, strict=True):
         try:
-            objects = context.open_objects(msgspec.convert(upload.metadata, ObjectAccess))
-            objects.abort(bucket, upload.destination, upload.upload_id)
+            context.lanes.result(future, context.cancellation)
         except CancelledError:
             raise
         except (PropmasterError, msgspec.ValidationError) as error:
@@ -59,3 +61,9 @@ def abort_left(context: TransferContext, *, source: str = "", session: str = "")
             log.warning(events.UPLOAD_LEFT, extra=extra)
         context.ledger.note_upload(upload.task, "", ())
     return len(left)
+
+
+def _abort(context: TransferContext, upload: DeadUpload) -> None:
+    bucket, _ = split_url(upload.transfer_destination)
+    objects = context.open_objects(msgspec.convert(upload.metadata, ObjectAccess))
+    objects.abort(bucket, upload.destination, upload.upload_id)

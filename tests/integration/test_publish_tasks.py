@@ -6,18 +6,21 @@ import signal
 import sqlite3
 import tarfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
+from typing import Any
 
 import pytest
 
-from agent_plugin.content.errors import KeyExistsError
+from agent_plugin.content.errors import CancelledError, KeyExistsError
 from agent_plugin.publish.contents import read_contents
+from agent_plugin.publish.leftovers import abort_left
 from agent_plugin.publish.placeholders import Execution
 from agent_plugin.publish.publisher import publish
 from agent_plugin.publish.result_documents import find_results
 from agent_plugin.publish.spec import Publisher, parse_all
 from agent_plugin.session.finish_task import TaskAction
+from agent_plugin.transfer.context import TransferContext
 from agent_plugin.transfer.ledger import Ledger, TaskSpec, TransferRow, TransferSpec
 from agent_plugin.transfer.states import TaskStatus, TransferStatus
 from tests.servers.fault_proxy import FaultProxy
@@ -270,6 +273,42 @@ def test_o4_the_next_publication_on_the_host_aborts_the_upload_of_a_killed_one(
     assert watched.published() == ["other/renders/0001.exr"]
 
 
+def leave_uploads(
+    publishing: Publishing, context: TransferContext, metadata: Sequence[Mapping[str, Any]]
+) -> None:
+    """Have the ledger tell of uploads that a killed publication has left."""
+    where = f"s3://{publishing.s3.bucket}/{publishing.prefix}/"
+    spec = TransferSpec(kind="publish", source=context.store_url, destination=where)
+    tasks = [
+        TaskSpec("x", f"{publishing.prefix}/{n}", 1, metadata=each)
+        for n, each in enumerate(metadata)
+    ]
+    row = context.ledger.begin(spec, tasks)
+    for task in context.ledger.tasks(row.id):
+        context.ledger.note_upload(task.id, "an-upload", ())
+    context.ledger.finish(row.id, KeyExistsError("it was killed"))
+
+
+def test_o4_nobody_waits_for_a_server_that_is_silent_about_uploads_that_were_left(
+    watched: Publishing, fault_proxy: FaultProxy
+) -> None:
+    """All are aborted at once, and who wishes to stop does.
+
+    Seen to fail when one was waited for before the next was asked for: each takes up to 10 s.
+    """
+    fault_proxy.inject(Fault.STALL, methods={"DELETE"}, key="published", seconds=WAIT_SECONDS)
+    with watched.host.services() as context:
+        leave_uploads(watched, context, [{}] * 8)
+        waiting = in_background(lambda: abort_left(context, source=context.store_url))
+        await_that(lambda: fault_proxy.count("DELETE", "published") == 8)
+
+        context.cancellation.cancel()
+
+        with pytest.raises(CancelledError):
+            waiting()
+    fault_proxy.release()
+
+
 @pytest.mark.expected_events("upload.left_behind")
 def test_o4_what_people_say_of_a_task_keeps_nobody_from_publishing(publishing: Publishing) -> None:
     """The metadata of a task are theirs to change, and tell where a dead upload is.
@@ -279,13 +318,7 @@ def test_o4_what_people_say_of_a_task_keeps_nobody_from_publishing(publishing: P
     publishing.start(publishing.publisher())
     publishing.write({"0001.exr": 10})
     with publishing.host.services() as context:
-        where = f"s3://{publishing.s3.bucket}/{publishing.prefix}/all.tar.gz"
-        spec = TransferSpec(kind="publish", source=context.store_url, destination=where)
-        odd = TaskSpec("x", "all.tar.gz", 1, metadata={"endpoint": ["odd"]})
-        row = context.ledger.begin(spec, [odd])
-        [task] = context.ledger.tasks(row.id)
-        context.ledger.note_upload(task.id, "an-upload", ())
-        context.ledger.finish(row.id, KeyExistsError("it was killed"))
+        leave_uploads(publishing, context, [{"endpoint": ["odd"]}])
 
     assert len(publishing.finish().results) == 1
 
