@@ -85,6 +85,7 @@ class Unfinished:
         upload_id: Empty until it has begun.
         part_bytes: How large the parts are, but the last one; 0 until it has begun.
         parts: The ETags of those that the store has, by number (from 1).
+        whole: Whether the store has all of them, and is about to be told to make the object.
         changed: Called when any of that has changed, before anything else is done.
         drops: Tells whether nobody will go on with it, so that it is aborted when it ends.
     """
@@ -92,6 +93,7 @@ class Unfinished:
     upload_id: str = ""
     part_bytes: int = 0
     parts: dict[int, str] = field(default_factory=dict)
+    whole: bool = False
     changed: "Callable[[Unfinished], None]" = lambda _unfinished: None
     drops: Callable[[], bool] = lambda: False
 
@@ -99,11 +101,21 @@ class Unfinished:
         """Take down that it has begun."""
         self.upload_id, self.part_bytes = upload_id, part_bytes
         self.parts.clear()
+        self.whole = False
         self.changed(self)
 
     def sent(self, number: int, etag: str) -> None:
         """Take down that the store has a part."""
         self.parts[number] = etag
+        self.changed(self)
+
+    def completes(self, etags: Mapping[int, str]) -> None:
+        """Take down that the store has all parts, and is about to make the object of them.
+
+        Whoever is killed before the answer has come leaves an object that only these tell.
+        """
+        self.parts = dict(etags)
+        self.whole = True
         self.changed(self)
 
 

@@ -88,6 +88,8 @@ def make_of_parts(
 ) -> "CompleteMultipartUploadOutputTypeDef | None":
     """Make an object; return the answer to the last request, None if it got lost.
 
+    It got lost also if an earlier attempt had completed the upload, and not lived to hear of it.
+
     Args:
         buckets: Where.
         target: What.
@@ -111,6 +113,10 @@ def make_of_parts(
             partial(_stored, upload, target.size, unfinished, cancellation), cancellation
         )
         if found is None:
+            # Who completed it may have been killed before the answer came.
+            made = partial(_is_made, buckets, target, unfinished, cancellation)
+            if buckets.lanes.run(made, cancellation):
+                return None
             upload, part_bytes = _upload(buckets, target, ""), target.part_bytes
         else:
             sent = found
@@ -126,6 +132,8 @@ def make_of_parts(
         )
         check()
         ordered = [sent[number] for number in sorted(sent)]
+        if unfinished is not None:
+            unfinished.completes({part["PartNumber"]: part["ETag"] for part in ordered})
         complete = partial(_complete, buckets, target, upload, ordered, cancellation)
         return buckets.lanes.run(complete, cancellation)
     finally:
@@ -151,13 +159,7 @@ def drop(buckets: Buckets, bucket: str, key: str, upload_id: str) -> None:
 
 def _upload(buckets: Buckets, target: Target, upload_id: str) -> Upload:
     def is_complete(sent: "Sequence[CompletedPartTypeDef]", cancellation: Cancellation) -> bool:
-        try:
-            there = buckets.head(target.bucket, target.key, cancellation=cancellation)
-        except ObjectNotFoundError:
-            return False
-        return there["ContentLength"] == target.size and there["ETag"] == etag_of_parts(
-            [part["ETag"] for part in sent]
-        )
+        return _is_of_parts(buckets, target, [part["ETag"] for part in sent], cancellation)
 
     return Upload(
         buckets.of(target.bucket),
@@ -169,6 +171,25 @@ def _upload(buckets: Buckets, target: Target, upload_id: str) -> Upload:
         upload_id=upload_id,
         is_complete=is_complete,
     )
+
+
+def _is_made(
+    buckets: Buckets, target: Target, unfinished: Unfinished, cancellation: Cancellation
+) -> bool:
+    """Tell whether an upload that is gone was completed: what is at the key has its parts."""
+    count = -(-target.size // unfinished.part_bytes)
+    etags = [unfinished.parts.get(number, "") for number in range(1, count + 1)]
+    return all(etags) and _is_of_parts(buckets, target, etags, cancellation)
+
+
+def _is_of_parts(
+    buckets: Buckets, target: Target, etags: Sequence[str], cancellation: Cancellation
+) -> bool:
+    try:
+        there = buckets.head(target.bucket, target.key, cancellation=cancellation)
+    except ObjectNotFoundError:
+        return False
+    return there["ContentLength"] == target.size and there["ETag"] == etag_of_parts(etags)
 
 
 def etag_of_parts(etags: Sequence[str]) -> str:

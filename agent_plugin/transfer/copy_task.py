@@ -202,7 +202,8 @@ class Attempt:
 
         def changed(unfinished: Unfinished) -> None:
             nonlocal written
-            if unfinished.parts and self.clock() < written + PARTS_WRITTEN_SECONDS:
+            is_soon = self.clock() < written + PARTS_WRITTEN_SECONDS
+            if unfinished.parts and is_soon and not unfinished.whole:
                 return
             written = self.clock()
             document = {
@@ -372,7 +373,8 @@ class Attempt:
     def _is_made(self, source: Place, destination: Place) -> bool:
         """Tell whether an earlier attempt has made what is at the destination.
 
-        Of objects that are made of parts nobody can tell; they are taken for somebody else's.
+        Of objects that are made of parts the store tells that (s3_multipart.py), if it is asked
+        for the upload; they are taken for somebody else's here.
         """
         if not destination.is_object:
             there = Path(destination.path).lstat()
