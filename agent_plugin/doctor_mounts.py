@@ -36,7 +36,8 @@ from agent_plugin.content.mount_spec import NO_WRITES, OVERLAY, OVERLAYFS, Ready
 from agent_plugin.content.store import Cancellation
 from agent_plugin.doctor_files import Probe, nearest_existing
 from agent_plugin.session.mount_control import ask_mount
-from agent_plugin.session.mounts import CachePlace, MountRequest, Mounts
+from agent_plugin.session.mount_request import CachePlace, MountRequest
+from agent_plugin.session.mounts import Mounts
 
 # Some 0.5 s on an idle host.
 _MOUNT_SECONDS: Final = 20.0

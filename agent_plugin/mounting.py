@@ -5,7 +5,8 @@ from functools import partial
 from pathlib import Path
 
 from agent_plugin.services import scope_of, state_directory, store_limits
-from agent_plugin.session.mounts import CachePlace, Mounts, SpoolPlace
+from agent_plugin.session.mount_request import CachePlace, SpoolPlace
+from agent_plugin.session.mounts import Mounts
 from agent_plugin.session_logs import log_place
 from agent_plugin.settings import Settings
 

@@ -19,7 +19,7 @@ from agent_plugin.content.named_file import open_named
 from agent_plugin.content.open_store import refuse_missing_store
 from agent_plugin.content.writes_probe import WritesChoice, choose_writes
 from agent_plugin.mounting import open_mounts, path_of_mount
-from agent_plugin.session.mounts import ManifestFile, MountRequest
+from agent_plugin.session.mount_request import ManifestFile, MountRequest
 from agent_plugin.settings import load
 from agent_plugin.transfer.progress import format_bytes
 

@@ -6,22 +6,15 @@ is one. What is stored replaces nothing unless that is wished; where a store can
 is looked at first, and who writes between the look and the request is overwritten.
 """
 
-import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import Final, Self
 from urllib.parse import parse_qs, urlsplit
 
 from agent_plugin.content import parts, s3_copy, s3_multipart, s3_ranges
 from agent_plugin.content.bandwidth import Bandwidth
-from agent_plugin.content.errors import (
-    FileChangedError,
-    ObjectNotFoundError,
-    StoreUnavailableError,
-)
 from agent_plugin.content.objects import (
     ARCHIVE_CLASSES,
     ARCHIVED,
@@ -29,24 +22,14 @@ from agent_plugin.content.objects import (
     ObjectInfo,
     Unfinished,
     checked_key,
-    object_url,
 )
 from agent_plugin.content.retry import RetryPolicy
-from agent_plugin.content.s3_access import CONTENT_TYPE, Access
+from agent_plugin.content.s3_access import Access
 from agent_plugin.content.s3_buckets import REQUESTS, Buckets, checked_seconds
 from agent_plugin.content.s3_delete import delete
-from agent_plugin.content.s3_errors import (
-    ConditionRacedError,
-    ObjectExistsError,
-    UnsupportedByStoreError,
-)
-from agent_plugin.content.s3_multipart import PartSizes, Target, info_of_answer
-from agent_plugin.content.s3_upload import Upload, key_exists
+from agent_plugin.content.s3_multipart import PartSizes
+from agent_plugin.content.s3_put import Content, NewObject
 from agent_plugin.content.store import Cancellation, Progress, ignore_progress
-
-if TYPE_CHECKING:
-    from mypy_boto3_s3.client import S3Client
-    from mypy_boto3_s3.type_defs import CompletedPartTypeDef, PutObjectOutputTypeDef
 
 __all__ = ["ObjectAccess", "ObjectInfo", "S3Objects", "Unfinished", "open_objects"]
 
@@ -227,25 +210,8 @@ class S3Objects:
         Raises:
             KeyExistsError: Something is there, and `overwrite` is False.
         """
-        checked_key(key)
-        headers = _headers(content_type, metadata)
-        condition = {} if overwrite else {"IfNoneMatch": "*"}
-        try:
-            answer = self._put(bucket, key, data, {**headers, **condition}, cancellation)
-        except UnsupportedByStoreError:
-            if overwrite:
-                raise
-            s3_multipart.insist_absent(self._buckets, bucket, key, cancellation)
-            answer = self._put(bucket, key, data, headers, cancellation)
-        except ConditionRacedError as error:
-            raise StoreUnavailableError(
-                error.message, hint="Somebody wrote the same key meanwhile; try again."
-            ) from error
-        except ObjectExistsError as error:
-            raise key_exists(object_url(bucket, key)) from error
-        if answer is None:
-            return self.head(bucket, key, cancellation=cancellation)
-        return info_of_answer(bucket, key, len(data), answer, _date(answer))
+        new = self._new(bucket, key, overwrite, content_type, metadata)
+        return new.put(data, cancellation)
 
     def put_file(
         self,
@@ -281,24 +247,9 @@ class S3Objects:
             FileChangedError: The file has another size than at the beginning; nothing was stored.
             CancelledError: Cancellation was wished. A request that is under way may take effect.
         """
-        size = parts.size_of(fd) if size is None else size
-
-        def check() -> None:
-            _insist_size(parts.size_of(fd), size)
-
-        return self.put_stream(
-            bucket,
-            key,
-            size,
-            partial(parts.read_all, fd),
-            overwrite=overwrite,
-            content_type=content_type,
-            metadata=metadata,
-            cancellation=cancellation,
-            progress=progress,
-            unfinished=unfinished,
-            check=check,
-        )
+        new = self._new(bucket, key, overwrite, content_type, metadata)
+        content = Content.of_file(fd, size)
+        return new.put_content(content, self._sizes, cancellation, progress, unfinished)
 
     def put_stream(
         self,
@@ -337,55 +288,9 @@ class S3Objects:
         Raises:
             KeyExistsError, FileChangedError, CancelledError: As for put_file.
         """
-        checked_key(key)
-        if size <= self._sizes.send_from:
-
-            def put() -> ObjectInfo:
-                data = read(0, size)
-                _insist_size(len(data), size)
-                check()
-                return self.put(
-                    bucket,
-                    key,
-                    data,
-                    overwrite=overwrite,
-                    content_type=content_type,
-                    metadata=metadata,
-                    cancellation=cancellation,
-                )
-
-            info = self._buckets.lanes.run(put, cancellation)
-            progress(size)
-            return info
-        part_bytes = parts.part_size(size)
-        window = max(2, min(parts.WINDOW_PARTS, parts.WINDOW_BYTES // part_bytes))
-        headers = _headers(content_type, metadata)
-
-        def part_of(offset: int, length: int) -> bytes:
-            data = read(offset, length)
-            _insist_size(offset + len(data), offset + length)
-            return data
-
-        def send(
-            upload: Upload, number: int, offset: int, length: int, stop: Cancellation
-        ) -> "Callable[[], CompletedPartTypeDef]":
-            if in_order:
-                return partial(upload.send, number, part_of(offset, length), stop)
-            return lambda: upload.send(number, part_of(offset, length), stop)
-
-        answer = s3_multipart.make_of_parts(
-            self._buckets,
-            Target(bucket, key, headers, overwrite, size, part_bytes, window),
-            send,
-            cancellation=cancellation,
-            progress=progress,
-            unfinished=unfinished,
-            check=check,
-        )
-        if answer is None:
-            look = partial(self.head, bucket, key, cancellation=cancellation)
-            return self._buckets.lanes.run(look, cancellation)
-        return info_of_answer(bucket, key, size, answer, _date(answer))
+        new = self._new(bucket, key, overwrite, content_type, metadata)
+        content = Content(size, read, check, in_order)
+        return new.put_content(content, self._sizes, cancellation, progress, unfinished)
 
     def copy(
         self,
@@ -474,39 +379,22 @@ class S3Objects:
         expiry = self._buckets.of(info.bucket).access.expiry
         return url, ends if expiry is None else min(ends, expiry)
 
-    def _put(
+    def _new(
         self,
         bucket: str,
         key: str,
-        data: bytes,
-        headers: Mapping[str, Any],
-        cancellation: Cancellation | None,
-    ) -> "PutObjectOutputTypeDef | None":
-        """Send it; return the answer, None if it got lost."""
-        tries = 0
-
-        def ask(client: "S3Client", common: dict[str, Any]) -> "PutObjectOutputTypeDef":
-            nonlocal tries
-            tries += 1
-            return client.put_object(**common, Key=key, Body=data, **headers)
-
-        what = f"put {object_url(bucket, key)}"
-        try:
-            return self._buckets.boto(bucket, ask, what, cancellation, sends=len(data))
-        except ObjectExistsError:
-            # It may be ours, if the answer to an earlier attempt got lost.
-            if tries == 1 or not self._holds(bucket, key, data, headers.get("Metadata", {})):
-                raise
-            return None
-
-    def _holds(self, bucket: str, key: str, data: bytes, metadata: Mapping[str, str]) -> bool:
-        try:
-            info = self.head(bucket, key)
-        except ObjectNotFoundError:
-            return False
-        # Somebody else may have stored the same bytes.
-        is_like = info.size == len(data) and s3_copy.has_metadata(info.metadata, metadata)
-        return is_like and self.read(info, 0, info.size) == data
+        overwrite: bool,
+        content_type: str,
+        metadata: Mapping[str, str] | None,
+    ) -> NewObject:
+        return NewObject(
+            self._buckets,
+            bucket,
+            key,
+            overwrite=overwrite,
+            content_type=content_type,
+            metadata=metadata,
+        )
 
 
 def open_objects(
@@ -531,27 +419,6 @@ def open_objects(
     return S3Objects(access, environment=environment, policy=policy, bandwidth=bandwidth)
 
 
-def _headers(content_type: str, metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    return {"ContentType": content_type or CONTENT_TYPE, "Metadata": dict(metadata or {})}
-
-
 def _class(storage_class: str) -> str:
     # What HEAD leaves out is spelled out in listings.
     return "" if storage_class == "STANDARD" else storage_class
-
-
-def _date(answer: Mapping[str, Any]) -> float:
-    """Return when an answer was given, which is about when the object was stored."""
-    said = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date", "")
-    try:
-        return parsedate_to_datetime(said).timestamp()
-    except ValueError:
-        return float(int(time.time()))
-
-
-def _insist_size(found: int, size: int) -> None:
-    if found != size:
-        raise FileChangedError(
-            f"a file had {size} bytes and has {found} now",
-            hint="Send it when nobody writes to it any more.",
-        )

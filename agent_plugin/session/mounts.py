@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +21,7 @@ import msgspec
 from agent_plugin.content import events
 from agent_plugin.content.digest import hash_name
 from agent_plugin.content.errors import (
-    LocalReadError,
     LocalWriteError,
-    ManifestInvalidError,
     MountFailedError,
     NotAllowedError,
     PropmasterError,
@@ -32,7 +30,6 @@ from agent_plugin.content.errors import (
 )
 from agent_plugin.content.leftovers import remove_path
 from agent_plugin.content.log_file import LogPlace
-from agent_plugin.content.manifest import MAX_MANIFEST_BYTES, Manifest, encode
 from agent_plugin.content.mount_probe import AUTO
 from agent_plugin.content.mount_spec import (
     VERSION,
@@ -58,10 +55,16 @@ from agent_plugin.session.mount_process import (
     spawn,
     told_holders,
 )
+from agent_plugin.session.mount_request import (
+    CachePlace,
+    MountRequest,
+    SpoolPlace,
+    called,
+    keep_manifest,
+)
 from agent_plugin.transfer.ledger import lease_owner
 
 _POLL_SECONDS: Final = 0.02
-_COPIED_AT_ONCE: Final = 4 * 1024 * 1024
 
 log = events.get_logger()
 
@@ -93,55 +96,6 @@ class FailedRead(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True, slots=True)
-class ManifestFile:
-    """A manifest that only the mount's process looks into: that it is one turns out there.
-
-    Attributes:
-        fd: The file, open; all of it counts.
-        name: What it is called in messages.
-    """
-
-    fd: int
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class MountRequest:
-    """What is to be mounted.
-
-    Attributes:
-        manifest: The tree.
-        mountpoint: An existing, empty directory.
-        work_dir: Where writes go: made here, on a local disk.
-        writes: As MountSpec has it.
-        writes_reason: Why.
-        uid, gid: Whose the files are.
-        owner_pid: The process without which the mount goes away; 0 for none.
-        layers: What was added to the last mount with this work directory.
-        gives_back: As MountSpec has it.
-        session: The key of the session that it is for; empty if it is for none.
-        snapshot: As MountSpec has it.
-        strict: Verify all of a file before any of it is read, whatever else is so.
-    """
-
-    manifest: Manifest | ManifestFile
-    mountpoint: Path
-    work_dir: Path
-    store_url: str
-    account_id: str
-    writes: str
-    uid: int
-    gid: int
-    owner_pid: int = 0
-    layers: Sequence[Layer] = ()
-    writes_reason: str = ""
-    gives_back: bool = False
-    session: str = ""
-    snapshot: str = ""
-    strict: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class Ended:
     """A mount that is gone.
 
@@ -150,30 +104,6 @@ class Ended:
     """
 
     holders: list[str]
-
-
-@dataclass(frozen=True, slots=True)
-class CachePlace:
-    """The blob cache that mounts use, as BlobCache.open takes it; sizes in bytes."""
-
-    directory: Path
-    max_bytes: int
-    min_free_bytes: int
-    shared: bool
-    scope: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class SpoolPlace:
-    """What a mount may take of a disk for what was read and the cache does not take; in bytes.
-
-    Attributes:
-        max_bytes: The most; 0 for no limit.
-        min_free_bytes: What the disk is left, as far as keeping less does it.
-    """
-
-    max_bytes: int = 0
-    min_free_bytes: int = 0
 
 
 class Mounts:
@@ -256,7 +186,7 @@ class Mounts:
                     self._end(place)
                 place.mkdir(mode=0o700)
                 (place / "starter").write_text(lease_owner() or "", encoding="ascii")
-            _keep_manifest(request.manifest, place / "manifest")
+            keep_manifest(request.manifest, place / "manifest")
         except OSError as error:
             raise local_write_error(error, os.fspath(place)) from error
         except PropmasterError:
@@ -439,7 +369,7 @@ class Mounts:
             name=f"propmaster:{place.name}",
             mountpoint=os.fspath(request.mountpoint),
             manifests=[os.fspath(place / "manifest")],
-            called=_called(request.manifest),
+            called=called(request.manifest),
             store_url=request.store_url,
             account_id=request.account_id,
             # What has no hash must not get among what is found by one.
@@ -538,33 +468,3 @@ def _read_record(place: Path) -> MountRecord | None:
 def _is_record_of(place: Path, ready: Ready) -> bool:
     record = _read_record(place)
     return record is not None and record.ready == ready
-
-
-def _called(manifest: Manifest | ManifestFile) -> str:
-    return manifest.name if isinstance(manifest, ManifestFile) else ""
-
-
-def _keep_manifest(manifest: Manifest | ManifestFile, path: Path) -> None:
-    """Keep what is mounted, for servers to come.
-
-    Raises:
-        ManifestInvalidError: The file is larger than any manifest.
-        LocalReadError: It can not be read.
-        OSError: It can not be kept.
-    """
-    path.touch(mode=0o600)
-    if isinstance(manifest, Manifest):
-        path.write_bytes(encode(manifest))
-        return
-    size = os.fstat(manifest.fd).st_size
-    if size > MAX_MANIFEST_BYTES:
-        raise ManifestInvalidError(
-            f"{manifest.name}: {size} bytes are more than {MAX_MANIFEST_BYTES}"
-        )
-    with path.open("wb") as file:
-        for offset in range(0, size, _COPIED_AT_ONCE):
-            try:
-                data = os.pread(manifest.fd, _COPIED_AT_ONCE, offset)
-            except OSError as error:
-                raise LocalReadError(f"{manifest.name}: {error.strerror}") from error
-            file.write(data)

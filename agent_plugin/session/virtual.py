@@ -24,7 +24,8 @@ from agent_plugin.content.writes_probe import AUTO as WRITES_AUTO
 from agent_plugin.content.writes_probe import choose_writes
 from agent_plugin.session.copy_room import CopyRoom
 from agent_plugin.session.mount_control import ask_mount
-from agent_plugin.session.mounts import FailedRead, MountRequest, Mounts
+from agent_plugin.session.mount_request import MountRequest
+from agent_plugin.session.mounts import FailedRead, Mounts
 from agent_plugin.session.state import COPIED, VIRTUAL, RootState, SessionState
 from agent_plugin.transfer.context import TransferContext
 from agent_plugin.transfer.plan import SPARE_BYTES

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from agent_plugin.session.mount_control import ask_mount
-from agent_plugin.session.mounts import CachePlace, Mounts
+from agent_plugin.session.mount_request import CachePlace
+from agent_plugin.session.mounts import Mounts
 from tests.benchmarks.datasets import KIB, MIB
 from tests.benchmarks.farm import BUCKET, Farm, seconds_of
 from tests.benchmarks.file_client import FileClient, Operation

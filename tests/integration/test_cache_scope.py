@@ -15,7 +15,7 @@ from agent_plugin.content.manifest import FileEntry, Manifest
 from agent_plugin.content.store import Cancellation
 from agent_plugin.mounting import open_mounts
 from agent_plugin.services import open_cache, open_services
-from agent_plugin.session.mounts import MountRequest
+from agent_plugin.session.mount_request import MountRequest
 from agent_plugin.settings import Settings
 from agent_plugin.transfer.context import TransferContext
 from tests.servers.hooks import QUEUE, Host

@@ -19,7 +19,7 @@ from agent_plugin.content.mount_table import is_mounted, read_mounts, unmount
 from agent_plugin.content.open_store import build_store
 from agent_plugin.content.store import Cancellation
 from agent_plugin.session.mount_control import ask_mount
-from agent_plugin.session.mounts import MountRequest
+from agent_plugin.session.mount_request import MountRequest
 from tests.mount.stacks import STACKS, Stack
 from tests.servers.hooks import Host
 from tests.servers.proxied_object import until

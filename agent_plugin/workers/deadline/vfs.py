@@ -42,7 +42,8 @@ from agent_plugin.content.writes_probe import AUTO, choose_writes
 from agent_plugin.mounting import open_mounts, path_of_mount
 from agent_plugin.queue_settings import settings_of_queue
 from agent_plugin.session.adopt import kept_writes, take_back
-from agent_plugin.session.mounts import ManifestFile, MountRequest, Mounts
+from agent_plugin.session.mount_request import ManifestFile, MountRequest
+from agent_plugin.session.mounts import Mounts
 from agent_plugin.session.state import session_id
 from agent_plugin.settings import Settings
 from agent_plugin.workers.call import Call
