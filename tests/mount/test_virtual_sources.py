@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from agent_plugin.content import events
-from agent_plugin.content.errors import MountReadFailedError
+from agent_plugin.content.errors import MountReadFailedError, UnsafePathError
 from agent_plugin.content.mount_table import read_mounts
 from agent_plugin.session import virtual
 from agent_plugin.session.input_sources import SourceResult
@@ -439,6 +439,32 @@ def test_s8_a_mounted_part_takes_the_place_of_the_one_before(
     host.begin_task(session_dir, Part="1")
     host.end(session_dir)
     assert list(session_dir.iterdir()) == []
+
+
+def test_s8_a_mounted_part_does_not_go_where_a_planted_link_leads(
+    host: Host, s3: S3Server, s3_prefix: str, session_dir: Path, tmp_path: Path
+) -> None:
+    """Caught: no look at what is above the place when a task begins; a moved mount left behind."""
+    content = store_objects(s3, s3_prefix, {f"{at:02}": 1000 for at in range(12)})
+    by_name = {"Type": "substring", "StartIndex": 0, "EndIndex": 2}
+    partition = {**by_name, "Count": 3, "IndexParameter": "Part"}
+    job = job_with_sources(host, source_of(s3, s3_prefix, Partition=partition, Target="in/plates"))
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "plates").mkdir(parents=True)
+    host.start(job, session_dir, file_system="VIRTUAL")
+    host.begin_task(session_dir, Part="0")
+    assert content_below(session_dir / "in/plates").items() < content.items()
+    (session_dir / "in").rename(session_dir / "away")
+    (session_dir / "in").symlink_to(elsewhere)
+
+    with pytest.raises(UnsafePathError, match="behind a symbolic link"):
+        host.begin_task(session_dir, Part="1")
+
+    assert [m for m in read_mounts() if m.mountpoint.startswith(f"{tmp_path}/")] == []
+    assert content_below(session_dir / "away") == {}
+    host.end(session_dir)
+    assert list(elsewhere.iterdir()) == [elsewhere / "plates"]
+    assert list((elsewhere / "plates").iterdir()) == []
 
 
 def test_s8_a_part_whose_mount_has_died_is_mounted_again(
