@@ -72,7 +72,8 @@ MAY_IMPORT = {
         *("agent_plugin.session.publishing", "agent_plugin.session.state"),
     ],
     "agent_plugin/mounting.py": [
-        *(*HOST, "agent_plugin.session.mounts", "agent_plugin.session_logs"),
+        *(*HOST, "agent_plugin.session.mounts", "agent_plugin.session.mount_request"),
+        "agent_plugin.session_logs",
     ],
     "agent_plugin/workers/": [
         *(*HOST, "agent_plugin.mounting", "agent_plugin.session", "agent_plugin.workers"),
@@ -80,7 +81,7 @@ MAY_IMPORT = {
     ],
     "agent_plugin/doctor": [
         *(*SETTINGS, *TRANSFER, "agent_plugin.session.mounts"),
-        "agent_plugin.session.mount_control",
+        *("agent_plugin.session.mount_control", "agent_plugin.session.mount_request"),
         *("agent_plugin.doctor_files", "agent_plugin.doctor_mounts"),
         "agent_plugin.workers.deadline",
     ],
