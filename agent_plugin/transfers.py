@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from agent_plugin.content import events
+from agent_plugin.content.errors import PropmasterError
 from agent_plugin.content.store import Cancellation
 from agent_plugin.services import OpenObjects, open_copying, state_directory, store_limits
 from agent_plugin.settings import Settings
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 # Whoever aborts something is not to wait for long for a server that does not answer.
 CLEAR_SECONDS: Final = 5.0
 
+log = events.get_logger()
+
 
 def ledger_path(settings: Settings) -> Path:
     """Return where the ledger of this host is, whether it is there or not."""
@@ -30,6 +34,7 @@ def open_session(
     *,
     cancellation: Cancellation | None = None,
     environment: Mapping[str, str] = os.environ,
+    clears: bool = True,
 ) -> Session:
     """Return the transfers of this host, to be found, made and changed.
 
@@ -37,6 +42,8 @@ def open_session(
         settings: The host's.
         cancellation: Ends the look at what is to be copied.
         environment: Where credentials and endpoints come from.
+        clears: Whether what is half-written is removed as soon as somebody says that nobody is to
+            go on with it; takes CLEAR_SECONDS at most, and what stays is told in the log.
 
     Raises:
         LocalWriteError: The state directory can not be made, or others could write to it.
@@ -52,7 +59,17 @@ def open_session(
         objects = OpenObjects(store_limits(settings), environment)
         return plan_copies(wanted, CopySettings.read(told), objects, wish)
 
-    return Session(ledger_path(settings), expand=expand)
+    def clear(transfer: int) -> None:
+        try:
+            clear_copies(settings, [transfer], environment=environment)
+        except PropmasterError as error:
+            # The change holds nevertheless.
+            extra = {"object": f"transfer {transfer}", "reason": error.message}
+            log.warning(events.UPLOAD_LEFT, extra=extra)
+
+    if not clears:
+        return Session(ledger_path(settings), expand=expand)
+    return Session(ledger_path(settings), expand=expand, clear=clear)
 
 
 def run_copies(

@@ -21,7 +21,7 @@ from agent_plugin.transfer.entities import Found
 from agent_plugin.transfer.find import EVERYWHERE, Scopes
 from agent_plugin.transfer.progress import format_bytes
 from agent_plugin.transfer.query import ENTITY_WORDS, Entity, Place, refuse, where
-from agent_plugin.transfer.states import DEFAULT_PRIORITY
+from agent_plugin.transfer.states import DEFAULT_PRIORITY, DROPPED
 from agent_plugin.transfers import clear_copies, ledger_path, open_session
 
 R = TypeVar("R")
@@ -31,8 +31,6 @@ _VOCABULARY: Final = (Entity.ATTRIBUTES, Entity.ENTITYTYPES)
 _BYTES: Final = frozenset({"size", "done"})
 # Of what was changed; there may be a hundred thousand.
 _SAID: Final = 20
-# Of these nobody goes on with what there is.
-_DROPPED: Final = frozenset({"aborted", "done", "excluded", "failed"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +117,8 @@ def writing(config: Path | None) -> Session:
     Raises:
         LocalWriteError: The state directory can not be made, or others could write to it.
     """
-    return open_session(load(config))
+    # What is left half-written is removed together, at the end, and told.
+    return open_session(load(config), clears=False)
 
 
 # ------------------------------------------------------------------------------------- finding
@@ -404,7 +403,7 @@ def print_changed(noun: Noun, changed: Changed, *, as_json: bool) -> None:
 def _clear_left(noun: Noun, changed: Changed, config: Path | None) -> None:
     """See that nothing half-written stays of what nobody goes on with, or say that it does."""
     key = "job" if noun.entity is Entity.TASK else "id"
-    transfers = {each[key] for each in changed.found if each["status"] in _DROPPED}
+    transfers = {each[key] for each in changed.found if each["status"] in DROPPED}
     left = clear_copies(load(config), transfers) if transfers else []
     for each in left[:_SAID]:
         say(

@@ -17,6 +17,7 @@ from typing import Final
 from agent_plugin.content.errors import StoreAccessError, UnsafePathError
 from agent_plugin.content.objects import ObjectInfo, checked_key
 from agent_plugin.content.s3_store import S3Store
+from agent_plugin.content.store import Cancellation
 from agent_plugin.publish.archive import InOrder, read_verified
 from agent_plugin.publish.destination import HASH, Destination, Standing
 from agent_plugin.publish.outputs import Output
@@ -108,14 +109,22 @@ class Plain:
     def _publish(self, output: Output) -> None:
         """Publish one output; for crew threads."""
         key, metadata = self.keys[output.path], self._metadata(output)
-        with self.run.attempt(output):
+        with self.run.attempt(output) as halt:
             self.destination.write(
-                key, metadata, lambda replace: self._put(output, key, metadata, replace=replace)
+                key,
+                metadata,
+                lambda replace: self._put(output, key, metadata, halt, replace=replace),
             )
         self.run.placed(output, output.entry.size)
 
     def _put(
-        self, output: Output, key: str, metadata: Mapping[str, str], *, replace: bool
+        self,
+        output: Output,
+        key: str,
+        metadata: Mapping[str, str],
+        halt: Cancellation,
+        *,
+        replace: bool,
     ) -> ObjectInfo:
         if self.store is not None:
             try:
@@ -126,16 +135,22 @@ class Plain:
                     overwrite=replace,
                     metadata=metadata,
                     content_type=_type_of(key),
-                    cancellation=self.run.halt,
+                    cancellation=halt,
                     unfinished=self.run.unfinished(output),
                 )
             except StoreAccessError:
                 # Who may write there need not be allowed to read the store.
                 self.store = None
-        return self._send(output, key, metadata, replace=replace)
+        return self._send(output, key, metadata, halt, replace=replace)
 
     def _send(
-        self, output: Output, key: str, metadata: Mapping[str, str], *, replace: bool
+        self,
+        output: Output,
+        key: str,
+        metadata: Mapping[str, str],
+        halt: Cancellation,
+        *,
+        replace: bool,
     ) -> ObjectInfo:
         return self.destination.objects.put_stream(
             self.destination.bucket,
@@ -145,7 +160,7 @@ class Plain:
             overwrite=replace,
             content_type=_type_of(key),
             metadata=metadata,
-            cancellation=self.run.halt,
+            cancellation=halt,
             progress=self.run.sent,
             unfinished=self.run.unfinished(output),
         )

@@ -6,7 +6,7 @@ what people want of its tasks, as any transfer (transfer/steering.py).
 """
 
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
@@ -15,8 +15,9 @@ from agent_plugin.content.objects import Unfinished
 from agent_plugin.content.store import Cancellation
 from agent_plugin.publish.outputs import Output
 from agent_plugin.transfer.context import TransferContext
-from agent_plugin.transfer.engine import TICK_SECONDS, Crew, Products
+from agent_plugin.transfer.engine import TICK_SECONDS, Crew, Halts, Products
 from agent_plugin.transfer.ledger import TaskSpec, TransferRow, TransferSpec
+from agent_plugin.transfer.ledger_news import TaskNews
 from agent_plugin.transfer.progress import Meter
 from agent_plugin.transfer.states import TaskStatus
 from agent_plugin.transfer.steering import Steering
@@ -52,7 +53,9 @@ class Run:
         self.halt = Cancellation()
         self.moved = 0
         meter = Meter(len(planned), sum(output.entry.size for output, _ in planned))
-        self.steering = Steering(context, row, self.halt, meter, lambda _tasks: None)
+        self.steering = Steering(context, row, self.halt, meter, self._take_news)
+        # Of single outputs, by their paths.
+        self._halts: Halts[str] = Halts(self.halt)
         if not row.required:
             self.steering.on_pause = _put_off
         ids = self.steering.tasks
@@ -76,7 +79,8 @@ class Run:
         while self._holds(outputs) or self.open(outputs):
             if to_do := self.open(outputs)[:most]:
                 self.each(work, to_do)
-                most = len(outputs)
+                if any(self.steering.is_settled(self._tasks[each.path]) for each in to_do):
+                    most = len(outputs)
             else:
                 self.steering.wait_for_held()
         self.steering.refuse_given_up()
@@ -125,7 +129,7 @@ class Run:
             work: For one output.
             outputs: Which.
             settle: Whether the output is published then; one that people have taken out or held
-                meanwhile is left.
+                meanwhile is left, also in the middle of it.
 
         Raises:
             PropmasterError: Of the first output that failed.
@@ -141,6 +145,7 @@ class Run:
         with self._crew(do, self.context.concurrency) as (crew, products):
             outstanding = 0
             for output in outputs:
+                self._halts.over(output.path)
                 crew.order(output, self.steering.priority([self._tasks[output.path]]))
                 outstanding += 1
             while outstanding:
@@ -149,6 +154,8 @@ class Run:
                     continue
                 outstanding -= 1
                 output, done = taken
+                if isinstance(done, CancelledError) and not self.halt.wished:
+                    continue
                 if isinstance(done, BaseException):
                     raise self._blamed(output, done)
                 if done:
@@ -179,6 +186,7 @@ class Run:
             yield crew, products
         except BaseException:
             self.halt.cancel()
+            self._halts.end_all()
             raise
         finally:
             crew.close()
@@ -196,12 +204,19 @@ class Run:
         self.steering.tick()
 
     @contextmanager
-    def attempt(self, output: Output) -> Iterator[None]:
-        """Note that an output is tried; for crew threads."""
+    def attempt(self, output: Output) -> Iterator[Cancellation]:
+        """Note that an output is tried, and lend what tells it to stop; for crew threads."""
         task = self._tasks[output.path]
-        with self.context.attempt(task):
+        with self.context.attempt(task), self._halts.heeding(output.path) as halt:
             self.context.ledger.note(task, TaskStatus.EXECUTING)
-            yield
+            yield halt
+
+    def _take_news(self, tasks: Collection[TaskNews]) -> None:
+        """Have nothing more sent of what people have taken out or held."""
+        changed = {task.id for task in tasks if not self.steering.is_open(task.id)}
+        for path, task in self._tasks.items():
+            if task in changed and not self.steering.is_settled(task):
+                self._halts.end(path)
 
     def unfinished(self, output: Output) -> Unfinished:
         """Return where an upload in parts is noted; for crew threads.

@@ -37,7 +37,7 @@ from agent_plugin.transfer.find import EVERYWHERE, Scopes, Search, count_tasks, 
 from agent_plugin.transfer.ledger import Ledger, TaskSpec
 from agent_plugin.transfer.query import ENTITY_WORDS, MAX_QUERY_BYTES, Entity, nearest, parse
 from agent_plugin.transfer.query_attributes import ATTRIBUTES, named
-from agent_plugin.transfer.states import TransferStatus
+from agent_plugin.transfer.states import DROPPED, TransferStatus
 
 Id = int | str
 Data = Mapping[str, Any] | str | Path
@@ -57,6 +57,8 @@ class Session:
     Args:
         ledger: The file; reading does not make it.
         expand: Finds what is below a source that is to be copied; only `create` needs it.
+        clear: Told the number of a transfer of which, or of whose tasks, somebody has just said
+            that nobody is to go on with it; removes what is half-written.
         user: `uid:name` of who changes something; this process's user if it is empty.
         clock: Seconds since the epoch.
     """
@@ -66,11 +68,13 @@ class Session:
         ledger: Path,
         *,
         expand: Expand = _no_expansion,
+        clear: Callable[[int], None] = lambda _transfer: None,
         user: str = "",
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._path = ledger
         self._expand = expand
+        self._clear = clear
         self._user = user or _this_user()
         self._clock = clock
 
@@ -296,7 +300,7 @@ class Session:
                 changes |= self._redirection(before, changes["destination"])
         with Ledger.open(self._path, clock=self._clock) as ledger:
             ledger.set_transfer(transfer_id, modifier=self._user, **changes)
-        return self._transfer(transfer_id)
+        return self._cleared(transfer_id, [self._transfer(transfer_id)])[0]
 
     def _redirection(self, transfer: Found, destination: object) -> dict[str, Any]:
         """Return what the ledger has to know to have a transfer go to another place."""
@@ -348,7 +352,13 @@ class Session:
         changes = self._task_changes(transfer_id, data)
         with Ledger.open(self._path, clock=self._clock) as ledger:
             ledger.set_tasks(transfer_id, changes, modifier=self._user)
-        return self._tasks(transfer_id, list(changes))
+        return self._cleared(transfer_id, self._tasks(transfer_id, list(changes)))
+
+    def _cleared(self, transfer_id: int, changed: list[Found]) -> list[Found]:
+        """Return what was changed, when nothing half-written is left of it, or no more can be."""
+        if any(each["status"] in DROPPED for each in changed):
+            self._clear(transfer_id)
+        return changed
 
     def _task_changes(
         self, transfer_id: int, data: Sequence[Mapping[str, Any]]

@@ -27,6 +27,7 @@ from agent_plugin.transfer.ledger_file import (
     LedgerFile,
     from_sql,
 )
+from agent_plugin.transfer.ledger_rows import COPY
 from agent_plugin.transfer.states import (
     DEFAULT_PRIORITY,
     FINISHED,
@@ -35,8 +36,8 @@ from agent_plugin.transfer.states import (
     aggregate,
 )
 
-KIND: Final = "copy"
-
+# No wait is as long: one that ends later was written before the clock was set back.
+LONGEST_WAIT_SECONDS: Final = 60.0
 # Tasks are summed up, 50 ms for 100,000, in no more than a twentieth of the time: the engine waits.
 COUNT_SHARE: Final = 20
 
@@ -135,7 +136,7 @@ class CopyQueue:
                 "SELECT id, lease_owner, lease_until FROM transfer"
                 " WHERE kind = ? AND (status = 'waiting' OR"
                 " (status = 'running' AND lease_owner != ?))",
-                (KIND, lease_owner()),
+                (COPY, lease_owner()),
             ).fetchall()
             for transfer_id, owner, until in rows:
                 holder = lease_holder(owner, until, now)
@@ -208,7 +209,7 @@ class CopyQueue:
             priorities = dict(
                 connection.execute(
                     "SELECT id, priority FROM transfer WHERE kind = ? AND lease_owner = ?",
-                    (KIND, lease_owner()),
+                    (COPY, lease_owner()),
                 ).fetchall()
             )
             rows = self._queued(
@@ -229,7 +230,7 @@ class CopyQueue:
         transfers = connection.execute(
             "SELECT id FROM transfer WHERE kind = ? AND status IN ('running', 'waiting')"
             " AND lease_owner = ? ORDER BY priority DESC, id",
-            (KIND, lease_owner()),
+            (COPY, lease_owner()),
         ).fetchall()
         marks = ", ".join("?" * len(executing))
         found: list[tuple[Any, ...]] = []
@@ -237,9 +238,12 @@ class CopyQueue:
             if len(found) < most and transfer_id not in yielding:
                 found += connection.execute(
                     f"SELECT {columns} FROM task WHERE transfer = ? AND status = 'queued'"  # noqa: S608 - question marks, and columns of ours
-                    f" AND not_before <= ? AND id NOT IN ({marks})"
-                    " ORDER BY priority DESC, id LIMIT ?",
-                    (transfer_id, now, *executing, most - len(found)),
+                    " AND (not_before <= ? OR not_before > ?)"
+                    f" AND id NOT IN ({marks}) ORDER BY priority DESC, id LIMIT ?",
+                    (
+                        *(transfer_id, now, now + LONGEST_WAIT_SECONDS),
+                        *(*executing, most - len(found)),
+                    ),
                 ).fetchall()
         return found
 
@@ -284,7 +288,7 @@ class CopyQueue:
                 "SELECT min(task.not_before) FROM task JOIN transfer ON transfer.id ="
                 " task.transfer WHERE transfer.kind = ? AND transfer.status = 'running'"
                 " AND transfer.lease_owner = ? AND task.status = 'queued'",
-                (KIND, lease_owner()),
+                (COPY, lease_owner()),
             ).fetchone()
         return None if due is None else float(due)
 
@@ -340,7 +344,7 @@ class CopyQueue:
         with self._file.read() as connection:
             transfers = connection.execute(
                 "SELECT id, status, priority FROM transfer WHERE kind = ? AND lease_owner = ?",
-                (KIND, lease_owner()),
+                (COPY, lease_owner()),
             ).fetchall()
             tasks = connection.execute(
                 f"SELECT id, status, priority FROM task WHERE id IN ({marks})",  # noqa: S608 - question marks
@@ -355,7 +359,7 @@ class CopyQueue:
     def _renew(self, connection: sqlite3.Connection, now: float) -> None:
         connection.execute(
             "UPDATE transfer SET lease_until = ?, modified = ? WHERE kind = ? AND lease_owner = ?",
-            (now + LEASE_SECONDS, now, KIND, lease_owner()),
+            (now + LEASE_SECONDS, now, COPY, lease_owner()),
         )
         for transfer_id, count in self._moved.items():
             connection.execute(
@@ -388,7 +392,7 @@ class CopyQueue:
                 return ended
             rows = connection.execute(
                 "SELECT id, status FROM transfer WHERE kind = ? AND lease_owner = ?",
-                (KIND, lease_owner()),
+                (COPY, lease_owner()),
             ).fetchall()
             for transfer_id, status in rows:
                 if transfer_id in busy:
@@ -419,7 +423,7 @@ class CopyQueue:
                 " AND parts != '[]' AND (transfer.status IN ('aborted', 'done')"
                 " OR task.status IN ('excluded', 'done', 'failed'))"
                 " AND task.status NOT IN ('booting', 'executing')",
-                (KIND,),
+                (COPY,),
             ).fetchall()
         return [
             _task_of(row)

@@ -203,10 +203,13 @@ class Copying:
         wait([future], timeout=patience)
         if future.done():
             return future.result()
-        return [
+        left = [
             Left(task.destination, f"it was not done within {patience:g} s")
             for task in self._queue.leftovers()
         ]
+        for each in left:
+            _tell(each)
+        return left
 
     def _clear_all(self) -> list[Left]:
         left: list[Left] = []
@@ -226,8 +229,8 @@ class Copying:
                 reason = error.message
                 if error.retryable:
                     unreachable[access] = reason
-            log.warning(events.UPLOAD_LEFT, extra={"object": task.destination, "reason": reason})
             left.append(Left(task.destination, reason))
+            _tell(left[-1])
         return left
 
     # ------------------------------------------------------------------------------ one turn
@@ -484,6 +487,11 @@ def request_policy(policy: RetryPolicy) -> RetryPolicy:
         # Attempts that the store asks to come later do not count, only their time does.
         deadline_seconds=min(policy.deadline_seconds, REQUEST_DEADLINE_SECONDS),
     )
+
+
+def _tell(left: Left) -> None:
+    extra = {"object": left.destination, "reason": left.reason}
+    log.warning(events.UPLOAD_LEFT, extra=extra)
 
 
 def _name(source: str) -> str:

@@ -101,7 +101,12 @@ class Archive:
             (status,) = connection.execute(
                 "SELECT status FROM transfer WHERE id = ?", (transfer_id,)
             ).fetchone()
-        if held or TransferStatus(status) not in FINISHED:
+        if held and TransferStatus(status) in FINISHED:
+            raise TransferStateError(
+                f"transfer {transfer_id} is {status}, and a process still lets go of it",
+                hint="try again in a moment",
+            )
+        if TransferStatus(status) not in FINISHED:
             raise TransferStateError(
                 f"transfer {transfer_id} is {status}, and only one that has ended can be archived",
                 hint="abort it first",

@@ -19,6 +19,7 @@ from agent_plugin.content import events
 from agent_plugin.content.errors import TransferAbortedError, TransferStateError
 from agent_plugin.content.store import Cancellation
 from agent_plugin.transfer.ledger_file import LedgerFile, to_sql
+from agent_plugin.transfer.ledger_news import STATE_SET_BY
 from agent_plugin.transfer.ledger_rows import TaskSpec, TransferSpec, to_json
 from agent_plugin.transfer.states import TaskStatus, TransferStatus
 
@@ -259,7 +260,8 @@ class Beginning:
 
 def _refuse_aborted(connection: sqlite3.Connection, transfer_id: int) -> None:
     (status, modifier) = connection.execute(
-        "SELECT status, modifier FROM transfer WHERE id = ?", (transfer_id,)
+        f"SELECT status, {STATE_SET_BY} FROM transfer WHERE id = ?",  # noqa: S608 - a constant
+        (transfer_id,),
     ).fetchone()
     if status == TransferStatus.ABORTED:
         raise aborted(transfer_id, modifier)

@@ -151,6 +151,8 @@ class ByHand:
         if is_so_already(current, wanted):
             return False
         check_transfer_change(current, wanted, f"transfer {transfer_id}")
+        if wanted in (_T.WAITING, _T.PENDING, _T.DONE):
+            refuse_unmade(connection, transfer_id)
         self._restore(connection, transfer_id)
         if wanted is _T.WAITING:
             self._resume(connection, transfer_id, current)
@@ -209,13 +211,16 @@ class ByHand:
             self._restore(connection, transfer_id)
             status, _ = status_of(connection, transfer_id)
             before = _task_states(connection, transfer_id)
-            for task_id, change in changes.items():
+            changed = [
                 self._set_task(connection, transfer_id, task_id, change, modifier)
-            connection.execute(
-                "UPDATE transfer SET modifier = ?, modified = ? WHERE id = ?",
-                (modifier, now, transfer_id),
-            )
-            if status is not _T.INIT:
+                for task_id, change in changes.items()
+            ]
+            if any(changed):
+                connection.execute(
+                    "UPDATE transfer SET modifier = ?, modified = ? WHERE id = ?",
+                    (modifier, now, transfer_id),
+                )
+            if _is_made(connection, transfer_id):
                 recount(connection, transfer_id, held=held)
             if not held:
                 self._follow_tasks(connection, transfer_id, status, before, now)
@@ -227,7 +232,8 @@ class ByHand:
         task_id: int,
         change: Mapping[str, Any],
         modifier: str,
-    ) -> None:
+    ) -> bool:
+        """Change a task; False: it is so already."""
         now = self._clock()
         if unknown := sorted(change.keys() - _CHANGEABLE):
             raise ReadOnlyAttributeError(
@@ -254,10 +260,11 @@ class ByHand:
             check_settable(wanted, SETTABLE_TASK)
             if is_so_already(TaskStatus(found[0]), wanted):
                 _confirm(connection, task_id, wanted, modifier)
-                return
+                return len(change) > 1
             check_task_change(TaskStatus(found[0]), wanted, f"task {task_id}")
             _set_task_status(connection, task_id, wanted, modifier, now)
             tell(connection, now, transfer_id, task_id, f"status={wanted}", modifier)
+        return bool(change)
 
     @staticmethod
     def _follow_tasks(
@@ -282,6 +289,27 @@ class ByHand:
             " THEN error_code ELSE '' END, error = CASE ? WHEN 'failed' THEN error ELSE '' END"
             " WHERE id = ?",
             (after, now if after in FINISHED else None, after, after, transfer_id),
+        )
+
+
+def _is_made(connection: sqlite3.Connection, transfer_id: int) -> bool:
+    """Whether whoever made a transfer has come to the end of its tasks, and not been killed."""
+    (size,) = connection.execute(
+        "SELECT size FROM transfer WHERE id = ?", (transfer_id,)
+    ).fetchone()
+    return bool(size >= 0)
+
+
+def refuse_unmade(connection: sqlite3.Connection, transfer_id: int) -> None:
+    """See that a transfer has all of its tasks.
+
+    Raises:
+        TransferStateError: It is still being made, or its maker was stopped.
+    """
+    if not _is_made(connection, transfer_id):
+        raise TransferStateError(
+            f"transfer {transfer_id} has not got all of its tasks yet",
+            hint="if whoever made it was stopped, abort it and make it again",
         )
 
 
@@ -382,7 +410,7 @@ def release(connection: sqlite3.Connection, transfer_id: int) -> None:
         " status = CASE status WHEN 'running' THEN 'waiting' ELSE status END WHERE id = ?",
         (transfer_id,),
     )
-    if status_of(connection, transfer_id)[0] is not _T.INIT:
+    if _is_made(connection, transfer_id):
         recount(connection, transfer_id, held=False)
 
 

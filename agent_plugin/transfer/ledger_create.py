@@ -22,6 +22,7 @@ from agent_plugin.transfer.ledger_control import (
     QUEUED_ANEW,
     Restore,
     recount,
+    refuse_unmade,
     settle_lease,
     status_of,
     tell,
@@ -115,10 +116,7 @@ class New:
         with self._file.write() as connection:
             held = settle_lease(connection, transfer_id, now)
             status, kind = status_of(connection, transfer_id)
-            if status is _T.INIT:
-                raise TransferStateError(
-                    f"transfer {transfer_id} is still being made", hint="add tasks afterwards"
-                )
+            refuse_unmade(connection, transfer_id)
             self._restore(connection, transfer_id)
             new = _K.PENDING if status is _T.PENDING else _K.QUEUED
             known = connection.execute(

@@ -34,7 +34,7 @@ class News:
     Attributes:
         last: Number of the last event that is in here, or before it.
         tasks: By their ids.
-        modifier: `uid:name` of who has changed the transfer last by hand.
+        modifier: `uid:name` of who has set the transfer's state last by hand.
     """
 
     last: int
@@ -42,6 +42,12 @@ class News:
     modifier: str = ""
 
 
+# Of a transfer that is held or stopped; others may have changed something else of it since.
+STATE_SET_BY: Final = (
+    "CASE WHEN status IN ('paused', 'aborted') THEN coalesce((SELECT who FROM event"
+    " WHERE event.transfer = transfer.id AND event.task IS NULL AND what = 'status=' || status"
+    " ORDER BY event.id DESC LIMIT 1), modifier) ELSE modifier END"
+)
 _COLUMNS: Final = "id, source, destination, size, status, priority, modifier"
 
 
@@ -49,7 +55,7 @@ def read_news(connection: sqlite3.Connection, transfer_id: int, since: int | Non
     """Return all tasks of a transfer, or those that were changed by hand after an event."""
     # First, so that what comes in between is told again rather than missed.
     (last, modifier) = connection.execute(
-        "SELECT coalesce((SELECT max(id) FROM event WHERE transfer = ?1), 0), modifier"
+        f"SELECT coalesce((SELECT max(id) FROM event WHERE transfer = ?1), 0), {STATE_SET_BY}"  # noqa: S608 - a constant
         " FROM transfer WHERE id = ?1",
         (transfer_id,),
     ).fetchone()

@@ -72,6 +72,8 @@ TASK_CHANGES: Final[Mapping[TaskStatus, frozenset[TaskStatus]]] = {
 
 SETTABLE_TRANSFER: Final = frozenset({_T.PENDING, _T.WAITING, _T.PAUSED, _T.ABORTED, _T.DONE})
 SETTABLE_TASK: Final = frozenset({_K.QUEUED, _K.ONHOLD, _K.EXCLUDED, _K.FAILED, _K.DONE})
+# Of transfers and tasks: nobody goes on with what there is of these.
+DROPPED: Final = frozenset({_T.ABORTED.value, _T.DONE.value, _K.EXCLUDED.value, _K.FAILED.value})
 # Tasks in these states need nothing more from the engine.
 SETTLED_TASK: Final = frozenset({_K.FAILED, _K.EXCLUDED, _K.DONE})
 

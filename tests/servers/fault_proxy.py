@@ -94,7 +94,7 @@ class FaultProxy:
     ) -> Rule:
         """Add a rule, after those there are; of several that match the first one strikes.
 
-        `details` are the other fields of Rule: header, skip, for_seconds, offset, seconds,
+        `details` are the other fields of Rule: header, what, skip, for_seconds, offset, seconds,
         bytes_per_second.
         """
         if fault is Fault.WHOLE_FOR_RANGE and self.credentials is None:

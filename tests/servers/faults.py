@@ -143,6 +143,7 @@ class Rule:
             and how often it was repeated; threads racing each other change nothing.
         key: Found anywhere in the object key.
         header: Only requests that have it, in lower case.
+        what: Found anywhere in what is wished (Request.what), which has the range or the part.
         times: Suffers at most; None is no limit.
         skip: The first so many matches are spared.
         for_seconds: From the first hit on; None is for ever.
@@ -155,6 +156,7 @@ class Rule:
     methods: frozenset[str] = frozenset({"GET"})
     key: re.Pattern[str] | None = None
     header: str | None = None
+    what: re.Pattern[str] | None = None
     times: int | None = None
     skip: int = 0
     for_seconds: float | None = None
@@ -174,6 +176,8 @@ class Rule:
         if request.method not in self.methods or (self.key and not self.key.search(request.key)):
             return False
         if self.header is not None and self.header not in request.headers:
+            return False
+        if self.what is not None and not self.what.search(request.what):
             return False
         with self._lock:
             self._matches += 1

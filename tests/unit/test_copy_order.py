@@ -32,6 +32,13 @@ def test_t11_what_has_begun_goes_on_before_what_has_the_same_priority() -> None:
     assert (sorted(found.moving), found.free) == ([2, 3], 1)
 
 
+def test_t11_of_what_has_the_same_priority_the_older_goes_on() -> None:
+    """Seen to fail without ids, and with the younger first."""
+    both = [Candidate(at, 500, 500, MOVING) for at in (2, 1)]
+
+    assert turns(both, 1, -1).moving == {1}
+
+
 def test_t11_nothing_goes_on_while_another_process_moves_something_of_higher_priority() -> None:
     mine = [Candidate(1, 500, 999, MOVING), Candidate(2, 500, 500, WAITING)]
 

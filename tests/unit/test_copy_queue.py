@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from agent_plugin.transfer.copy_notes import Outcome
-from agent_plugin.transfer.copy_queue import KIND, CopyQueue
+from agent_plugin.transfer.copy_queue import CopyQueue
 from agent_plugin.transfer.ledger import BEATS_MISSED_SECONDS, Ledger, TaskSpec, TransferSpec
 from agent_plugin.transfer.ledger_file import BUSY_TIMEOUT_SECONDS, LedgerBusyError
+from agent_plugin.transfer.ledger_rows import COPY
 from agent_plugin.transfer.states import TaskStatus, TransferStatus
 from tests.unit.ledger_reads import rows
 
@@ -21,7 +22,7 @@ SIZE = 10
 def ledger(tmp_path: Path) -> Iterator[Ledger]:
     with Ledger.open(tmp_path / "ledger.db") as opened:
         tasks = [TaskSpec(f"/from/{n}", f"/to/{n}", SIZE) for n in range(3)]
-        opened.create(TransferSpec(KIND, "/from/", "/to/"), tasks)
+        opened.create(TransferSpec(COPY, "/from/", "/to/"), tasks)
         yield opened
 
 
@@ -114,3 +115,17 @@ def test_t9_a_busy_ledger_holds_nothing_up_and_gets_all_of_it_later(
         ("executing", 2 * SIZE, 0), ("executing", SIZE, 4), ("done", SIZE, SIZE),
     ]  # fmt: skip
     assert (ledger.transfer(1).size, ledger.transfer(1).done) == (4 * SIZE, SIZE + 4)
+
+
+def test_t13_a_wait_ends_though_the_clock_was_set_back_meanwhile(ledger: Ledger) -> None:
+    """Seen to fail when the time that was written is believed however far away it is."""
+    now = [1_000_000.0]
+    queue = CopyQueue(ledger.file, lambda: now[0])
+    queue.take()
+    first, *_ = queue.claim(3, ())
+    queue.notes.settle([Outcome(first.id, TaskStatus.QUEUED, not_before=now[0] + 30)])
+    assert queue.claim(3, ()) == []
+
+    now[0] -= 3600
+
+    assert [task.id for task in queue.claim(3, ())] == [first.id]

@@ -271,3 +271,15 @@ def test_t1_the_lease_of_a_killed_engine_is_taken_back(tmp_path: Path) -> None:
         ledger.housekeep()
 
         assert (ledger.transfer(1).status, ledger.transfer(1).lease_owner) == ("waiting", "")
+
+
+def test_t7_what_was_aborted_is_not_put_away_before_its_engine_lets_go_of_it(
+    ledger: Ledger,
+) -> None:
+    """Seen to fail when it is said that it has not ended, and is to be aborted first."""
+    row = ledger.begin(TransferSpec("copy", "/from", "/to"), [TaskSpec("a", "one", 10)])
+    ledger.set_transfer(row.id, status=TransferStatus.ABORTED)
+
+    with pytest.raises(TransferStateError, match="a process still lets go of it") as caught:
+        ledger.archive(row.id)
+    assert caught.value.hint == "try again in a moment"

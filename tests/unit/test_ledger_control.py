@@ -17,6 +17,7 @@ from agent_plugin.content.errors import (
     TransferStateError,
 )
 from agent_plugin.content.store import Cancellation
+from agent_plugin.transfer import ledger_create
 from agent_plugin.transfer.ledger import Ledger, TaskSpec, TransferRow, TransferSpec
 from agent_plugin.transfer.states import (
     SETTABLE_TRANSFER,
@@ -621,3 +622,61 @@ def test_t11_a_transfer_gives_way_to_one_of_higher_priority_that_runs(
     now[0] += 3600
     assert ledger.outranked(low.id) is None, "its engine is silent"
     assert ledger.beat(low.id, 0) is TransferStatus.RUNNING
+
+
+@pytest.mark.parametrize("word", ["paused", "aborted"])
+def test_t9_who_has_held_or_stopped_a_transfer_is_told_whoever_changed_it_since(
+    ledger: Ledger, word: str
+) -> None:
+    """Seen to fail when whoever changed anything last is told."""
+    row = ledger.begin(SPEC, TASKS)
+    ledger.set_transfer(row.id, status=TransferStatus(word), modifier=WHO)
+    ledger.set_transfer(row.id, priority=7, modifier="1001:bob")
+
+    assert ledger.news(row.id).modifier == WHO
+    assert ledger.transfer(row.id).modifier == "1001:bob"
+
+
+def test_t10_who_wishes_of_tasks_what_is_so_already_has_changed_nothing(
+    ledger: Ledger, now: list[float]
+) -> None:
+    """Seen to fail when the transfer is said to be changed by whoever asked."""
+    row = ledger.create(SPEC, TASKS, modifier=WHO)
+    one, two, _ = ids(ledger, row.id)
+    now[0] += 10
+
+    same = ledger.set_tasks(row.id, {one: {"status": "queued"}}, "1001:bob")
+    assert (same.modifier, same.modified) == (WHO, row.modified)
+    ledger.set_tasks(row.id, {one: {"status": "queued", "priority": 7}}, "1001:bob")
+    assert ledger.transfer(row.id).modifier == "1001:bob"
+    ledger.set_tasks(row.id, {two: {"status": "onhold"}}, WHO)
+    assert ledger.transfer(row.id).modifier == WHO
+
+
+def test_t5_what_has_not_got_all_of_its_tasks_does_not_go_on_without_them(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when whoever made it was killed. Also when it was aborted, and a task changed.
+
+    Seen to fail when it can be resumed, tried again or added to.
+    """
+    monkeypatch.setattr(ledger_create, "TASKS_PER_PIECE", 2)
+
+    def tasks() -> Iterator[TaskSpec]:
+        yield from TASKS[:2]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ledger.create(SPEC, tasks(), modifier=WHO)
+    words = (TransferStatus.WAITING, TransferStatus.PENDING)
+
+    for status in (TransferStatus.INIT, TransferStatus.ABORTED):
+        assert ledger.transfer(1).status is status
+        for word in words:
+            with pytest.raises(TransferStateError, match="has not got all of its tasks") as caught:
+                ledger.set_transfer(1, status=word)
+            assert caught.value.hint.endswith("abort it and make it again")
+        with pytest.raises(TransferStateError, match="has not got all of its tasks"):
+            ledger.add_tasks(1, TASKS)
+        ledger.set_transfer(1, status=TransferStatus.ABORTED)
+        ledger.set_tasks(1, {ids(ledger, 1)[0]: {"priority": 7}})

@@ -170,7 +170,12 @@ def test_t3_an_error_has_the_column_and_what_was_expected(
 
 
 @pytest.mark.parametrize(
-    ("text", "hinted"), [("job where size=5 MB", True), ("job where (size=5))", False)]
+    ("text", "hinted"),
+    [
+        ("job where size=5 MB", True),
+        ("job where (size=5))", False),
+        ("job were size=5", False),
+    ],
 )
 def test_t3_quotation_marks_are_advised_where_they_help(text: str, hinted: bool) -> None:
     with pytest.raises(QueryInvalidError) as caught:
