@@ -1,10 +1,9 @@
 """One task of a copying transfer: a file or object to its destination, gone on with after a kill.
 
 What an attempt leaves behind is written down with the task: of an upload its id, and by which file
-or object it was begun; of a download the file beside the destination, and which ranges it has; of
-a copy from file to file the same, and how far it is. The next attempt goes on from there if the
-source is still the same. What is in a file counts only until the host starts anew, because a power
-cut may take it and leave the ledger that speaks of it.
+or object it was begun; of a download the file beside the destination (copy_partial.py), and which
+ranges it has; of a copy from file to file the same, and how far it is. The next attempt goes on
+from there if the source is still the same.
 
 Nothing has its destination's name before it is whole.
 """
@@ -14,7 +13,7 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,10 +29,11 @@ from agent_plugin.content.errors import (
     ObjectNotFoundError,
     local_write_error,
 )
-from agent_plugin.content.leftovers import lock_partial, partial_name
+from agent_plugin.content.leftovers import partial_name
 from agent_plugin.content.objects import ObjectInfo, Unfinished
 from agent_plugin.content.store import Cancellation, Progress
 from agent_plugin.transfer.copy_files import copy_bytes
+from agent_plugin.transfer.copy_partial import PartialFile, Ranges, growing
 from agent_plugin.transfer.copy_places import OpenObjects, Place
 from agent_plugin.transfer.copy_queue import CopyTask
 from agent_plugin.transfer.copy_settings import CopySettings
@@ -49,8 +49,6 @@ _COMPARED_BYTES: Final = 8 * 1024 * 1024
 # Times are set as binary fractions, which are some tenths of a microsecond apart.
 _SAME_TIME_SECONDS: Final = 1e-5
 _READ: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-_WRITE: Final = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
-_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Halt(Cancellation):
@@ -231,87 +229,51 @@ class Attempt:
     def _download(self, source: Place, destination: Place) -> None:
         info = self._look(source)
         objects = self.open_objects(self.settings.source.access)
-        path = Path(destination.path)
-        with _writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial_path = path.with_name(partial_name(f"copy-{self.task.id}"))
-            ranges = _Ranges(parts.PART_BYTES)
-            identity = {
-                "etag": info.etag,
-                "version": info.version,
-                "size": info.size,
-                "partial": os.fspath(partial_path),
-                "boot": _boot_id(),
-            }
-            fd, goes_on = self._open_partial(partial_path, identity)
-            if goes_on:
-                ranges.read(self.task.kept.get("have", []))
-            try:
-                lock_partial(fd)
+        facts = {"etag": info.etag, "version": info.version, "size": info.size}
+        with self._growing(destination, facts) as file:
+            ranges = Ranges(parts.PART_BYTES)
+            ranges.read(file.kept.get("have", []))
 
-                def arrived(offset: int, length: int) -> None:
-                    ranges.add(offset)
-                    document = {**identity, "have": ranges.document}
-                    self._write_down("", document, ranges.count * parts.PART_BYTES)
-                    self.progress(length)
+            def arrived(offset: int, length: int) -> None:
+                ranges.add(offset)
+                document = {**file.identity, "have": ranges.document}
+                self._write_down("", document, ranges.count * parts.PART_BYTES)
+                self.progress(length)
 
-                objects.fetch(
-                    info, fd, cancellation=self.halt, have=ranges.offsets, arrived=arrived
-                )
-                self._place(fd, partial_path, path, info.modified)
-            finally:
-                os.close(fd)
-                if self.halt.drops:
-                    partial_path.unlink(missing_ok=True)
-
-    def _open_partial(self, path: Path, identity: Mapping[str, Any]) -> tuple[int, bool]:
-        """Open a file to go on with; whether it is what an earlier attempt has left, or new."""
-        kept = self.task.kept
-        if kept and all(kept.get(name) == value for name, value in identity.items()):
-            with suppress(FileNotFoundError):
-                fd = os.open(path, _WRITE)
-                status = os.fstat(fd)
-                if stat.S_ISREG(status.st_mode) and status.st_size == identity["size"]:
-                    return fd, True
-                os.close(fd)
-        # Not truncated: somebody who was left behind may still write to the old one.
-        for name in {os.fspath(path), str(kept.get("partial", path))}:
-            Path(name).unlink(missing_ok=True)
-        fd = os.open(path, _WRITE | os.O_CREAT | os.O_EXCL, 0o666)
-        self._write_down("", identity, 0)
-        return fd, False
+            objects.fetch(
+                info, file.fd, cancellation=self.halt, have=ranges.offsets, arrived=arrived
+            )
+            file.place(info.modified, overwrite=self.settings.overwrite)
 
     def _copy_file(self, source: Place, destination: Place) -> None:
-        path = Path(destination.path)
-        with _opened(source.path) as (from_fd, status), _writing(path):
+        with _opened(source.path) as (from_fd, status):
             self.measured(status.st_size)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial_path = path.with_name(partial_name(f"copy-{self.task.id}"))
-            identity = {
-                "file": _identity(status),
-                "size": status.st_size,
-                "partial": os.fspath(partial_path),
-                "boot": _boot_id(),
-            }
-            fd, goes_on = self._open_partial(partial_path, identity)
-            try:
-                lock_partial(fd)
-                parts.reserve(fd, status.st_size)
-                start = int(self.task.kept.get("copied", 0)) if goes_on else 0
-                end = self._copy_from(from_fd, fd, start, identity)
-                if end < status.st_size or _identity(os.fstat(from_fd)) != identity["file"]:
+            facts = {"file": _identity(status), "size": status.st_size}
+            with self._growing(destination, facts) as file:
+                parts.reserve(file.fd, status.st_size)
+                end = self._copy_from(from_fd, file)
+                if end < status.st_size or _identity(os.fstat(from_fd)) != facts["file"]:
                     raise FileChangedError(
                         f"{source.path}: it was written to while it was copied",
                         hint="Copy it when nobody writes to it any more.",
                     )
-                self._place(fd, partial_path, path, status.st_mtime)
-            finally:
-                os.close(fd)
-                if self.halt.drops:
-                    partial_path.unlink(missing_ok=True)
+                file.place(status.st_mtime, overwrite=self.settings.overwrite)
 
-    def _copy_from(self, source: int, target: int, start: int, identity: Mapping[str, Any]) -> int:
-        """Copy a file from a position on, and write down now and then how far that is."""
+    def _growing(
+        self, destination: Place, facts: Mapping[str, Any]
+    ) -> AbstractContextManager[PartialFile]:
+        return growing(
+            Path(destination.path),
+            partial_name(f"copy-{self.task.id}"),
+            facts,
+            self.task.kept,
+            begun=lambda identity: self._write_down("", identity, 0),
+            drops=lambda: self.halt.drops,
+        )
+
+    def _copy_from(self, source: int, file: PartialFile) -> int:
+        """Copy a file from where it is, and write down now and then how far that is."""
+        identity, start = file.identity, int(file.kept.get("copied", 0))
         written, reached = self.clock(), start
 
         def copied(count: int, end: int) -> None:
@@ -325,7 +287,7 @@ class Attempt:
         try:
             return copy_bytes(
                 source,
-                target,
+                file.fd,
                 start,
                 identity["size"],
                 halt=self.halt,
@@ -336,21 +298,6 @@ class Attempt:
         except CancelledError:
             self._write_down("", {**identity, "copied": reached}, reached)
             raise
-
-    def _place(self, fd: int, partial_path: Path, path: Path, modified: float) -> None:
-        os.utime(fd, (modified, modified))
-        if self.settings.overwrite:
-            partial_path.replace(path)
-            return
-        try:
-            path.hardlink_to(partial_path)
-        except FileExistsError as error:
-            raise KeyExistsError(
-                f"{path}: something is there already",
-                hint="Choose another place, or allow overwriting.",
-            ) from error
-        finally:
-            partial_path.unlink(missing_ok=True)
 
     # -------------------------------------------------------------------------------- either
 
@@ -379,7 +326,7 @@ class Attempt:
         if not destination.is_object:
             there = Path(destination.path).lstat()
             size, modified = self._facts(source)
-            # As _place leaves a file. Before that, what there is of it is written down.
+            # As PartialFile.place leaves a file. Before that, what there is of it is written down.
             return (
                 bool(self.task.kept)
                 and stat.S_ISREG(there.st_mode)
@@ -411,54 +358,6 @@ class Attempt:
         with self._lock:
             if not self._over:
                 self.keep(upload_id, kept, done)
-
-
-class _Ranges:
-    """Which parts of a file are there, as few numbers.
-
-    Args:
-        part_bytes: How large they are.
-    """
-
-    def __init__(self, part_bytes: int) -> None:
-        self._part_bytes = part_bytes
-        self._numbers: set[int] = set()
-        self._lock = threading.Lock()
-
-    def add(self, offset: int) -> None:
-        """Take down that a part is there."""
-        with self._lock:
-            self._numbers.add(offset // self._part_bytes)
-
-    def read(self, document: list[list[int]]) -> None:
-        """Take down what `document` had said."""
-        with self._lock:
-            for first, last in document:
-                self._numbers.update(range(first, last + 1))
-
-    @property
-    def document(self) -> list[list[int]]:
-        """First and last number of each row of parts that are there."""
-        rows: list[list[int]] = []
-        with self._lock:
-            for number in sorted(self._numbers):
-                if rows and rows[-1][1] == number - 1:
-                    rows[-1][1] = number
-                else:
-                    rows.append([number, number])
-        return rows
-
-    @property
-    def offsets(self) -> frozenset[int]:
-        """Where the parts begin that are there."""
-        with self._lock:
-            return frozenset(number * self._part_bytes for number in self._numbers)
-
-    @property
-    def count(self) -> int:
-        """How many there are."""
-        with self._lock:
-            return len(self._numbers)
 
 
 def drop(task: CopyTask, settings: CopySettings, open_objects: OpenObjects) -> None:
@@ -504,21 +403,6 @@ def _opened(path: str) -> Iterator[tuple[int, os.stat_result]]:
         os.close(fd)
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise local_write_error(error, os.fspath(path)) from error
-
-
 def _identity(status: os.stat_result) -> list[int]:
     """Return what is another number when a file is another one, or was written to."""
     return [status.st_size, status.st_mtime_ns, status.st_ino]
-
-
-def _boot_id() -> str:
-    try:
-        return _BOOT_ID.read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
