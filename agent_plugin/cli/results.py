@@ -233,7 +233,7 @@ def _print_published(execution: ExecutionResults) -> None:
         if failure.hint:
             say(f"    hint: {failure.hint}")
         if failure.later:
-            say("    tried again when the session ends")
+            say("    to be tried again when the session ends")
 
 
 def _print_links(links: Sequence[PresignedResult], seconds: int) -> None:

@@ -323,7 +323,7 @@ def test_o5_results_tells_how_much_is_published_what_was_left_out_and_what_to_do
         f"  not published: s3://{p.bucket}/taken/",
         "    E_KEY_EXISTS: it exists",
         "    hint: say Overwrite",
-        "    tried again when the session ends",
+        "    to be tried again when the session ends",
     ]
 
 
