@@ -4,6 +4,7 @@ import os
 import re
 import tempfile
 
+import boto3
 import pytest
 
 from agent_plugin.content import events
@@ -109,6 +110,13 @@ def test_the_environment_may_name_the_account(
 def test_sts_is_asked_for_the_account(
     moto: str, s3: S3Server, s3_prefix: str, fault_proxy: FaultProxy
 ) -> None:
+    # The first answer of this server takes seconds on a busy machine: it loads what it needs.
+    client = boto3.client(
+        "sts", endpoint_url=moto, region_name="us-east-1",
+        aws_access_key_id="a", aws_secret_access_key="b",
+    )  # fmt: skip
+    assert client.get_caller_identity()["Account"] == ACCOUNT
+
     store = store_at(fault_proxy, s3, s3_prefix, None, AWS_ENDPOINT_URL_STS=moto)
     assert isinstance(store, S3Store)
     assert store.account_id == ACCOUNT

@@ -153,7 +153,7 @@ def test_a_wish_to_stop_that_comes_when_all_is_in_place_stops_the_start(
         return results
 
     with monkeypatch.context() as patch:
-        patch.setattr("agent_plugin.session.start.materialise", materialising)
+        patch.setattr("agent_plugin.session.bring.materialise", materialising)
         with pytest.raises(CancelledError):
             sessions.host.start(job, sessions.session_dir, cancellation=cancellation)
 
