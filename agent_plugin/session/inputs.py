@@ -93,10 +93,10 @@ def _plan(
     place = Path(root.local_root)
     owner = context.owner
     own = state.owns(root)
-    if own and place.is_symlink():
+    if place.is_symlink() if own else root.source is not None:
         # Now, before anything is written; a link that comes later is refused where it is opened.
         raise UnsafePathError(
-            f"{place} is a symbolic link where a directory must be",
+            f"{place} is {'' if own else 'behind '}a symbolic link where a directory must be",
             hint="remove the link; see what the job did to its session directory",
         )
     try:

@@ -17,6 +17,7 @@ from agent_plugin.content.errors import (
     SourceInvalidError,
     UnsafePathError,
 )
+from agent_plugin.session.bring import bring
 from agent_plugin.session.job import JobDocument
 from agent_plugin.sources.parts import share_of
 from tests.servers.fault_proxy import FaultProxy
@@ -306,6 +307,33 @@ def test_s8_what_a_job_puts_in_the_place_of_a_part_leads_nowhere_and_goes(
     assert content_below(elsewhere) == {"plates/kept": b"the host's"}
     host.end(session_dir)
     assert content_below(elsewhere) == {"plates/kept": b"the host's"}
+
+
+def test_s8_a_link_that_is_planted_while_a_task_begins_leads_nowhere(
+    host: Host,
+    s3: S3Server,
+    s3_prefix: str,
+    session_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Caught: a source behind a link taken for a directory of the host's own."""
+    store_objects(s3, s3_prefix, dict.fromkeys(NAMES, 100))
+    host.start(job_with_sources(host, parted(s3, s3_prefix, Target="in/plates")), session_dir)
+    host.begin_task(session_dir, Part="0")
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "plates").mkdir(parents=True)
+
+    def bring_later(*arguments: Any) -> Any:
+        (session_dir / "in").rename(session_dir / "away")
+        (session_dir / "in").symlink_to(elsewhere)
+        return bring(*arguments)
+
+    monkeypatch.setattr("agent_plugin.session.begin_task.bring", bring_later)
+    with pytest.raises(UnsafePathError, match="behind a symbolic link"):
+        host.begin_task(session_dir, Part="1")
+
+    assert content_below(elsewhere) == {}
 
 
 def test_s8_what_is_in_the_place_of_a_part_before_the_session_is_refused(
