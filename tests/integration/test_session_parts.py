@@ -111,6 +111,7 @@ def test_s8_each_task_has_the_part_that_its_parameter_says(
 def test_s8_a_part_that_is_in_place_stays_as_the_task_before_left_it(
     proxied: Host, s3: S3Server, s3_prefix: str, session_dir: Path, fault_proxy: FaultProxy
 ) -> None:
+    """Caught: a part that is brought anew whatever is in place."""
     content = store_objects(s3, s3_prefix, dict.fromkeys(NAMES, 1000))
     job = job_with_sources(proxied, parted(s3, s3_prefix))
     proxied.start(job, session_dir)
@@ -150,22 +151,24 @@ def test_s8_the_bucket_is_listed_once_and_a_part_is_of_that_listing(
     assert content_below(session_dir / "inputs") == parts[1]
 
 
+NOT_TOLD = "task parameter Part, which says the part of plates, was not told"
+NO_PART = [
+    ({}, f"{NOT_TOLD} (none was told)", ""),
+    ({"Part": "1-3"}, "task parameter Part: '1-3' is no whole number", "of type INT"),
+    ({"Part": "3"}, "task parameter Part: 3 is not one of the 3 parts of plates", "0 to 2"),
+]
+NO_PART_EITHER = [
+    ({"Frame": "1"}, f"{NOT_TOLD} (told: Frame)", ""),
+    ({"Part": "1_0"}, "task parameter Part: '1_0' is no whole number", "of type INT"),
+    ({"Part": ""}, "task parameter Part: '' is no whole number", "of type INT"),
+    ({"Part": "9" * 5000}, "task parameter Part: '9999", "of type INT"),
+    ({"Part": "-1"}, "task parameter Part: -1 is not one of the 3 parts", "0 to 2"),
+]
+
+
 @pytest.mark.parametrize(
     ("told", "message", "hint"),
-    [
-        (
-            {},
-            "task parameter Part, which says the part of plates, was not told (none was told)",
-            "",
-        ),
-        ({"Frame": "1"}, "Part, which says the part of plates, was not told (told: Frame)", ""),
-        ({"Part": "1-3"}, "task parameter Part: '1-3' is no whole number", "of type INT"),
-        ({"Part": "1_0"}, "task parameter Part: '1_0' is no whole number", "of type INT"),
-        ({"Part": ""}, "task parameter Part: '' is no whole number", "of type INT"),
-        ({"Part": "9" * 5000}, "task parameter Part: '9999", "of type INT"),
-        ({"Part": "3"}, "task parameter Part: 3 is not one of the 3 parts of plates", "0 to 2"),
-        ({"Part": "-1"}, "task parameter Part: -1 is not one of the 3 parts", "0 to 2"),
-    ],
+    [*NO_PART, *(pytest.param(*each, marks=pytest.mark.slow) for each in NO_PART_EITHER)],
 )
 def test_s8_a_parameter_that_says_no_part_is_named_and_leaves_no_part(
     host: Host,
@@ -192,6 +195,7 @@ def test_s8_a_parameter_that_says_no_part_is_named_and_leaves_no_part(
 def test_s8_an_empty_part_is_an_error_unless_that_is_fine(
     host: Host, s3: S3Server, s3_prefix: str, session_dir: Path, expected_events: set[str]
 ) -> None:
+    """Caught: no error for an empty part; one where OnEmpty says that it is fine."""
     store_objects(s3, s3_prefix, {"only": b"x"})
     job = job_with_sources(
         host,
@@ -257,6 +261,7 @@ def test_s8_a_begin_that_is_killed_leaves_no_part_and_the_next_takes_it_up(
 def test_s8_a_session_that_is_started_again_has_no_part_until_a_task_begins(
     proxied: Host, s3: S3Server, s3_prefix: str, session_dir: Path, fault_proxy: FaultProxy
 ) -> None:
+    """Caught: a part that a start leaves in place; one that it removes, to be fetched again."""
     content = store_objects(s3, s3_prefix, dict.fromkeys(NAMES, 1000))
     job = job_with_sources(proxied, parted(s3, s3_prefix))
     with pytest.raises(SessionStateError, match="no session was started"):
@@ -339,6 +344,7 @@ def test_s8_a_link_that_is_planted_while_a_task_begins_leads_nowhere(
 def test_s8_what_is_in_the_place_of_a_part_before_the_session_is_refused(
     host: Host, s3: S3Server, s3_prefix: str, session_dir: Path
 ) -> None:
+    """Caught: no look at what is in the place, when nothing is brought there yet."""
     store_objects(s3, s3_prefix, dict.fromkeys(NAMES, 100))
     (session_dir / "inputs").mkdir(parents=True)
     (session_dir / "inputs/own").write_bytes(b"somebody's")

@@ -470,6 +470,7 @@ def test_s8_a_mounted_part_does_not_go_where_a_planted_link_leads(
 def test_s8_a_part_whose_mount_has_died_is_mounted_again(
     host: Host, s3: S3Server, s3_prefix: str, session_dir: Path
 ) -> None:
+    """Caught: a part taken for in place because the state says so."""
     content = store_objects(s3, s3_prefix, {"a": 1000})
     partition = {"Type": "object", "Count": 1, "IndexParameter": "Part"}
     job = job_with_sources(host, source_of(s3, s3_prefix, Partition=partition))
@@ -514,7 +515,10 @@ def test_s6_two_thousand_objects_are_the_same_tree_mounted_and_copied(
 def test_s6_of_two_thousand_objects_one_that_is_overwritten_is_the_documented_error_in_both(
     proxied: Host, s3: S3Server, s3_prefix: str, tmp_path: Path, fault_proxy: FaultProxy
 ) -> None:
-    """Mounted, the read and the task fail; copied, the start does, and nothing is in place."""
+    """Mounted, the read and the task fail; copied, the start does, and nothing is in place.
+
+    Caught: an answer that another object is there taken for one that makes no sense.
+    """
     content = store_objects(
         s3, s3_prefix, {f"shot {at % 20:02}/{at:05}.exr": 3000 + at for at in range(2000)}
     )

@@ -30,6 +30,13 @@ def test_what_was_used_least_recently_goes_first(kept: KeptBytes, gone: list[str
     assert gone == ["b", "c"]
 
 
+def test_what_grows_is_used(kept: KeptBytes, gone: list[str]) -> None:
+    for name, length in (("a", 30), ("b", 30), ("a", 10), ("c", 40)):
+        kept.grew(name, length)
+
+    assert gone == ["b"]
+
+
 def test_what_comes_in_parts_goes_itself_when_nothing_else_is_left(
     kept: KeptBytes, gone: list[str]
 ) -> None:
