@@ -76,6 +76,8 @@ def _sockets_in_tmp(ports: set[int]) -> list[Path]:
 
 def test_it_serves_on_loopback_only_keeps_its_data_and_leaves_nothing(tmp_path: Path) -> None:
     directory = tmp_path / "store"
+    # Of servers that were killed some time ago, with one of this one's ports for another service.
+    before = set(Path("/tmp").glob("seaweedfs-*-grpc-*.sock"))
     with DemoStore(directory) as store:
         store.create_bucket("demo")
         store.create_bucket("demo")
@@ -93,7 +95,7 @@ def test_it_serves_on_loopback_only_keeps_its_data_and_leaves_nothing(tmp_path: 
     assert urlsplit(server.endpoint_url).port in ports
     assert modes == {".": 0o700, "s3.json": 0o600, "weed.out": 0o600, "data": 0o700}
     assert not psutil.pid_exists(pid)
-    assert _sockets_in_tmp(ports) == []
+    assert set(_sockets_in_tmp(ports)) <= before
     with DemoStore(directory) as again:
         assert again.secret_key != server.secret_key
         kept = _server(again).client().get_object(Bucket="demo", Key="k")
