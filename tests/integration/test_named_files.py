@@ -1,6 +1,6 @@
 """Files that a user names: a pipe is read, and one that nobody writes to is not waited for.
 
-All seen to hang when the files are opened without O_NONBLOCK.
+Those of pipes without a writer were seen to hang when files are opened without O_NONBLOCK.
 """
 
 import os
