@@ -399,12 +399,8 @@ class Ledger(PeoplesLedger):
         self.flush()
         now = self._clock()
         with self._file.write() as connection:
-            row = connection.execute(
-                "SELECT status FROM transfer WHERE id = ? AND lease_owner = ?",
-                (transfer_id, lease_owner()),
-            ).fetchone()
-            if row is not None:
-                current = TransferStatus(row[0])
+            current = _status_held(connection, transfer_id)
+            if current is not None:
                 let_go(connection, transfer_id, current, now)
                 if current not in (TransferStatus.ABORTED, TransferStatus.DONE):
                     end(connection, transfer_id, current, error, now)
@@ -420,12 +416,9 @@ class Ledger(PeoplesLedger):
         self.flush()
         now = self._clock()
         with self._file.write() as connection:
-            row = connection.execute(
-                "SELECT status FROM transfer WHERE id = ? AND lease_owner = ?",
-                (transfer_id, lease_owner()),
-            ).fetchone()
-            if row is not None:
-                let_go(connection, transfer_id, TransferStatus(row[0]), now)
+            current = _status_held(connection, transfer_id)
+            if current is not None:
+                let_go(connection, transfer_id, current, now)
                 connection.execute(
                     "UPDATE transfer SET status = 'waiting' WHERE id = ? AND status = 'running'",
                     (transfer_id,),
@@ -445,3 +438,12 @@ class Ledger(PeoplesLedger):
                 [(now, now, session, status) for status in LIVE],
             )
         self.housekeep()
+
+
+def _status_held(connection: sqlite3.Connection, transfer_id: int) -> TransferStatus | None:
+    """Return the status of a transfer that this process has the lease of, or None."""
+    row = connection.execute(
+        "SELECT status FROM transfer WHERE id = ? AND lease_owner = ?",
+        (transfer_id, lease_owner()),
+    ).fetchone()
+    return None if row is None else TransferStatus(row[0])
