@@ -8,6 +8,7 @@ returns, or it raises: nothing is skipped silently. Only an answer of 404 means 
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final, Protocol, TypeAlias
 
@@ -45,18 +46,24 @@ class Cancellation:
     """
 
     def __init__(self, *, pauses_with: "Cancellation | None" = None) -> None:
-        self._event = threading.Event()
+        # Not threading.Event: its lock may be held by the very thread that a signal interrupts.
+        self._wished = False
+        self._sleepers: list[threading.Lock] = []
         self._pauses_with = pauses_with
         self._paused = False
 
     def cancel(self) -> None:
         """Wish it; may be called from a signal handler, and more than once."""
-        self._event.set()
+        self._wished = True
+        while self._sleepers:
+            # Another cancel may be doing the same.
+            with suppress(IndexError):
+                self._sleepers.pop().release()
 
     @property
     def wished(self) -> bool:
         """Whether work should stop."""
-        return self._event.is_set()
+        return self._wished
 
     def pause(self) -> None:
         """Wish that nothing further begins until `resume`; what is under way comes to its end."""
@@ -77,7 +84,7 @@ class Cancellation:
         Raises:
             CancelledError: Somebody wished it.
         """
-        if self._event.is_set():
+        if self._wished:
             raise CancelledError("stopped on request")
 
     def pass_boundary(self) -> float:
@@ -102,8 +109,18 @@ class Cancellation:
         Raises:
             CancelledError: Somebody wished it.
         """
-        if self._event.wait(seconds):
-            raise CancelledError("stopped on request")
+        # Held from the start, and released by whoever takes it out of the list.
+        sleeper = threading.Lock()
+        sleeper.acquire()
+        self._sleepers.append(sleeper)
+        try:
+            # Looked at only now: a wish from here on finds the sleeper.
+            if not self._wished:
+                sleeper.acquire(timeout=min(max(seconds, 0), threading.TIMEOUT_MAX))
+        finally:
+            with suppress(ValueError):
+                self._sleepers.remove(sleeper)
+        self.check()
 
 
 @dataclass(frozen=True, slots=True)

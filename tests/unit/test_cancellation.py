@@ -1,10 +1,13 @@
 """A wish to stop, or to pause, and who heeds it where."""
 
 import os
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
@@ -57,6 +60,66 @@ def test_t9_a_pause_holds_for_what_pauses_with_it_and_a_stop_does_not() -> None:
     inner.check()
 
     assert (while_paused, inner.paused) == (True, False)
+
+
+def test_a_signal_may_wish_it_at_any_moment_of_the_sleep_it_interrupts() -> None:
+    """Seen to hang with threading.Event, whose set() waits for the lock that wait() holds."""
+    reached = [0]
+    ended = threading.Event()
+
+    def sleep_interrupted_everywhere() -> None:
+        while _sleep_wished_at(reached[0]):
+            reached[0] += 1
+        ended.set()
+
+    threading.Thread(target=sleep_interrupted_everywhere, daemon=True).start()
+
+    assert ended.wait(60), f"hangs when wished at instruction {reached[0]}"
+    assert reached[0] > 20
+
+
+def _sleep_wished_at(number: int) -> bool:
+    """Sleep, and wish its end before that instruction; return whether there is such a one."""
+    cancellation = Cancellation()
+    instructions = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> object:
+        nonlocal instructions
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            if instructions == number:
+                cancellation.cancel()
+            instructions += 1
+        return trace
+
+    sys.settrace(trace)  # type: ignore[arg-type]  # a function that returns itself has no type
+    try:
+        with suppress(CancelledError):
+            cancellation.sleep(0.001)
+    finally:
+        sys.settrace(None)
+    return cancellation.wished
+
+
+def test_a_wish_ends_the_sleep_of_every_thread() -> None:
+    cancellation = Cancellation()
+    with ThreadPoolExecutor(8) as threads:
+        sleeps = [threads.submit(cancellation.sleep, 60) for _ in range(8)]
+        assert wait(sleeps, timeout=0.2).not_done
+        cancellation.cancel()
+        cancellation.cancel()
+
+        assert [type(each.exception(10)) for each in sleeps] == [CancelledError] * 8
+    with pytest.raises(CancelledError):
+        cancellation.sleep(60)
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0, -1])
+def test_a_sleep_nobody_ends_takes_its_time(seconds: float) -> None:
+    started = time.monotonic()
+    Cancellation().sleep(seconds)
+
+    assert seconds <= time.monotonic() - started < 10
 
 
 def test_t9_the_time_of_a_pause_does_not_count_for_a_request_that_is_tried_again() -> None:
