@@ -17,6 +17,7 @@ from typing import Any, Final
 from agent_plugin.content.errors import TransferStateError
 from agent_plugin.transfer.ledger_begin import lease_holder
 from agent_plugin.transfer.ledger_control import settle_lease
+from agent_plugin.transfer.ledger_create import abandon
 from agent_plugin.transfer.ledger_file import ARCHIVE, LedgerFile, from_sql, to_sql
 from agent_plugin.transfer.ledger_rows import (
     TASK_COLUMNS,
@@ -74,7 +75,7 @@ class Archive:
     # ------------------------------------------------------------------- putting things there
 
     def housekeep(self) -> None:
-        """Take back what dead engines had, pack and archive what is old."""
+        """Take back what the dead had or were making, pack and archive what is old."""
         now = self._clock()
         self._release_dead(now)
         packed = self._ids(
@@ -131,7 +132,8 @@ class Archive:
             if lease_holder(owner, until, now) is not None:
                 continue
             with self._ledger.write() as connection:
-                settle_lease(connection, transfer_id, now)
+                if not settle_lease(connection, transfer_id, now):
+                    abandon(connection, transfer_id, now)
 
     def _pack(self, archive: LedgerFile, transfer_id: int) -> None:
         """Put a transfer's tasks and events there, and remove them from the ledger.

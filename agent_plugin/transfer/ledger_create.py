@@ -5,10 +5,11 @@ A transfer that is made here is nobody's when it is complete: whoever carries it
 
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from itertools import islice
 from typing import Any, Final, Literal
 
-from agent_plugin.content.errors import JobInvalidError, TransferStateError
+from agent_plugin.content.errors import JobInvalidError, PropmasterError, TransferStateError
 from agent_plugin.content.store import Cancellation
 from agent_plugin.transfer.ledger_begin import (
     INSERT_TASK,
@@ -36,9 +37,10 @@ Duplicates = Literal["retry", "reject", "replace"]
 _T = TransferStatus
 _K = TaskStatus
 # What these are to move follows from a job alone.
-_OF_HOOKS: Final = frozenset(
+OF_HOOKS: Final = frozenset(
     {"sync-in", "source", "sync-step", "sync-out", "publish", "submit", "outputs", "get"}
 )
+_UNMADE: Final = "whoever made it ended before all of its tasks were there; make it again"
 _BEGUN: Final = frozenset({_K.BOOTING, _K.EXECUTING})
 
 
@@ -87,20 +89,26 @@ class New:
             )
         state = _K.PENDING if status is _T.PENDING else _K.QUEUED
         rows = (task_values(transfer_id, at, state, task, now) for at, task in enumerate(tasks))
-        while piece := list(islice(rows, TASKS_PER_PIECE)):
-            cancellation.check()
+        try:
+            while piece := list(islice(rows, TASKS_PER_PIECE)):
+                cancellation.check()
+                with self._file.write() as connection:
+                    renew_lease(connection, transfer_id, self._clock())
+                    connection.executemany(INSERT_TASK, piece)
             with self._file.write() as connection:
                 renew_lease(connection, transfer_id, self._clock())
-                connection.executemany(INSERT_TASK, piece)
-        with self._file.write() as connection:
-            renew_lease(connection, transfer_id, self._clock())
-            connection.execute(
-                "UPDATE transfer SET status = CASE status WHEN 'init' THEN ? ELSE status END,"
-                " lease_owner = '', lease_until = 0 WHERE id = ?",
-                (status, transfer_id),
-            )
-            recount(connection, transfer_id, held=False)
-            tell(connection, now, transfer_id, None, f"created={status}", modifier)
+                connection.execute(
+                    "UPDATE transfer SET status = CASE status WHEN 'init' THEN ? ELSE status END,"
+                    " lease_owner = '', lease_until = 0 WHERE id = ?",
+                    (status, transfer_id),
+                )
+                recount(connection, transfer_id, held=False)
+                tell(connection, now, transfer_id, None, f"created={status}", modifier)
+        except BaseException:
+            # If this can not be noted either, housekeeping does.
+            with suppress(PropmasterError), self._file.write() as connection:
+                abandon(connection, transfer_id, self._clock())
+            raise
         return transfer_id
 
     def add_tasks(
@@ -191,6 +199,22 @@ class New:
         return task_id
 
 
+def abandon(connection: sqlite3.Connection, transfer_id: int, now: float) -> None:
+    """End, in the caller's transaction, a person's transfer whose maker has not come to its end.
+
+    Nobody can go on with it. What a hook makes is made whole when the hook runs again.
+    """
+    status, kind = status_of(connection, transfer_id)
+    if status is not _T.INIT or kind in OF_HOOKS:
+        return
+    connection.execute(
+        "UPDATE transfer SET status = 'aborted', finished = ?, lease_owner = '', lease_until = 0,"
+        " error_code = ?, error = ? WHERE id = ?",
+        (now, TransferStateError.code, _UNMADE, transfer_id),
+    )
+    tell(connection, now, transfer_id, None, "status=aborted", "")
+
+
 def _refuse_taken(connection: sqlite3.Connection, transfer_id: int, task: TaskSpec) -> None:
     taken = (
         task.uri
@@ -207,7 +231,7 @@ def _refuse_taken(connection: sqlite3.Connection, transfer_id: int, task: TaskSp
 
 
 def _refuse_fixed(transfer_id: int, kind: str, task: TaskSpec) -> None:
-    if kind in _OF_HOOKS:
+    if kind in OF_HOOKS:
         raise JobInvalidError(
             f"{task.source} can not be added to transfer {transfer_id}: what a {kind} moves"
             " follows from its job",

@@ -283,3 +283,42 @@ def test_t7_what_was_aborted_is_not_put_away_before_its_engine_lets_go_of_it(
     with pytest.raises(TransferStateError, match="a process still lets go of it") as caught:
         ledger.archive(row.id)
     assert caught.value.hint == "try again in a moment"
+
+
+DIES_MAKING = """
+import os, signal, sys
+from pathlib import Path
+from agent_plugin.transfer import ledger_create
+from agent_plugin.transfer.ledger import Ledger, TaskSpec, TransferSpec
+ledger_create.TASKS_PER_PIECE = 1
+def tasks():
+    yield TaskSpec("a", "one", 10)
+    os.kill(os.getpid(), signal.SIGKILL)
+Ledger.open(Path(sys.argv[1])).create(TransferSpec(sys.argv[2], "/from", "/to"), tasks())
+"""
+
+
+@pytest.mark.parametrize(("kind", "then"), [("copy", "aborted"), ("submit", "init")])
+def test_t7_what_a_killed_maker_left_ends_unless_a_hook_makes_it_whole(
+    tmp_path: Path, kind: str, then: str
+) -> None:
+    path = tmp_path / "ledger.db"
+    subprocess.run([sys.executable, "-c", DIES_MAKING, path, kind], check=False)
+    with Ledger.open(path) as ledger:
+        assert ledger.transfer(1).status is TransferStatus.INIT
+
+        ledger.housekeep()
+
+        row = ledger.transfer(1)
+        assert (row.status, row.lease_owner) == (then, "")
+        assert row.error.startswith("whoever made it ended") == (then == "aborted")
+        assert (row.finished is not None) == (then == "aborted")
+
+
+def test_t7_what_is_still_being_made_is_let_be(ledger: Ledger) -> None:
+    def tasks() -> Iterator[TaskSpec]:
+        yield TaskSpec("a", "one", 10)
+        ledger.housekeep()
+        assert ledger.transfer(1).status is TransferStatus.INIT
+
+    assert ledger.create(TransferSpec("copy", "/from", "/to"), tasks()).status == "waiting"
