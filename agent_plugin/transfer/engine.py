@@ -134,7 +134,7 @@ class Crew(Generic[Order, Product]):
         while (order := self._next()) is not None:
             try:
                 product: Product | BaseException = self._work(order[0])
-            except Exception as error:  # noqa: BLE001 - handed to the owner, which raises it
+            except BaseException as error:  # noqa: BLE001 - handed to the owner, which raises it
                 product = error
             self._products.put(order[0], product)
 

@@ -63,6 +63,30 @@ def test_a_failure_is_a_product_and_the_crew_goes_on() -> None:
     assert all(str(taken[order]) == f"no {order}" for order in range(0, 30, 3))
 
 
+class Panic(BaseException):
+    """As what a panic of obstore becomes (pyo3's PanicException), which is no Exception."""
+
+
+def test_a_failure_that_is_no_exception_is_a_product_as_well() -> None:
+    """Seen to wait for ever: the thread ended, and nobody was told."""
+
+    def work(order: int) -> int:
+        if order == 0:
+            raise Panic("no thread can be started")
+        return order
+
+    products: Products[int, int] = Products()
+    crew = Crew(work, products, 1, Cancellation())
+    for order in range(2):
+        crew.order(order)
+
+    taken = take_all(products, 2)
+    crew.close()
+    await_end(crew)
+    assert isinstance(taken[0], Panic)
+    assert taken[1] == 1
+
+
 def test_there_are_never_more_threads_than_were_allowed() -> None:
     lock = threading.Lock()
     busy: list[int] = []
