@@ -23,7 +23,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
@@ -45,6 +45,7 @@ from vfs.kept_bytes import KeptBytes
 from vfs.open_blob import OpenBlob
 from vfs.statistics import Statistics
 from vfs.streaming import Streamed, StreamPolicy
+from vfs.threads import Threads
 from vfs.waiting import result_of
 from vfs.whole_blobs import WholeBlobs
 
@@ -156,9 +157,9 @@ class BlobReader:
         self._checks: dict[str, Future[OpenBlob | None]] = {}
         self._used: set[str] = set()
         self._tells_use = False
-        self._threads = ThreadPoolExecutor(fetches_at_once, thread_name_prefix="fetch")
-        self._disk = ThreadPoolExecutor(LOOKS_AT_ONCE, thread_name_prefix="look")
-        self._large = ThreadPoolExecutor(LARGE_LOOKS_AT_ONCE, thread_name_prefix="look-large")
+        self._threads = Threads(fetches_at_once, thread_name_prefix="fetch")
+        self._disk = Threads(LOOKS_AT_ONCE, thread_name_prefix="look")
+        self._large = Threads(LARGE_LOOKS_AT_ONCE, thread_name_prefix="look-large")
         self._halt = Cancellation()
         self._whole = WholeBlobs(cache, open_store, spool, statistics, self._halt)
         self._kept: KeptBytes | None = None
@@ -252,7 +253,11 @@ class BlobReader:
                 future = self._under_way[digest.hex] = Future()
         if is_first:
             looks = self._large if digest.size > STRICT_BYTES else self._disk
-            looks.submit(self._obtain, digest, future, self._from_cache)
+            try:
+                looks.submit(self._obtain, digest, future, self._from_cache)
+            except (PropmasterError, RuntimeError) as error:
+                # Whoever wants it next would wait for ever.
+                self._arrived(digest, future, error)
         return result_of(future, cancellation)
 
     def _let_go(self, digest: Digest, blob: OpenBlob) -> None:
@@ -420,7 +425,11 @@ class BlobReader:
         # It can only be had whole, and readers wait for it.
         self._count_whole(digest, blob, stays=True)
         if begin:
-            threading.Thread(target=self._tell_use, name="use", daemon=True).start()
+            try:
+                threading.Thread(target=self._tell_use, name="use", daemon=True).start()
+            except RuntimeError:
+                # The host gives no more threads; the next blob tries again.
+                self._tells_use = False
         if not blob.is_verified:
             # Not before it is kept, or a wrong one would be kept after it was thrown out.
             blob.verifying = self._large.submit(self._verify_beside, digest, blob)
@@ -460,19 +469,23 @@ class BlobReader:
                     return None
                 future = self._beginning[digest.hex] = Future()
         if is_first:
-            self._disk.submit(self._begin, digest, future)
+            try:
+                self._disk.submit(self._begin, digest, future)
+            except (PropmasterError, RuntimeError) as error:
+                # As in `open`.
+                self._begun(digest, future, error)
         return result_of(future, cancellation)
 
     def _begin(self, digest: Digest, future: "Future[Streamed | None]") -> None:
         """Take a large blob from the cache, or begin to read it as it comes."""
-        streamed = None
+        outcome: Streamed | BaseException | None = None
         try:
             blob = self._from_cache(digest)
             if blob is not None:
                 blob.was_read = True  # Very soon.
                 self._keep(digest, blob)
             else:
-                streamed = Streamed(
+                outcome = Streamed(
                     digest,
                     self._open_store(),
                     self._cache,
@@ -485,17 +498,23 @@ class BlobReader:
                     on_part=self._count_part,
                 )
         except BaseException as error:  # noqa: BLE001 - it is raised for those who wait
-            outcome: BaseException | None = error
-        else:
-            outcome = None
+            outcome = error
+        self._begun(digest, future, outcome)
+
+    def _begun(
+        self,
+        digest: Digest,
+        future: "Future[Streamed | None]",
+        outcome: Streamed | BaseException | None,
+    ) -> None:
         with self._lock:
-            if streamed is not None:
-                self._streamed[digest.hex] = streamed
+            if isinstance(outcome, Streamed):
+                self._streamed[digest.hex] = outcome
             del self._beginning[digest.hex]
-        if outcome is not None:
+        if isinstance(outcome, BaseException):
             future.set_exception(outcome)
         else:
-            future.set_result(streamed)
+            future.set_result(outcome)
 
     def _came_wrong(self, digest: Digest, error: PropmasterError) -> None:
         with self._lock:

@@ -14,7 +14,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass
@@ -36,6 +36,7 @@ from agent_plugin.content.store import BlobSource, Cancellation
 from vfs.open_blob import OpenBlob
 from vfs.read_ahead import ReadAhead
 from vfs.statistics import Statistics
+from vfs.threads import Threads
 from vfs.waiting import result_of
 
 log = events.get_logger()
@@ -91,7 +92,7 @@ class Streamed:
         spool: Path,
         policy: StreamPolicy,
         *,
-        threads: ThreadPoolExecutor,
+        threads: Threads,
         statistics: Statistics,
         on_complete: Callable[[Digest, OpenBlob], None],
         on_corrupt: Callable[[Digest, PropmasterError], None],

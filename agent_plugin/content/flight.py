@@ -41,12 +41,16 @@ class Lanes:
         self._lock = threading.Lock()
         self._tasks: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._threads = 0
-        self._idle = 0
+        # Tasks that have not ended.
+        self._unfinished = 0
 
     def submit(self, fn: Callable[[], T]) -> "Future[T]":
         """Have `fn` run by a thread, in the caller's context (contextvars).
 
         The future can be cancelled until it begins.
+
+        Raises:
+            RuntimeError: The host gives no thread, and there is none yet.
         """
         future: Future[T] = Future()
         context = copy_context()
@@ -62,12 +66,10 @@ class Lanes:
                 future.set_result(result)
 
         with self._lock:
+            if self._unfinished >= self._threads and self._threads < self._most:
+                self._grow()
+            self._unfinished += 1
             self._tasks.put(partial(context.run, run))
-            if self._idle > 0:
-                self._idle -= 1
-            elif self._threads < self._most:
-                self._threads += 1
-                threading.Thread(target=self._work, name="propmaster-lane", daemon=True).start()
         return future
 
     def run(self, fn: Callable[[], T], cancellation: Cancellation) -> T:
@@ -89,11 +91,22 @@ class Lanes:
             wait([future], timeout=POLL_SECONDS)
         return future.result()
 
+    def _grow(self) -> None:
+        """Start a thread; the lock is held."""
+        try:
+            threading.Thread(target=self._work, name="propmaster-lane", daemon=True).start()
+        except RuntimeError:
+            # The host gives no more: what comes next waits for one of those there are.
+            if not self._threads:
+                raise
+        else:
+            self._threads += 1
+
     def _work(self) -> None:
         while True:
             self._tasks.get()()
             with self._lock:
-                self._idle += 1
+                self._unfinished -= 1
 
 
 class AdaptiveLimit:

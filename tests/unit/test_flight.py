@@ -52,6 +52,47 @@ def test_no_more_threads_run_than_allowed_and_all_work_is_done() -> None:
     assert most == 3
 
 
+def refuse_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have no thread begin any more, as where pids.max of a cgroup is reached."""
+
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+
+
+def test_a_thread_that_the_host_did_not_give_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Seen to wait for ever: as many as may be were taken to be there."""
+    lanes = Lanes(2)
+    refuse_threads(monkeypatch)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="can't start"):
+            lanes.submit(int)
+    monkeypatch.undo()
+
+    assert lanes.submit(lambda: 7).result(10) == 7
+
+
+def test_where_the_host_gives_no_further_thread_those_there_are_do_all_the_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lanes = Lanes(2)
+    release = threading.Event()
+    first = lanes.submit(lambda: release.wait(10))
+    refuse_threads(monkeypatch)
+    others = [lanes.submit(lambda: "done") for _ in range(3)]
+    monkeypatch.undo()
+    release.set()
+    assert first.result(10)
+    assert [each.result(10) for each in others] == ["done"] * 3
+
+    both = threading.Barrier(2)
+    at_once = [lanes.submit(lambda: both.wait(10)) for _ in range(2)]
+    assert {each.result(20) for each in at_once} == {0, 1}, "there are two again"
+
+
 class Clock:
     now = 0.0
 

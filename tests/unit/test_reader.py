@@ -29,6 +29,7 @@ from agent_plugin.content.errors import (
     BlobCorruptError,
     BlobNotFoundError,
     CancelledError,
+    LocalReadError,
     LocalWriteError,
     PropmasterError,
     StoreUnavailableError,
@@ -1201,6 +1202,33 @@ def test_large_blobs_that_are_hashed_for_long_hold_up_no_small_one(
         finally:
             may_hash.set()
         assert [done.result(20) for done in reads] == [data[:10] for _, data in blobs]
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("size", [5000, LARGE])
+def test_a_blob_for_which_there_was_no_thread_is_read_when_there_is_one_again(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """Seen to wait for ever for a thread that had never begun."""
+
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    digest, data = blob(90, size)
+    rig.put(digest, data)
+    reader = rig.reader(rig.cache())
+    with monkeypatch.context() as full:
+        full.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(LocalReadError, match="no further thread"):
+            read(reader, digest, 0, 10)
+
+    gone = Cancellation()
+    with ThreadPoolExecutor(1) as threads:
+        again = threads.submit(reader.read, digest, 0, 10, gone)
+        try:
+            assert again.result(20) == data[:10]
+        finally:
+            gone.cancel()
 
 
 def test_what_comes_from_the_disk_is_not_kept_in_memory_twice(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ import os
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, TypeVar
@@ -27,6 +26,7 @@ from typing import Final, TypeVar
 from agent_plugin.content import events
 from agent_plugin.content.store import Cancellation
 from vfs.nodes import Nodes
+from vfs.threads import Threads
 from vfs.transports import kernel_protocol as protocol
 from vfs.transports.failures import errno_of
 from vfs.transports.kernel_entries import PAGE_BYTES, Listings, attr_out, dirent, entry_out
@@ -185,7 +185,7 @@ class KernelTransport:
         self._uid = self._gid = 0
         self._waiting: dict[int, Cancellation] = {}
         self._lock = threading.Lock()
-        self._threads = ThreadPoolExecutor(WAITING_READS, thread_name_prefix="wait")
+        self._threads = Threads(WAITING_READS, thread_name_prefix="wait")
         self._buffer = memoryview(bytearray(MAX_READ_BYTES))
         self._handlers: dict[int, Callable[[int, int, memoryview], None]] = {
             Opcode.LOOKUP: self._lookup,
@@ -199,7 +199,7 @@ class KernelTransport:
             Opcode.BATCH_FORGET: self._forget,
             Opcode.DESTROY: self._destroy,
         }
-        self._disk = ThreadPoolExecutor(READING_DISK, thread_name_prefix="disk")
+        self._disk = Threads(READING_DISK, thread_name_prefix="disk")
         if passthrough is not None:
             self._handlers[Opcode.OPEN] = partial(self._open, passthrough)
             self._handlers[Opcode.RELEASE] = partial(self._release, passthrough)
@@ -309,7 +309,7 @@ class KernelTransport:
 
     def _later(
         self,
-        threads: ThreadPoolExecutor,
+        threads: Threads,
         unique: int,
         obtain: Callable[[Cancellation], _T],
         answer: Callable[[_T], None],
@@ -329,7 +329,7 @@ class KernelTransport:
     ) -> None:
         try:
             obtained = obtain(cancellation)
-        except Exception as error:  # noqa: BLE001 - the errno boundary: nothing may pass
+        except BaseException as error:  # noqa: BLE001 - the errno boundary: nothing may pass
             if self._is_wanted(unique):
                 self._refuse(unique, errno_of(error))
             return
@@ -337,7 +337,7 @@ class KernelTransport:
             return  # It was answered with EINTR.
         try:
             answer(obtained)
-        except Exception as error:  # noqa: BLE001 - the errno boundary: nothing may pass
+        except BaseException as error:  # noqa: BLE001 - the errno boundary: nothing may pass
             self._refuse(unique, errno_of(error))
 
     def _is_wanted(self, unique: int) -> bool:
