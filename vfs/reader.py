@@ -24,10 +24,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Final
 from weakref import ref
 
@@ -104,6 +105,15 @@ def _part(blob: OpenBlob, offset: int, length: int) -> tuple[bytes | None, str]:
     return data, ""
 
 
+def _close_all(dropped: "SimpleQueue[ExitStack | None]") -> None:
+    """Close what is dropped, until None is."""
+    while (files := dropped.get()) is not None:
+        try:
+            files.close()
+        except (PropmasterError, OSError) as error:
+            log.warning(events.CACHE_BYPASSED, extra={"reason": str(error)})
+
+
 def _tell_nobody(_digest: Digest, _error: PropmasterError) -> None:
     """Take no notice."""
 
@@ -166,6 +176,11 @@ class BlobReader:
         # Of what was let go of, to be read once more only when all of it is verified: who has read
         # some of it would else be given the rest of what nobody ever completes.
         self._only_whole: set[str] = set()
+        # Files of large blobs that nobody reads any more. They are closed by a thread of their own:
+        # it takes locks to give their room back, and who happens to drop one may have them.
+        self._dropped: SimpleQueue[ExitStack | None] = SimpleQueue()
+        dropping = threading.Thread(target=_close_all, args=(self._dropped,), daemon=True)
+        dropping.start()
         if most_bytes is not None:
             self._kept = KeptBytes(most_bytes, min_free_bytes, spool, self._keep_no_more)
 
@@ -183,6 +198,7 @@ class BlobReader:
                 if streamed is not None:
                     streamed.close()
             self._streamed.clear()
+        self._dropped.put(None)
 
     def read_now(self, digest: Digest, offset: int, buffer: memoryview) -> int:
         """Read what is here already; return the number of bytes, or -1 when it has to be fetched.
@@ -496,6 +512,7 @@ class BlobReader:
                     on_complete=self._completed,
                     on_corrupt=self._came_wrong,
                     on_part=self._count_part,
+                    drop=self._dropped.put,
                 )
         except BaseException as error:  # noqa: BLE001 - it is raised for those who wait
             outcome = error

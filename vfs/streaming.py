@@ -79,6 +79,8 @@ class Streamed:
         on_complete: Given the digest and the verified blob.
         on_corrupt: Told when the blob turned out wrong.
         on_part: Told how many bytes have come to the file.
+        drop: Given what is open when nobody has this any more, to be closed. Called from anywhere,
+            by the garbage collector too, and so must take no lock.
 
     Raises:
         NoSpaceError, LocalWriteError: No file could be made.
@@ -97,7 +99,10 @@ class Streamed:
         on_complete: Callable[[Digest, OpenBlob], None],
         on_corrupt: Callable[[Digest, PropmasterError], None],
         on_part: Callable[[Digest, int], None] = lambda _digest, _length: None,
+        drop: Callable[[ExitStack], None],
     ) -> None:
+        self._drop = drop
+        self._files = ExitStack()
         self._digest = digest
         self._store = store
         self._cache = cache
@@ -119,7 +124,6 @@ class Streamed:
             most_bytes=policy.ahead_bytes,
         )
         self._is_closed = False
-        self._files = ExitStack()
         self._staged: Staged | None = None
         self._fd = self._make_file(cache, spool)
 
@@ -289,4 +293,4 @@ class Streamed:
             raise local_write_error(error, os.fspath(spool)) from error
 
     def __del__(self) -> None:
-        self._files.close()
+        self._drop(self._files)

@@ -11,6 +11,7 @@ import resource
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -24,6 +25,7 @@ import vfs.service
 import vfs.whole_blobs
 from agent_plugin.content import events
 from agent_plugin.content.blob_cache import BlobCache
+from agent_plugin.content.blob_cache_usage import Usage, UsageCounter
 from agent_plugin.content.digest import Digest, hash_fd
 from agent_plugin.content.errors import (
     BlobCorruptError,
@@ -1202,6 +1204,43 @@ def test_large_blobs_that_are_hashed_for_long_hold_up_no_small_one(
         finally:
             may_hash.set()
         assert [done.result(20) for done in reads] == [data[:10] for _, data in blobs]
+
+
+@pytest.mark.usefixtures("large")
+def test_a_large_blob_that_a_garbage_collection_finds_holds_nobody_up(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen to hang: its room was given back by who was just counting, and so had the lock.
+
+    The error that a reader was given keeps the blob, and is kept by what its traceback has.
+    """
+    rig.put(*blob(91))
+    missing, _ = blob(92, LARGE)
+    cache = BlobCache.open(rig.cache_dir, store_url="s3://a/b", max_bytes=PLENTY, min_free_bytes=0)
+    reader = rig.reader(cache)
+    counted = UsageCounter.read
+
+    def collect_and_read(counter: UsageCounter) -> Usage | None:
+        gc.collect()
+        return counted(counter)
+
+    gc.disable()
+    try:
+        with suppress(BlobNotFoundError):
+            read(reader, missing, 0, 10)
+        is_there = weakref.ref(reader._streamed.pop(missing.hex))
+        assert is_there() is not None
+        with monkeypatch.context() as collecting:
+            collecting.setattr(UsageCounter, "read", collect_and_read)
+            counting = threading.Thread(target=cache.make_room, args=(1,), daemon=True)
+            counting.start()
+            counting.join(20)
+    finally:
+        gc.enable()
+    assert not counting.is_alive()
+    assert is_there() is None
+    until(lambda: not list(cache.path.glob("v1/tmp/*")))
+    cache.close()
 
 
 @pytest.mark.usefixtures("large")
