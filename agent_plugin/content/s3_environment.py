@@ -41,6 +41,9 @@ _TRUE: Final = frozenset({"true", "1"})
 # and underscores of other servers.
 _BUCKET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]")
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f?#\\]")
+# A label of a host name, as botocore has it: a region becomes a part of the server's name, and is
+# not only the operator's to say.
+_REGION: Final = re.compile(r"(?![0-9]+\Z)(?!-)[A-Za-z0-9-]{1,63}(?<!-)")
 
 
 # Keys in the form of `keys_of`, or what finds them whenever it is asked.
@@ -318,7 +321,8 @@ def locate(bucket: str, prefix: str, environment: Mapping[str, str]) -> Location
     """Return where a bucket is, by the same variables and files as the AWS tools.
 
     Raises:
-        SettingsInvalidError: Bucket, prefix or endpoint make no sense, or a file can not be read.
+        SettingsInvalidError: Bucket, prefix, region or endpoint make no sense, or a file can not be
+            read.
     """
     if not _BUCKET.fullmatch(bucket):
         raise SettingsInvalidError(
@@ -331,6 +335,10 @@ def locate(bucket: str, prefix: str, environment: Mapping[str, str]) -> Location
             hint="Use letters, digits, hyphens, underscores and slashes.",
         )
     region, endpoint = _region_and_endpoint(environment)
+    if not _REGION.fullmatch(region):
+        raise SettingsInvalidError(
+            f"{region[:100]!r} is no region", hint="AWS_REGION is like us-west-2"
+        )
     if endpoint is None:
         bucket_url = _aws_bucket_url(bucket, region, environment)
     else:

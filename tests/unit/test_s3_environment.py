@@ -50,6 +50,15 @@ def test_the_environment_says_where_a_bucket_is(environment: dict[str, str], exp
     assert locate("bucket", "prefix", environment).bucket_url == expected
 
 
+@pytest.mark.parametrize(
+    "region", ["x@127.0.0.1:9000/", "evil.example/?", "evil.example", "a b", "-x", "x" * 64, "é"]
+)
+def test_a_region_can_name_no_server(region: str) -> None:
+    """It becomes a part of the server's name, and a job may say it."""
+    with pytest.raises(SettingsInvalidError, match="is no region"):
+        locate("bucket", "prefix", {"AWS_REGION": region})
+
+
 def test_a_bucket_with_dots_is_not_part_of_the_host_name() -> None:
     """The certificate would not cover it."""
     assert locate("my.bucket", "p", {}).bucket_url == (
