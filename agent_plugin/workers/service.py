@@ -305,8 +305,7 @@ class Service:
         keys: Mapping[str, object] | None = None
         if request.kind not in self._drop_ins:
             raise NotAllowedError("there is no such call")
-        if any("\0" in text for text in (*request.arguments, *request.environment.values())):
-            raise NotAllowedError("no argument and no variable has a NUL in it")
+        _refuse_no_text(request.session_dir, *request.arguments, *request.environment.values())
         if request.kind == VFS_UNMOUNT:
             # A mapped root is in no session directory; whose the mount is, is looked at instead.
             job_user: JobUser | None = JobUser(peer.uid, peer.gid)
@@ -381,6 +380,19 @@ def _watch(connection: socket.socket, cancellation: Cancellation) -> None:
     cancellation.cancel()
     time.sleep(CANCEL_SECONDS)
     os._exit(CancelledError.exit_code)
+
+
+def _refuse_no_text(*texts: str) -> None:
+    """Refuse what the kernel can be given neither as a path nor as a variable."""
+    for text in texts:
+        try:
+            is_text = b"\0" not in os.fsencode(text)
+        except UnicodeEncodeError:
+            # Half a character, which JSON can spell, and which stands for no byte.
+            is_text = False
+        if not is_text:
+            # Not the text: it may be a secret.
+            raise NotAllowedError("a path, an argument or a variable is no text of this host")
 
 
 def _refuse(connection: socket.socket, peer: Peer, reason: str) -> None:

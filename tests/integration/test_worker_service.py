@@ -264,11 +264,14 @@ def test_a_path_that_is_no_session_directory_is_refused(host: ServiceHost, path:
         ({"environment": None}, "no request"),
         ({"version": 2}, "of version 2"),
         ({"kind": "../who"}, "no such call"),
-        ({"arguments": ["a\0b"]}, "has a NUL in it"),
-        ({"environment": {"AWS_PROFILE": "a\0b"}}, "has a NUL in it"),
+        ({"arguments": ["a\0b"]}, "no text of this host"),
+        ({"environment": {"AWS_PROFILE": "a\0b"}}, "no text of this host"),
+        ({"arguments": ["half \ud83c"]}, "no text of this host"),
+        ({"environment": {"AWS_PROFILE": "half \ud83c"}}, "no text of this host"),
+        ({"sessionDir": "/half \ud83c"}, "no text of this host"),
         ({"arguments": ["x" * MAX_REQUEST_BYTES]}, "at most 262144 bytes"),
     ],
-    ids=range(14),
+    ids=range(17),
 )
 def test_a_request_that_makes_no_sense_is_refused(
     root_host: ServiceHost, data: bytes | dict[str, Any], reason: str
