@@ -146,7 +146,40 @@ MOST_OF_A_BLOCK = f"""
     touch -d '{STAMP}' "$ROOT_0/renders/zero.vdb"
 """
 
+ODD_TIMES_AND_NAMES = """
+import os
+os.makedirs("renders/x")
+os.makedirs("renders/" + "d" * 250 + "/" + "e" * 250 + "/" + "f" * 250)
+os.mkdir("[a] *")
+last_of_a_second, last_of_a_microsecond = 1719848112_999999999, 1719848112_123456999
+times = [last_of_a_second, last_of_a_microsecond, 0, 999, -1, -999, -1001, -86400_000000001]
+times += [-2208988800_123456789, 4102444800_999999999]
+names = [b"a" * 255, b"\\x01\\x1f\\x7f", b"line\\nline\\r", b" lead", b"trail ", b"dot."]
+names += [b"\\xff\\xfe", b"\\xed\\xa0\\xbd\\xed\\xb8\\x80", b"\\xc2\\x85\\xe2\\x80\\xa8"]
+names += [b"\\xef\\xbb\\xbfmark", b"\\xef\\xbf\\xbf", b"\\xf4\\x8f\\xbf\\xbf"]
+names += [b"back\\\\slash", b"star*?[x]", b"C:", b"~", b"-rf", b"%41+"]
+deepest = b"/".join(letter * 250 for letter in (b"d", b"e", b"f"))
+paths = [b"renders/" + name for name in names]
+paths += [b"renders/" + deepest + b"/leaf", b"renders/x/1", b"[a] */2"]
+for at, path in enumerate(paths):
+    with open(path, "wb") as file:
+        file.write(path)
+    os.utime(path, ns=(0, times[at % len(times)]))
+"""
+ODD = f"""
+    cd "$ROOT_0"; python3 -c '{ODD_TIMES_AND_NAMES}'
+    mkdir -p renders/a/b elsewhere renders/empty/empty; printf x > renders/a/b/x
+    printf y > elsewhere/y; mkfifo renders/fifo
+    touch -d '{STAMP}.25' elsewhere/y renders/a/b/x; ln renders/a/b/x renders/hard
+    ln -s a renders/linked; ln -s ../elsewhere renders/other; ln -s ../scene.usd renders/scene
+    ln -s a/b/x renders/one; ln -s one renders/two
+"""
+
 CASES: dict[str, tuple[list[str], list[str]]] = {
+    "times, names, links and spellings that are odd": (
+        ["renders/", "./renders/x", "renders//a", "[a] *", "not there"],
+        [ODD],
+    ),
     "names and links": (["renders"], [RENDER]),
     "inputs changed in place": (["cache"], [REWORK]),
     "two output directories": (["cache", "renders"], [REWORK + RENDER]),
