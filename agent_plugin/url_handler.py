@@ -16,7 +16,6 @@ Sources: https://specifications.freedesktop.org/mime-apps-spec/latest/ and
 https://specifications.freedesktop.org/desktop-entry-spec/latest/
 """
 
-import fcntl
 import os
 import re
 import secrets
@@ -32,12 +31,12 @@ from typing import Final, Literal, Self
 
 import msgspec
 
-from agent_plugin.content.blob_cache_leases import lock_within
 from agent_plugin.content.errors import (
     LocalReadError,
     LocalWriteError,
     local_write_error,
 )
+from agent_plugin.content.lock_holder import take_flock
 from agent_plugin.desktop_entry import command_of, entry_of, is_ours, kind_of
 from agent_plugin.mime_apps import Defaults
 from agent_plugin.session.download_url import SCHEMES, Scheme
@@ -385,15 +384,9 @@ def _locked(desktop: Desktop) -> Iterator[None]:
     except OSError as error:
         raise LocalWriteError(f"{home}: {error.strerror}") from error
     try:
-        is_ours = True
         # NFS locks no directory.
         with suppress(OSError):
-            is_ours = lock_within(fd, fcntl.LOCK_EX, _LOCK_SECONDS)
-        if not is_ours:
-            raise LocalWriteError(
-                f"another process has kept {home} locked for {_LOCK_SECONDS:.0f} s",
-                hint="see whether another `propmaster url-handler` was stopped, with `fuser`",
-            )
+            take_flock(fd, os.fspath(home), seconds=_LOCK_SECONDS)
         yield
     finally:
         os.close(fd)

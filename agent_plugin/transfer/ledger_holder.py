@@ -5,31 +5,13 @@ https://sqlite.org/walformat.html#locks
 """
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from agent_plugin.content.lock_holder import Holder
+
 # To write, to move the log into the file, and to recover.
 _LOCKED_BYTES: Final = frozenset({120, 121, 122})
-_STOPPED: Final = frozenset("Tt")
-
-
-@dataclass(frozen=True, slots=True)
-class Holder:
-    """A process that writes to a ledger.
-
-    Attributes:
-        pid: Its id.
-        name: Of its program, at most 15 characters.
-        stopped: Whether it was stopped, by a signal or a debugger.
-    """
-
-    pid: int
-    name: str
-    stopped: bool
-
-    def __str__(self) -> str:
-        return f"process {self.pid} ({self.name}{', stopped' if self.stopped else ''})"
 
 
 def holder_of(path: Path) -> Holder | None:
@@ -49,14 +31,5 @@ def holder_of(path: Path) -> Holder | None:
             continue
         pid, place, start = int(fields[4]), fields[5].rpartition(":")[2], int(fields[6])
         if place == str(inode) and start in _LOCKED_BYTES and pid not in (os.getpid(), -1, 0):
-            return _described(pid)
+            return Holder.of(pid)
     return None
-
-
-def _described(pid: int) -> Holder | None:
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    name, _, rest = text.partition("(")[2].rpartition(")")
-    return Holder(pid, name, rest.split()[0] in _STOPPED)

@@ -30,6 +30,7 @@ from agent_plugin.workers.wire import Reply, encode
 from tests.servers.agent_copies import AgentCopy, PathFacts, tree_of
 from tests.servers.command import Command
 from tests.servers.deadline_peers import AGENT_PYTHON
+from tests.servers.lock_keeper import kept_locked
 from tests.servers.other_user import being_nobody
 
 pytestmark = pytest.mark.peers
@@ -115,6 +116,21 @@ def test_installing_and_uninstalling_twice_does_no_harm(agent: AgentCopy) -> Non
     assert [script.reason for script in look_at_scripts(found)] == ["", ""]
     uninstall(found)
     uninstall(found)
+    assert tree_of(agent.site) == before
+
+
+def test_an_installation_that_was_stopped_is_named_and_not_waited_for_for_ever(
+    agent: AgentCopy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen to wait for ever."""
+    monkeypatch.setattr("agent_plugin.workers.deadline.installer._LOCK_SECONDS", 0.1)
+    found = find_agent(agent.python)
+    before = tree_of(agent.site)
+    with kept_locked(agent.scripts) as pid:
+        with pytest.raises(LocalWriteError, match=rf": process {pid} \(python.*, stopped\)$"):
+            install(found, PYTHON, "1")
+        with pytest.raises(LocalWriteError, match="another process has kept"):
+            uninstall(found)
     assert tree_of(agent.site) == before
 
 

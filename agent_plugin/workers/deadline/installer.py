@@ -10,10 +10,9 @@ The order makes every moment a whole one. Install: note the directory's time, in
 empty file; link the original to its second name; rename the stub over the first. Uninstall: rename
 the second name over the first; give the directory its time; forget that. So a script is always
 there, and always either one of the two; whatever a killed run has left, the next one, of either
-kind, takes up. Runs on one environment wait for each other.
+kind, takes up. Runs on one environment wait for each other, a minute at most.
 """
 
-import fcntl
 import json
 import os
 import re
@@ -34,6 +33,7 @@ from agent_plugin.content.errors import (
     PropmasterError,
     local_write_error,
 )
+from agent_plugin.content.lock_holder import take_flock
 from agent_plugin.workers.deadline.agent_environment import (
     DOWNLOAD,
     SCRIPTS,
@@ -56,6 +56,9 @@ _PARTIAL: Final = ".propmaster-partial"
 _TIME: Final = ".propmaster-time-"
 _PACKAGE: Final = "deadline_worker_agent"
 _MAX_SCRIPT_BYTES: Final = 4 * 1024 * 1024
+
+# Those who go on need seconds.
+_LOCK_SECONDS: Final = 60.0
 
 State = Literal["ours", "original", "changed", "missing"]
 
@@ -400,7 +403,8 @@ def _scripts_directory(agent: AgentEnvironment) -> Iterator[Path]:
     """Lend the scripts' directory, locked where its file system has locks.
 
     Raises:
-        LocalWriteError: It is not there, or this user may not write to it.
+        AgentUnsupportedError: It is not there.
+        LocalWriteError: This user may not write to it, or another process keeps it locked.
     """
     directory = agent.scripts
     try:
@@ -414,7 +418,7 @@ def _scripts_directory(agent: AgentEnvironment) -> Iterator[Path]:
             _refuse(directory, "no right to write to it")
         # NFS locks no file that is open for reading only.
         with suppress(OSError):
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            take_flock(fd, os.fspath(directory), seconds=_LOCK_SECONDS)
         yield directory
     finally:
         os.close(fd)
