@@ -99,7 +99,7 @@ def start_command(
         ) as context,
     ):
         mounts = open_mounts(settings, queue_id=job.queue_id)
-        mounts.clear_stale()
+        mounts.clear_stale(cancellation)
         result = start(
             job, session_dir, context, state_file, mounts=mounts, file_system=file_system
         )

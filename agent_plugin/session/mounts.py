@@ -6,12 +6,11 @@ a mount that an earlier one began, and one whose process was killed is found and
 kernel's table, without touching what may hang.
 """
 
-import fcntl
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -29,6 +28,7 @@ from agent_plugin.content.errors import (
     local_write_error,
 )
 from agent_plugin.content.leftovers import remove_path
+from agent_plugin.content.lock_holder import take_flock
 from agent_plugin.content.log_file import LogPlace
 from agent_plugin.content.mount_probe import AUTO
 from agent_plugin.content.mount_spec import (
@@ -65,6 +65,10 @@ from agent_plugin.session.mount_request import (
 from agent_plugin.transfer.ledger import lease_owner
 
 _POLL_SECONDS: Final = 0.02
+# Whoever has the lock ends a mount perhaps, which takes END_SECONDS and some more.
+LOCK_SECONDS: Final = 30.0
+# For what others left, which is no reason to keep a session waiting for long.
+STALE_LOCK_SECONDS: Final = 10.0
 
 log = events.get_logger()
 
@@ -169,7 +173,8 @@ class Mounts:
             SessionStateError: Something is mounted there already.
             NotAllowedError: Another user's mount there has not ended.
             CancelledError: Cancellation was wished; nothing is left.
-            NoSpaceError, LocalWriteError: The state could not be written.
+            NoSpaceError, LocalWriteError: The state could not be written, also because another
+                process, which is named, keeps it locked.
         """
         place = self._place(request.mountpoint)
         if is_mounted(request.mountpoint):
@@ -178,20 +183,14 @@ class Mounts:
                 hint="`propmaster unmount` it, or use another directory",
             )
         try:
-            with self._locked():
-                if self._is_starting(place):
-                    raise SessionStateError(f"another command is mounting {request.mountpoint} now")
-                if place.exists():
-                    self._refuse_anothers(place, request.mountpoint)
-                    self._end(place)
-                place.mkdir(mode=0o700)
-                (place / "starter").write_text(lease_owner() or "", encoding="ascii")
-            keep_manifest(request.manifest, place / "manifest")
+            self._note_start(place, request.mountpoint, cancellation)
+            try:
+                keep_manifest(request.manifest, place / "manifest")
+            except PropmasterError:
+                self._forget(place)
+                raise
         except OSError as error:
             raise local_write_error(error, os.fspath(place)) from error
-        except PropmasterError:
-            self._forget(place)
-            raise
         spec = self._spec(request, place)
         write_spec(spec, place / "spec.json")
         pid, stdout = spawn(place, environment)
@@ -213,6 +212,17 @@ class Mounts:
         finally:
             os.close(stdout)
         return ready
+
+    def _note_start(self, place: Path, mountpoint: Path, cancellation: Cancellation) -> None:
+        """Note that this process is about to mount, once what was there before has ended."""
+        with self._locked(LOCK_SECONDS, cancellation):
+            if self._is_starting(place):
+                raise SessionStateError(f"another command is mounting {mountpoint} now")
+            if place.exists():
+                self._refuse_anothers(place, mountpoint)
+                self._end(place)
+            place.mkdir(mode=0o700)
+            (place / "starter").write_text(lease_owner() or "", encoding="ascii")
 
     def add(self, mountpoint: Path, layer: Layer) -> None:
         """Add a manifest's files to what is mounted, without anybody who uses it noticing more.
@@ -269,6 +279,10 @@ class Mounts:
 
         Returns:
             Why the process gave the mount up, or left it; empty if somebody took the mount away.
+
+        Raises:
+            LocalWriteError: Another process, which is named, keeps the state locked; or the kernel
+                does not let it go.
         """
         place = self._place(mountpoint)
         until = time.monotonic() + LAST_READERS_SECONDS
@@ -279,7 +293,7 @@ class Mounts:
             time.sleep(_POLL_SECONDS)
         if not is_ours:
             return ""
-        with self._locked():
+        with self._locked(LOCK_SECONDS):
             if not _is_record_of(place, ready) or self._is_served(place):
                 return ""
             told = last_error(place)
@@ -305,13 +319,27 @@ class Mounts:
             return None
         return spec, record.process if record is not None else ""
 
-    def clear_stale(self) -> list[Path]:
-        """End the mounts whose process is gone; return where they were."""
-        cleared = []
-        with self._locked():
-            for place in sorted(self._directory.iterdir()):
+    def clear_stale(self, cancellation: Cancellation | None = None) -> list[Path]:
+        """End the mounts whose process is gone; return where they were.
+
+        Those that another process keeps us from looking at are left to whoever comes next.
+
+        Raises:
+            LocalWriteError: The kernel does not let one go.
+            CancelledError: Cancellation was wished.
+        """
+        cleared: list[Path] = []
+        self._make_directory()
+        for place in sorted(self._directory.iterdir()):
+            # One at a time: ending a mount takes seconds, and others may want to begin theirs.
+            with ExitStack() as lock:
+                try:
+                    lock.enter_context(self._locked(STALE_LOCK_SECONDS, cancellation))
+                except LocalWriteError as error:
+                    log.warning(events.MOUNT_STALE_LEFT, extra={"reason": error.message})
+                    break
                 # In this order: whoever is starting may have noted the mount down meanwhile.
-                if not self._is_starting(place) and not self._is_served(place):
+                if place.exists() and not self._is_starting(place) and not self._is_served(place):
                     with suppress(SessionStateError):
                         cleared.append(Path(read_spec(place / "spec.json").mountpoint))
                     self._end(place)
@@ -403,13 +431,22 @@ class Mounts:
         record = _read_record(place)
         return record is not None and lives(record.ready.pid, record.process)
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Keep other commands from judging a mount that is being noted down, for a moment."""
+    def _make_directory(self) -> None:
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    @contextmanager
+    def _locked(self, seconds: float, cancellation: Cancellation | None = None) -> Iterator[None]:
+        """Keep other commands from judging a mount that is being noted down, for a moment.
+
+        Raises:
+            LocalWriteError: Another process has kept us from it for so many seconds.
+            CancelledError: Cancellation was wished.
+        """
+        self._make_directory()
         fd = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            shown = os.fspath(self._directory)
+            take_flock(fd, shown, seconds=seconds, cancellation=cancellation)
             yield
         finally:
             os.close(fd)

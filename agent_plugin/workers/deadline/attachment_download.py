@@ -62,7 +62,7 @@ def run(call: Call, settings: Settings) -> int:
 def _start(call: Call, asked: Asked, session: OpenSession, settings: Settings) -> StartResult:
     # The agent calls this only where it does not mount: what the job wishes it has seen to.
     file_system = settings_of_queue(settings, asked.job.queue_id).inputs.wished or COPIED
-    session.mounts.clear_stale()
+    session.mounts.clear_stale(call.cancellation)
     return start(
         asked.job,
         asked.directory.path,

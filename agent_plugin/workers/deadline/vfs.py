@@ -167,7 +167,7 @@ def run_mount(call: Call, settings: Settings) -> int:
         queue_id=queue_id,
         user_id=None if call.job_user is None else call.job_user.uid,
     )
-    mounts.clear_stale()
+    mounts.clear_stale(call.cancellation)
     environment = _environment(call, arguments)
     owner = owner_of(call.job_user)
     with _open_manifest(arguments.manifest, session_dir, owner) as manifest:

@@ -91,7 +91,7 @@ def enter(
         ) as context,
     ):
         mounts = open_mounts(settings, queue_id=job.queue_id)
-        mounts.clear_stale()
+        mounts.clear_stale(cancellation)
         result = start(
             job,
             session_dir,
