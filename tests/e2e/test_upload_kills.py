@@ -179,14 +179,14 @@ def test_an_upload_that_is_killed_when_it_has_just_begun_is_gone_on_with(
     """Seen to fail when the ledger learns at the next beat that an upload has begun."""
     uploads = Uploads(tmp_path, s3, fault_proxy)
     host, arguments, root, prefix = uploads.prepare({"renders/a.exr": 2 * PART_BYTES + 1})
-    fault_proxy.inject(Fault.STALL, methods={"PUT"}, key="Data/", seconds=PART_SECONDS)
+    fault_proxy.inject(Fault.STALL, methods={"PUT"}, key="Data/")
     process = host.popen(*arguments)
     until(lambda: process.poll() is not None or bool(uploads.sent()))
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
+    fault_proxy.release()
     until(lambda: not fault_proxy._open_connections())
-    fault_proxy.clear()
 
     assert host.run(*arguments).returncode == 0
 

@@ -28,6 +28,7 @@ from agent_plugin.session.path_rules import PathRules, checked_rules, read_rules
 from tests.servers.fault_proxy import FaultProxy
 from tests.servers.faults import Fault
 from tests.servers.hooks import FARM, QUEUE
+from tests.servers.proxied_object import until
 from tests.servers.render_queue import MTIME_NS, RenderQueue, job_id
 from tests.servers.s3_server import S3Server
 from tests.servers.trees import files_below
@@ -354,19 +355,22 @@ def test_a_line_that_a_kill_has_cut_short_counts_for_nothing(queue: RenderQueue)
     assert queue.checkpoint.read_bytes() == whole
 
 
-def test_two_syncs_at_once_are_refused_and_a_killed_one_leaves_no_lock(queue: RenderQueue) -> None:
+def test_two_syncs_at_once_are_refused_and_a_killed_one_leaves_no_lock(
+    s3: S3Server, fault_proxy: FaultProxy, tmp_path: Path
+) -> None:
+    queue = RenderQueue(tmp_path, f"s3://{s3.bucket}/root-{uuid.uuid4().hex}", s3.environment)
+    queue.artist.environment = {**s3.environment, "AWS_ENDPOINT_URL_S3": fault_proxy.url}
     queue.render(1, {"big": 20_000_000})
+    stall = fault_proxy.inject(Fault.STALL, key="Data/")
     running = queue.artist.popen(*queue.argv(*ALL))
     lock = queue.checkpoint.with_name(queue.checkpoint.name + ".lock")
-    deadline = time.monotonic() + 20
-    while not queue.checkpoint.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    running.send_signal(signal.SIGSTOP)
+    until(lambda: stall.hits > 0)
 
     message = queue.command(code=83)
 
     running.kill()
     running.communicate()
+    fault_proxy.clear()
     assert lock.exists()
     assert "another sync works with" in message
     assert queue.sync().failures == []

@@ -1,6 +1,8 @@
 """What a killed hook, or a job, left in the way of the next hook."""
 
 import os
+import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -15,14 +17,26 @@ from agent_plugin.content.leftovers import partial_name
 from agent_plugin.session.inputs import hidden_root
 from agent_plugin.session.roots import session_directory_name
 from tests.servers.disks import MEBIBYTE, fill, tmpfs_mounted
-from tests.servers.hooks import action, step
+from tests.servers.fault_proxy import FaultProxy
+from tests.servers.faults import Fault
+from tests.servers.hooks import Host, action, step
 from tests.servers.local_farm import FILES, Farm
 from tests.servers.other_user import NOBODY, run_as_nobody
+from tests.servers.s3_server import S3Server
 from tests.servers.sessions import Sessions, paths_of
 from tests.servers.trees import files_below
 
-# Copied and hashed in a tenth of a second at least, of which the test needs a hundredth.
-LARGE_BYTES = 200 * MEBIBYTE
+# Of three parts, of which those after the first do not come while `held_up` holds them up.
+LARGE_BYTES = 20 * MEBIBYTE
+LATER_PARTS = re.compile(r"^GET .* bytes=(?!0-)")
+
+
+@pytest.fixture
+def held_up(s3: S3Server, s3_prefix: str, fault_proxy: FaultProxy, tmp_path: Path) -> Sessions:
+    """Sessions on a host behind the proxy."""
+    environment = s3.environment_at(fault_proxy.url)
+    url = f"s3://{s3.bucket}/{s3_prefix}"
+    return Sessions(tmp_path, Host(tmp_path / "host", url, environment=environment))
 
 
 # ---------------------------------------------------------------------------------- hidden roots
@@ -117,8 +131,9 @@ def await_partial(directory: Path, label: str, process: subprocess.Popen[str]) -
 
 
 def test_what_a_killed_sync_step_left_is_no_output_and_goes_with_the_next_step(
-    sessions: Sessions,
+    held_up: Sessions, fault_proxy: FaultProxy
 ) -> None:
+    sessions = held_up
     root = sessions.started(sessions.submitted())
     with (root / "renders/large").open("wb") as file:
         file.truncate(LARGE_BYTES)
@@ -127,6 +142,8 @@ def test_what_a_killed_sync_step_left_is_no_output_and_goes_with_the_next_step(
     sessions.host.finish_task(sessions.session_dir, action(2, 0))
     (root / "renders/large").unlink()
     (root / "renders/note").unlink()
+    shutil.rmtree(sessions.host.cache_dir)
+    fault_proxy.inject(Fault.STALL, what=LATER_PARTS)
 
     process = sessions.host.popen(
         "session", "sync-step", "--session-dir", sessions.session_dir,
@@ -136,6 +153,7 @@ def test_what_a_killed_sync_step_left_is_no_output_and_goes_with_the_next_step(
     await_partial(root, "[0-9]*", process)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=30)
+    fault_proxy.clear()
     [left] = root.glob(partial_name("[0-9]*"))
 
     sessions.host.sync_step(sessions.session_dir, step(4), [step(2)])
@@ -154,8 +172,9 @@ def test_what_a_killed_sync_step_left_is_no_output_and_goes_with_the_next_step(
 
 @pytest.mark.parametrize("restarted", [False, True])
 def test_a_root_that_a_killed_sync_step_added_goes_with_the_session(
-    sessions: Sessions, restarted: bool
+    held_up: Sessions, fault_proxy: FaultProxy, restarted: bool
 ) -> None:
+    sessions = held_up
     elsewhere = sessions.tmp_path / "sessions/other"
     other = sessions.submitted({"a": b"a"}, "out", root="other")
     made = Path(sessions.host.start(other, elsewhere).roots[0].local_root) / "out"
@@ -165,6 +184,8 @@ def test_a_root_that_a_killed_sync_step_added_goes_with_the_session(
     sessions.host.finish_task(elsewhere, action(1, 0))
     job = sessions.submitted()
     root = sessions.started(job)
+    shutil.rmtree(sessions.host.cache_dir)
+    fault_proxy.inject(Fault.STALL, what=LATER_PARTS)
 
     process = sessions.host.popen(
         "session", "sync-step", "--session-dir", sessions.session_dir,
@@ -173,6 +194,7 @@ def test_a_root_that_a_killed_sync_step_added_goes_with_the_session(
     await_partial(sessions.session_dir, "assetroot-*", process)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=30)
+    fault_proxy.clear()
     added = root.with_name(session_directory_name(str(sessions.tmp_path / "other")))
     assert [path for path in sessions.session_dir.iterdir() if path != root] == [hidden_root(added)]
     if restarted:

@@ -247,11 +247,13 @@ def test_s5_an_object_overwritten_while_others_come_is_an_error_and_no_file(
     expected_events.add(events.SESSION_START_FAILED)
     store_objects(s3, s3_prefix, {f"{at:02}": 20_000 for at in range(40)})
     job = job_with_sources(proxied, source_of(s3, s3_prefix))
-    fault_proxy.inject(Fault.DRIP, key="/[0-9]{2}$", bytes_per_second=60_000)
+    # None comes before the last one has been overwritten.
+    fault_proxy.inject(Fault.STALL, key="/[0-9]{2}$")
     process = proxied.popen(*proxied.start_arguments(job, session_dir))
     until(lambda: fault_proxy.count("GET", "/0[0-9]$") >= 3)
 
     store_objects(s3, s3_prefix, {"39": b"new"})
+    fault_proxy.release()
     _, stderr = process.communicate(timeout=60)
 
     assert process.returncode == 92, stderr
@@ -513,7 +515,7 @@ def test_t10_a_file_of_a_source_is_excluded_and_a_paused_source_waits(
     """Caught: tasks that are looked for by a hash, which a source's have not."""
     content = store_objects(s3, s3_prefix, {f"{at:02}": 20_000 for at in range(60)})
     job = job_with_sources(proxied, source_of(s3, s3_prefix))
-    fault_proxy.inject(Fault.DRIP, key="/[0-9]{2}$", bytes_per_second=30_000)
+    fault_proxy.inject(Fault.STALL, key="/[0-9]{2}$")
     process = proxied.popen(*proxied.start_arguments(job, session_dir))
     until(lambda: fault_proxy.count("GET", "/0[0-9]$") >= 3)
     with Ledger.open(proxied.state_dir / "ledger.db") as ledger:
@@ -521,10 +523,13 @@ def test_t10_a_file_of_a_source_is_excluded_and_a_paused_source_waits(
         last = next(task.id for task in ledger.tasks(row.id) if task.destination == "59")
         ledger.set_tasks(row.id, {last: {"status": "excluded"}}, "0:somebody")
         ledger.set_transfer(row.id, status=TransferStatus.PAUSED, modifier="0:somebody")
+        _await_beats(ledger, row.id)
+        asked = until_unchanged(lambda: fault_proxy.count("GET", "/[0-9]{2}$"), seconds=0.5)
+        # That comes now, and nothing further is asked for.
+        fault_proxy.release()
 
-        assert until_unchanged(lambda: fault_proxy.count("GET", "/[0-9]{2}$")) < 60
+        assert until_unchanged(lambda: fault_proxy.count("GET", "/[0-9]{2}$")) == asked < 60
         assert process.poll() is None
-        fault_proxy.clear()
         ledger.set_transfer(row.id, status=TransferStatus.WAITING, modifier="0:somebody")
     stdout, stderr = process.communicate(timeout=60)
 
@@ -533,6 +538,16 @@ def test_t10_a_file_of_a_source_is_excluded_and_a_paused_source_waits(
     assert (told.files, told.bytes) == (59, 59 * 20_000)
     del content["59"]
     assert content_below(session_dir / "inputs") == content
+
+
+def _await_beats(ledger: Ledger, transfer: int) -> None:
+    """Wait until a transfer's engine has read what people want of it by now.
+
+    It does so at each beat, after it has renewed its lease: at the second it has.
+    """
+    for _ in range(2):
+        before = ledger.transfer(transfer).lease_until
+        until(lambda before=before: ledger.transfer(transfer).lease_until != before)  # type: ignore[misc]
 
 
 def test_s5_openjd_tasks_find_sources_by_variables(
