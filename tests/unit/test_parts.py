@@ -142,16 +142,14 @@ def test_a_late_part_is_written_nowhere_and_no_descriptor_is_kept() -> None:
             done.release()
             return super().part(offset, data)
 
-    file = tempfile.TemporaryFile()  # noqa: SIM115 - closed before its readers end
-    received = os.fstat(file.fileno())
     read_part = Late()
     threading.Thread(target=stop_when_begun, args=(read_part, cancellation)).start()
-    with pytest.raises(CancelledError):
-        receive(read_part, file.fileno(), cancellation)
-    number = file.fileno()
-    file.close()
-    with tempfile.TemporaryFile() as other:
-        assert other.fileno() == number
+    with tempfile.TemporaryFile() as file, tempfile.TemporaryFile() as other:
+        received = os.fstat(file.fileno())
+        with pytest.raises(CancelledError):
+            receive(read_part, file.fileno(), cancellation)
+        # Closes it, and whatever else the process opens, the number is the other file's.
+        os.dup2(other.fileno(), file.fileno())
         late.set()
         for _ in range(parts.WINDOW_PARTS):
             assert done.acquire(timeout=10)
