@@ -155,6 +155,8 @@ def test_every_file_counts_whether_its_content_was_sent_or_was_there(
     uploading.start(action(1, 1))
     there = len(known) + 2 * len(twice)
     uploading.wait_until(lambda: uploading.transfer.done == there)
+    # Its thread may come to it later than another one has sent what there is to send.
+    uploading.wait_until(lambda: uploading.tasks["slow"].status is TaskStatus.EXECUTING)
 
     assert uploading.transfer.size == there + len(slow)
     assert {name: row.status for name, row in uploading.tasks.items()} == {
@@ -200,6 +202,7 @@ def test_a_task_tells_how_often_it_was_tried_and_when_it_will_be_again(
 
     uploading.start(action())
     uploading.wait_until(lambda: uploading.tasks["badly"].tries >= 3)
+    uploading.wait_until(lambda: uploading.tasks["well"].status is TaskStatus.DONE)
 
     badly, well = uploading.tasks["badly"], uploading.tasks["well"]
     assert (badly.status, badly.error_code) == (TaskStatus.EXECUTING, "E_THROTTLED")

@@ -18,6 +18,7 @@ from agent_plugin.content.parts import PART_BYTES, HighWater, Part, Write, recei
 from agent_plugin.content.retry import RetryPolicy
 from agent_plugin.content.store import Cancellation
 from tests.servers.promptness import STOP_SECONDS
+from tests.servers.proxied_object import until, until_unchanged
 
 
 def test_t9_a_boundary_is_passed_when_the_pause_is_over() -> None:
@@ -163,15 +164,13 @@ def test_t9_in_a_pause_no_further_part_is_read_and_what_came_counts(tmp_path: Pa
 
     receiving = threading.Thread(target=receive_all)
     receiving.start()
-    deadline = time.monotonic() + 30
-    while len(asked) < 3 or sum(told) < len(asked) * PART_BYTES:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    under_way = len(asked)
-    time.sleep(0.5)
+    until(lambda: cancellation.paused)
+    # Those of the window are still handed to the two threads that read.
+    under_way = until_unchanged(lambda: len(asked), seconds=0.5)
+    until(lambda: sum(told) >= len(asked) * PART_BYTES)
 
-    assert (len(asked), sum(told)) == (under_way, under_way * PART_BYTES)
     assert under_way < 12
+    assert sum(told) == len(asked) * PART_BYTES
     cancellation.resume()
     receiving.join(30)
     assert (sorted(asked), sum(told)) == (list(range(0, len(data), PART_BYTES)), len(data))

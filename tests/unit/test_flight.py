@@ -35,7 +35,7 @@ def test_whoever_cancels_does_not_wait_for_what_hangs() -> None:
 
 def test_no_more_threads_run_than_allowed_and_all_work_is_done() -> None:
     lanes = Lanes(3)
-    lock = threading.Lock()
+    lock, together = threading.Lock(), threading.Barrier(3)
     running = most = 0
 
     def work() -> None:
@@ -43,12 +43,14 @@ def test_no_more_threads_run_than_allowed_and_all_work_is_done() -> None:
         with lock:
             running += 1
             most = max(most, running)
+        # Fewer would wait for ever; a fourth would have come by the time that they go on.
+        together.wait(30)
         time.sleep(0.002)
         with lock:
             running -= 1
 
-    for future in [lanes.submit(work) for _ in range(50)]:
-        future.result(10)
+    for future in [lanes.submit(work) for _ in range(51)]:
+        future.result(30)
     assert most == 3
 
 
