@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -112,9 +113,13 @@ sys.exit(main([sys.argv[1]]))
 def is_stuck(pid: int) -> bool:
     """Whether a thread or child of a process waits in the kernel, uninterruptibly."""
     tasks = list(Path(f"/proc/{pid}/task").iterdir())
-    children = " ".join((task / "children").read_text() for task in tasks).split()
-    stats = [task / "stat" for task in tasks] + [Path(f"/proc/{child}/stat") for child in children]
-    return any(stat.read_text().rpartition(") ")[2][0] == "D" for stat in stats)
+    # One of them may end meanwhile.
+    with suppress(FileNotFoundError, ProcessLookupError):
+        children = " ".join((task / "children").read_text() for task in tasks).split()
+        stats = [task / "stat" for task in tasks]
+        stats += [Path(f"/proc/{child}/stat") for child in children]
+        return any(stat.read_text().rpartition(") ")[2][0] == "D" for stat in stats)
+    return False
 
 
 def test_a_server_that_is_killed_while_the_kernel_forgets_is_replaced(

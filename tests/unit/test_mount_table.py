@@ -17,6 +17,7 @@ from agent_plugin.content.mount_table import (
     unmount_all,
 )
 from tests.servers.disks import tmpfs_mounted
+from tests.servers.proxied_object import until
 
 ODD_NAMES = [
     b"plain",
@@ -173,7 +174,8 @@ def test_whoever_maps_a_file_holds_the_mount(place: Path, name: str) -> None:
         program = shutil.copy("/bin/sleep", at / "sleep")
         process = subprocess.Popen([program, "60"])
         try:
-            assert holders(at) == [f"{process.pid} sleep (memory map)"]
+            # A program that is being started is mapped a moment after its starter goes on.
+            until(lambda: holders(at) == [f"{process.pid} sleep (memory map)"])
         finally:
             process.kill()
             process.wait()
