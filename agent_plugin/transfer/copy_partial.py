@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from agent_plugin.content.errors import KeyExistsError, local_write_error
+from agent_plugin.content.errors import KeyExistsError, LocalWriteError, local_write_error
 from agent_plugin.content.leftovers import lock_partial
 
 _WRITE: Final = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -48,7 +48,14 @@ class PartialFile:
 
         Raises:
             KeyExistsError: Something is there.
+            LocalWriteError: Another attempt has begun the file anew.
         """
+        # By its name it is moved, and an engine that stood still may have lost the name to another.
+        if not os.path.samestat(self.path.lstat(), os.fstat(self.fd)):
+            raise LocalWriteError(
+                f"{self.path}: another attempt has begun it anew",
+                hint="leave it to the process that has the transfer now",
+            )
         os.utime(self.fd, (modified, modified))
         if overwrite:
             self.path.replace(self.destination)
@@ -78,7 +85,7 @@ def growing(
 
     Args:
         destination: Its directory is made if it is missing.
-        name: Of the file.
+        name: Of the file; no other task's in that directory, of whatever host.
         facts: What is another when the source is; `size` among it, in bytes.
         kept: What was written down by an earlier attempt.
         begun: Given what identifies a new file, writes it down.

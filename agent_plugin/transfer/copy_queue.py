@@ -57,6 +57,8 @@ class CopyTask:
         kept: What an earlier attempt has left of it; see copy_task.py.
         priority: Its own.
         tries: Attempts that were begun before.
+        created: When it was, seconds since the epoch; with the number it tells it from the tasks of
+            other ledgers.
     """
 
     id: int
@@ -68,6 +70,7 @@ class CopyTask:
     kept: Mapping[str, Any]
     priority: int = DEFAULT_PRIORITY
     tries: int = 0
+    created: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +196,7 @@ class CopyQueue:
             if connection is None:
                 return claimed
             columns = "id, transfer, source, destination, size, upload_id, parts, priority, tries"
+            columns += ", created"
             rows = self._queued(connection, columns, most, executing, yielding, now)
             claimed = [_task_of(row) for row in rows]
             connection.executemany(
@@ -418,7 +422,7 @@ class CopyQueue:
         with self._file.read() as connection:
             rows = connection.execute(
                 "SELECT task.id, transfer, task.source, task.destination, task.size, upload_id,"
-                " parts, task.priority, task.tries, lease_owner, lease_until"
+                " parts, task.priority, task.tries, task.created, lease_owner, lease_until"
                 " FROM task JOIN transfer ON transfer.id = task.transfer WHERE kind = ?"
                 " AND parts != '[]' AND (transfer.status IN ('aborted', 'done')"
                 " OR task.status IN ('excluded', 'done', 'failed'))"
@@ -429,7 +433,7 @@ class CopyQueue:
             _task_of(row)
             for row in rows
             if (self._only is None or row[1] in self._only)
-            and (row[9] == lease_owner() or lease_holder(row[9], row[10], now) is None)
+            and (row[10] == lease_owner() or lease_holder(row[10], row[11], now) is None)
         ]
 
     @staticmethod
@@ -493,7 +497,8 @@ class CopyQueue:
 def _task_of(row: Sequence[Any]) -> CopyTask:
     source, destination = from_sql(row[2]), from_sql(row[3])
     return CopyTask(
-        row[0], row[1], source, destination, row[4], row[5], _kept(row[6]), row[7], row[8]
+        *(row[0], row[1], source, destination, row[4], row[5], _kept(row[6])),
+        *(row[7], row[8], row[9]),
     )
 
 

@@ -264,7 +264,8 @@ class Attempt:
     ) -> AbstractContextManager[PartialFile]:
         return growing(
             Path(destination.path),
-            partial_name(f"copy-{self.task.id}"),
+            # The time as well, since another host's ledger may have the same id for that directory.
+            partial_name(f"copy-{self.task.id}-{int(self.task.created * 1_000_000):x}"),
             facts,
             self.task.kept,
             begun=lambda identity: self._write_down("", identity, 0),
