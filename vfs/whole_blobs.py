@@ -157,10 +157,12 @@ class WholeBlobs:
         data = self._open_store().get(digest)
         if self._cache is not None:
             try:
-                self._cache.add(digest, data)
+                is_ours = self._cache.add(digest, data)
                 fd = self._cache.open_blob(digest)
-                if fd is not None:
-                    return OpenBlob(fd)
+                blob = None if fd is None else OpenBlob(fd)
+                # What was there already is another process's, or damaged and not to be moved.
+                if blob is not None and (is_ours or self.is_right(digest, blob)):
+                    return blob
             except LocalError as error:
                 log.warning(events.CACHE_BYPASSED, extra={"reason": error.message})
         return self._spooled(lambda fd: write_all(fd, data, 0))

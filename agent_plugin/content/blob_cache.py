@@ -216,8 +216,12 @@ class BlobCache:
             return None
         return data
 
-    def add(self, digest: Digest, data: Bytes) -> None:
+    def add(self, digest: Digest, data: Bytes) -> bool:
         """Keep a blob whose bytes the caller has verified; one that is there already is fine.
+
+        Returns:
+            Whether it is the caller's bytes that are there now. Those that were there already may
+            be damaged, where a blob that was found so can not be quarantined.
 
         Raises:
             BlobCorruptError: `data` has another length than the blob; nothing was kept.
@@ -229,7 +233,7 @@ class BlobCache:
         if len(data) != digest.size:
             raise BlobCorruptError(f"{digest}: {len(data)} bytes were given to the cache")
         if self._files.contains(digest):
-            return
+            return False
         self._room.insist(digest.size)
         try:
             try:
@@ -243,6 +247,7 @@ class BlobCache:
             raise local_failure(f"can not write {digest}", error) from error
         self._files.publish(name, digest)
         self._room.account(digest.size)
+        return True
 
     def staging(self, size: int) -> Staged:
         """Return an empty file to write a blob of `size` bytes to, for use in a `with`.

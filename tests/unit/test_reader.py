@@ -259,6 +259,24 @@ def test_a_cached_blob_with_a_flipped_bit_is_quarantined_and_fetched_anew(
     assert path.read_bytes() == data
 
 
+@pytest.mark.parametrize("size", [5000, 2_000_000])
+def test_a_damaged_blob_that_stays_in_its_place_is_never_read(
+    rig: Rig, expected_events: set[str], size: int
+) -> None:
+    """It can not be moved: the cache's disk has become read-only, or somebody has cleared up."""
+    digest, data = blob(45, size)
+    rig.put(digest, data)
+    rig.cache().add(digest, data)
+    flip_a_bit(rig.cached(digest), 2500)
+    reader = rig.reader(rig.cache())
+    [quarantine] = rig.cache_dir.rglob("quarantine")
+    quarantine.rmdir()
+
+    assert read(reader, digest) == data
+    assert read(reader, digest, 2400, 200) == data[2400:2600]
+    assert rig.cached(digest).read_bytes() != data
+
+
 def test_a_cached_blob_is_verified_once_and_not_for_each_read(rig: Rig) -> None:
     digest, data = blob(4)
     rig.cache().add(digest, data)
