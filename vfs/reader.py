@@ -38,6 +38,7 @@ from agent_plugin.content.digest import EMPTY_HASH, Digest
 from agent_plugin.content.errors import (
     BlobCorruptError,
     CancelledError,
+    LocalError,
     LocalReadError,
     PropmasterError,
 )
@@ -173,7 +174,7 @@ class BlobReader:
         self._halt = Cancellation()
         self._whole = WholeBlobs(cache, open_store, spool, statistics, self._halt)
         self._kept: KeptBytes | None = None
-        # Of what was let go of, to be read once more only when all of it is verified: who has read
+        # To be read once more only when all of it is verified. Of what was let go of: who has read
         # some of it would else be given the rest of what nobody ever completes.
         self._only_whole: set[str] = set()
         # Files of large blobs that nobody reads any more. They are closed by a thread of their own:
@@ -375,7 +376,8 @@ class BlobReader:
 
     def _from_cache(self, digest: Digest) -> OpenBlob | None:
         # What may be read while it comes may be read while it is hashed.
-        return self._whole.from_cache(digest, is_verified=not self._may_stream(digest))
+        may_be_wrong = self._may_stream(digest) and digest.hex not in self._only_whole
+        return self._whole.from_cache(digest, is_verified=not may_be_wrong)
 
     def _note_use(self, digest: Digest) -> None:
         self._used.add(digest.hex)
@@ -391,9 +393,13 @@ class BlobReader:
 
     def is_local(self, digest: Digest) -> bool:
         """Whether the blob is on this host, as far as can be told without reading it."""
-        if digest.hex == EMPTY_HASH or digest.hex in self._open:
-            return True
-        return self._cache is not None and self._cache.contains(digest)
+        return digest.hex == EMPTY_HASH or digest.hex in self._open or self._is_cached(digest)
+
+    def _is_cached(self, digest: Digest) -> bool:
+        try:
+            return self._cache is not None and self._cache.contains(digest)
+        except LocalError:
+            return False
 
     # ------------------------------------------------------------------ on threads of their own
 
@@ -455,6 +461,10 @@ class BlobReader:
             blob.is_verified = True
             return
         blob.is_wrong = True
+        if self._is_cached(digest):
+            # It can not be moved. Read as it comes, it would be this one again.
+            with self._lock:
+                self._only_whole.add(digest.hex)
         self._let_go(digest, blob)
         if blob.was_read:
             self.on_corrupt(

@@ -260,9 +260,7 @@ def test_a_cached_blob_with_a_flipped_bit_is_quarantined_and_fetched_anew(
 
 
 @pytest.mark.parametrize("size", [5000, 2_000_000])
-def test_a_damaged_blob_that_stays_in_its_place_is_never_read(
-    rig: Rig, expected_events: set[str], size: int
-) -> None:
+def test_a_damaged_blob_that_stays_in_its_place_is_never_read(rig: Rig, size: int) -> None:
     """It can not be moved: the cache's disk has become read-only, or somebody has cleared up."""
     digest, data = blob(45, size)
     rig.put(digest, data)
@@ -1017,6 +1015,29 @@ def test_a_damaged_large_blob_in_the_cache_is_found_beside_the_reading(
     until(errors.exists)
     assert service.read(node, LARGE // 2 - 5, 10, Cancellation()) == data[LARGE // 2 - 5 :][:10]
     assert [line["path"] for line in lines_of(errors)] == ["big.abc"]
+
+
+@pytest.mark.usefixtures("large")
+def test_a_damaged_large_blob_that_stays_in_its_place_is_read_no_more(
+    rig: Rig, served: Serve, expected_events: set[str]
+) -> None:
+    expected_events.add(events.MOUNT_READ_FAILED)
+    digest, data = blob(46, LARGE)
+    rig.put(digest, data)
+    cache = rig.cache()
+    cache.add(digest, data)
+    flip_a_bit(rig.cached(digest), LARGE // 2)
+    [quarantine] = rig.cache_dir.rglob("quarantine")
+    quarantine.rmdir()
+    service, errors = served({"big.abc": digest}, rig.reader(cache))
+    node = service.lookup(ROOT, b"big.abc")
+    assert node is not None
+
+    assert service.read(node, 0, 100, Cancellation()) == data[:100]
+    until(errors.exists)
+    for at in range(0, LARGE, 10_000):
+        assert service.read(node, at, 10_000, Cancellation()) == data[at : at + 10_000]
+    assert rig.count("bytes_fetched") == digest.size
 
 
 @pytest.mark.usefixtures("large")
