@@ -1,7 +1,8 @@
 """The errors that readers of a mount have seen: one JSON object a line, in a file closed to others.
 
 `finish-task` reads it: a render that was refused a byte has failed for the farm's reasons, whatever
-the renderer made of it. The form is in docs/PROTOCOL.md.
+the renderer made of it. It marks the file with a time (TOLD_NS) before that, so that what the next
+task is refused is not taken for what this one was. The form is in docs/PROTOCOL.md.
 """
 
 import json
@@ -15,10 +16,11 @@ from typing import Final
 from agent_plugin.content import events
 from agent_plugin.content.digest import Digest
 from agent_plugin.content.errors import PropmasterError
+from agent_plugin.content.mount_spec import TOLD_NS
 
 # A reader that is refused a file asks again for each of its pages.
 REPEAT_SECONDS: Final = 10.0
-# No more than this many lines; then only the counts go on.
+# No more than this many lines; then only the counts go on, and one line for each time it was told.
 MOST_LINES: Final = 10_000
 
 log = events.get_logger()
@@ -46,7 +48,7 @@ class ErrorLedger:
         error: PropmasterError,
         source: tuple[str, str] | None = None,
     ) -> None:
-        """Keep a failed read, unless the same one was kept a moment ago.
+        """Keep a failed read, unless the same one was kept a moment ago and nobody was told since.
 
         Args:
             path: Of the file, below the root.
@@ -62,12 +64,15 @@ class ErrorLedger:
         )
         now = self._clock()
         with self._lock:
+            was_told = self._was_told()
+            if was_told:
+                self._last.clear()
             key = (path, error.code)
             if now - self._last.get(key, float("-inf")) < REPEAT_SECONDS:
                 return
             self._last[key] = now
             self._lines += 1
-            if self._lines > MOST_LINES:
+            if self._lines > MOST_LINES and not was_told:
                 return
             line = json.dumps(
                 {
@@ -88,6 +93,12 @@ class ErrorLedger:
                     events.MOUNT_READ_FAILED,
                     extra={"path": path, "reason": f"{self._path}: {failure.strerror}"},
                 )
+
+    def _was_told(self) -> bool:
+        try:
+            return os.stat(self._path).st_mtime_ns == TOLD_NS  # noqa: PTH116 - as it is opened
+        except OSError:
+            return False
 
     def _append(self, line: bytes) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC

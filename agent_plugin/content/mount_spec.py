@@ -28,6 +28,9 @@ NO_WRITES: Final = "none"
 WRITES: Final = (OVERLAYFS, OVERLAY, NO_WRITES)
 # In the work directory of a mount that may be made again with others: what it was written over.
 INPUTS: Final = "inputs"
+# The modification time of an error ledger of which somebody has been told: what fails from then on
+# has lines of its own, however often it has failed before.
+TOLD_NS: Final = 0
 
 
 class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -32,6 +32,7 @@ from agent_plugin.content.lock_holder import take_flock
 from agent_plugin.content.log_file import LogPlace
 from agent_plugin.content.mount_probe import AUTO
 from agent_plugin.content.mount_spec import (
+    TOLD_NS,
     VERSION,
     Layer,
     MountSpec,
@@ -356,6 +357,13 @@ class Mounts:
         except FileNotFoundError:
             return []
         return [msgspec.convert(json.loads(line), FailedRead) for line in lines]
+
+    def errors_to_tell(self, mountpoint: Path) -> list[FailedRead]:
+        """Return the same, and have what fails from now on in lines of its own."""
+        with suppress(FileNotFoundError):
+            # Before it is read: what fails in between is among what is read, or told the next time.
+            os.utime(self._place(mountpoint) / "errors", ns=(TOLD_NS, TOLD_NS))
+        return self.errors(mountpoint)
 
     def knows(self, mountpoint: Path) -> bool:
         """Whether a mount was begun there and not ended, whoever may have been told of it."""

@@ -217,7 +217,7 @@ def refuse_failed_reads(roots: Sequence[RootState], mounts: Mounts) -> None:
     failed: list[tuple[str, FailedRead]] = []
     for root in roots:
         if root.file_system == VIRTUAL:
-            errors = mounts.errors(Path(root.local_root))
+            errors = mounts.errors_to_tell(Path(root.local_root))
             failed += [(root.local_root, error) for error in errors[root.errors_told :]]
             root.errors_told = len(errors)
     if failed:

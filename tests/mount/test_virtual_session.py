@@ -371,6 +371,23 @@ def test_a_task_that_was_refused_a_byte_has_failed_whatever_it_says(
     assert outputs_of(sessions.host, sessions.finish(1)).keys() == {"renders/new.exr"}
 
 
+def test_every_task_that_was_refused_a_byte_has_failed(
+    tmp_path: Path, sessions: Sessions, job: JobDocument
+) -> None:
+    """However soon after one that was refused the same."""
+    root = start(sessions, job)
+    for blob in (tmp_path / "store/Data").iterdir():
+        if blob.stat().st_size == 30_000:
+            blob.unlink()
+    for task in range(3):
+        with pytest.raises(OSError, match="Input/output error"):
+            (root / "tex/deep/er/stone.tx").read_bytes()
+        (root / f"renders/{task}.exr").write_bytes(b"rendered with a texture less")
+        with pytest.raises(MountReadFailedError, match=r"tex/deep/er/stone\.tx"):
+            sessions.finish(task)
+    assert sessions.outputs() == {}
+
+
 def test_what_a_task_wrote_where_a_mount_was_is_not_taken_for_no_output(
     sessions: Sessions, job: JobDocument
 ) -> None:

@@ -38,6 +38,7 @@ from agent_plugin.content.errors import (
 )
 from agent_plugin.content.layout import blob_key
 from agent_plugin.content.manifest import FileEntry, Manifest
+from agent_plugin.content.mount_spec import TOLD_NS
 from agent_plugin.content.open_store import build_store
 from agent_plugin.content.retry import RetryPolicy
 from agent_plugin.content.store import Cancellation, Store
@@ -702,6 +703,25 @@ def test_the_ledger_does_not_grow_for_ever(tmp_path: Path) -> None:
     for number in range(MOST_LINES + 10):
         ledger.record(f"{number}", digest, BlobNotFoundError("no such blob"))
     assert len(lines_of(tmp_path / "errors")) == MOST_LINES
+
+
+def test_of_what_fails_after_somebody_was_told_the_ledger_has_a_line(tmp_path: Path) -> None:
+    """Of a ledger that is full, too: otherwise the next task would seem to have read all."""
+    errors, clock = tmp_path / "errors", Clock()
+    ledger = ErrorLedger(errors, clock=clock)
+    digest, lost = blob(24)[0], BlobNotFoundError("no such blob")
+    for lines in (1, 2, 3):
+        ledger.record("a", digest, lost)
+        ledger.record("a", digest, lost)
+        assert len(lines_of(errors)) == lines
+        os.utime(errors, ns=(TOLD_NS, TOLD_NS))
+
+    for number in range(MOST_LINES):
+        ledger.record(f"{number}", digest, lost)
+    os.utime(errors, ns=(TOLD_NS, TOLD_NS))
+    ledger.record("a", digest, lost)
+    ledger.record("b", digest, lost)
+    assert len(lines_of(errors)) == MOST_LINES + 1
 
 
 def test_a_ledger_that_can_not_be_written_is_logged_and_raises_nothing(
