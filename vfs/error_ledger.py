@@ -5,11 +5,13 @@ the renderer made of it. It marks the file with a time (TOLD_NS) before that, so
 task is refused is not taken for what this one was. The form is in docs/PROTOCOL.md.
 """
 
+import errno
 import json
 import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +24,9 @@ from agent_plugin.content.mount_spec import TOLD_NS
 REPEAT_SECONDS: Final = 10.0
 # No more than this many lines; then only the counts go on, and one line for each time it was told.
 MOST_LINES: Final = 10_000
+# How soon what could not be written is tried again: a disk that a task has filled may be cleared up
+# before the task ends.
+NEXT_TRY_SECONDS: Final = 0.2
 
 log = events.get_logger()
 
@@ -40,6 +45,8 @@ class ErrorLedger:
         self._lock = threading.Lock()
         self._last: dict[tuple[str, str], float] = {}
         self._lines = 0
+        # What could not be written.
+        self._late = b""
 
     def record(
         self,
@@ -93,6 +100,21 @@ class ErrorLedger:
                     events.MOUNT_READ_FAILED,
                     extra={"path": path, "reason": f"{self._path}: {failure.strerror}"},
                 )
+                self._write_later(line.encode("ascii") + b"\n")
+
+    def _write_later(self, line: bytes) -> None:
+        """Have a line written as soon as it can be; of several the first, which tells enough."""
+        if self._late:
+            return
+        self._late = line
+        threading.Thread(target=self._write_late, name="late", daemon=True).start()
+
+    def _write_late(self) -> None:
+        while self._late:
+            time.sleep(NEXT_TRY_SECONDS)
+            with self._lock, suppress(OSError):
+                self._append(self._late)
+                self._late = b""
 
     def _was_told(self) -> bool:
         try:
@@ -104,6 +126,9 @@ class ErrorLedger:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(self._path, flags, 0o600)
         try:
-            os.write(fd, line)
+            size = os.fstat(fd).st_size
+            if os.write(fd, line) < len(line):
+                os.ftruncate(fd, size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(fd)

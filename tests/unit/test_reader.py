@@ -42,7 +42,7 @@ from agent_plugin.content.mount_spec import TOLD_NS
 from agent_plugin.content.open_store import build_store
 from agent_plugin.content.retry import RetryPolicy
 from agent_plugin.content.store import Cancellation, Store
-from tests.servers.disks import tmpfs_mounted
+from tests.servers.disks import fill, tmpfs_mounted
 from tests.servers.fault_proxy import FaultProxy
 from tests.servers.faults import Fault
 from tests.servers.proxied_object import until
@@ -730,6 +730,32 @@ def test_a_ledger_that_can_not_be_written_is_logged_and_raises_nothing(
     expected_events.add(events.MOUNT_READ_FAILED)
     ledger = ErrorLedger(tmp_path / "missing/errors")
     ledger.record("a", blob(26)[0], BlobNotFoundError("no such blob"))
+
+
+def test_a_line_for_which_there_is_no_room_is_written_once_there_is(
+    tmp_path: Path, expected_events: set[str]
+) -> None:
+    """Whoever has filled the disk may be about to clear up, and to have read all it seems."""
+    expected_events.add(events.MOUNT_READ_FAILED)
+    with tmpfs_mounted(tmp_path / "disk", size=64 * KIBIBYTE) as disk:
+        ledger = ErrorLedger(disk / "errors")
+        filler = fill(disk)
+        for path in ("a", "b"):
+            ledger.record(path, blob(26)[0], BlobNotFoundError("no such blob"))
+        assert not (disk / "errors").exists() or (disk / "errors").stat().st_size == 0
+        filler.unlink()
+        until(lambda: [line["path"] for line in lines_of(disk / "errors")] == ["a"])
+
+
+def test_no_line_of_the_ledger_is_left_in_part(tmp_path: Path, expected_events: set[str]) -> None:
+    expected_events.add(events.MOUNT_READ_FAILED)
+    with tmpfs_mounted(tmp_path / "disk", size=64 * KIBIBYTE) as disk:
+        ledger = ErrorLedger(disk / "errors")
+        ledger.record("a", blob(26)[0], BlobNotFoundError("no such blob"))
+        fill(disk)
+        for number in range(40):
+            ledger.record(f"{number}", blob(26)[0], BlobNotFoundError("no such blob"))
+        assert lines_of(disk / "errors")[0]["path"] == "a"
 
 
 # ------------------------------------------------------------------ large blobs
