@@ -52,8 +52,7 @@ class ServerProcess:
             for fd in (reader, wake):
                 poll.register(fd, select.POLLIN)
             if reader not in {fd for fd, _ in poll.poll()}:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
+                cls(pid).kill()
                 raise CancelledError(f"{mountpoint} is not wanted any more")
             told = os.read(reader, select.PIPE_BUF)
         finally:
@@ -81,13 +80,17 @@ class ServerProcess:
         _, status = os.waitpid(self._pid, 0)
         return os.waitstatus_to_exitcode(status)
 
+    def kill(self) -> None:
+        """End it at once."""
+        os.kill(self._pid, signal.SIGKILL)
+        os.waitpid(self._pid, 0)
+
     def end(self) -> None:
         """Wait until it has ended, its mount being out of the tree; kill it if that takes long."""
         until = time.monotonic() + LAST_READERS_SECONDS
         while os.waitpid(self._pid, os.WNOHANG) == (0, 0):
             if time.monotonic() > until:
-                os.kill(self._pid, signal.SIGKILL)
-                os.waitpid(self._pid, 0)
+                self.kill()
                 break
             time.sleep(0.02)
 

@@ -173,6 +173,7 @@ class Supervisor:
 
         Raises:
             LocalWriteError: It could not be mounted.
+            CancelledError: A signal came before that.
         """
         reader, writer = os.pipe2(os.O_CLOEXEC)
         mounting = os.fork()
@@ -192,7 +193,10 @@ class Supervisor:
             self._keep_a_server_until(reader)
             told = os.read(reader, select.PIPE_BUF)
         except CancelledError:
-            # It waits for a server, and is refused.
+            # It waits for a server, which may be stopped, and is refused.
+            if self._server:
+                self._server.kill()
+                self._server = None
             self._close_device()
             raise
         finally:
@@ -205,14 +209,21 @@ class Supervisor:
             )
 
     def _keep_a_server_until(self, ready: int) -> None:
-        """Replace servers that die before a descriptor is ready, if the kernel asks them again."""
+        """Replace servers that die before a descriptor is ready, if the kernel asks them again.
+
+        Raises:
+            CancelledError: A signal came before that.
+        """
         while self._server:
             with self._server.watched() as ended:
                 poll = select.poll()
-                for fd in (ready, ended):
+                for fd in (ready, ended, self._wake):
                     poll.register(fd, select.POLLIN)
-                if ended not in {fd for fd, _ in poll.poll()}:
-                    return
+                are_ready = {fd for fd, _ in poll.poll()}
+            if self._wake in are_ready:
+                raise CancelledError(f"{self._mountpoint} is not wanted any more")
+            if ended not in are_ready:
+                return
             code = self._lost(self._server)
             if not self._resumes or not self._replace(code):
                 # Whoever waits for it is refused.

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from agent_plugin.content.blob_cache import BlobCache
@@ -358,15 +359,21 @@ def test_a_mount_whose_server_does_not_answer_is_ended(mounter: Mounter, inputs:
     mounter.assert_nothing_is_left()
 
 
-# The first server, or its successor, does not come to serve.
+# The first server, or its successor, does not come to serve; or it is stopped as soon as it says
+# that it does, when overlayfs is about to be mounted.
 HANGING = """
-import os, sys, time
+import os, signal, sys, time
 from vfs.__main__ import Server, main
+from vfs.server_process import SERVES
 serve = Server.serve
 def hang(self, fd, session, choice, again, tell):
     if again == (sys.argv[2] == "again"):
+        if sys.argv[2] == "stopped":
+            os.write(tell, SERVES)
         with open(sys.argv[1] + ".pid", "w") as file:
             file.write(f"{os.getpid()}\\n")
+        if sys.argv[2] == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
         time.sleep(100)
     serve(self, fd, session, choice, again, tell)
 Server.serve = hang
@@ -374,10 +381,11 @@ sys.exit(main(sys.argv[1:2]))
 """
 
 
-@pytest.mark.parametrize("which", ["first", "again"])
+@pytest.mark.parametrize("which", ["first", "again", "stopped"])
 def test_a_mount_that_waits_for_its_server_is_ended_by_a_signal(
     mounter: Mounter, tmp_path: Path, which: str
 ) -> None:
+    """Seen to wait for ever for one that is stopped while overlayfs asks it."""
     mount = Prepared(mounter, tmp_path, "overlayfs")
     waits_for = mounter.home / "spec.json.pid"
     with mount.begun_by(HANGING, which) as process:
@@ -387,9 +395,12 @@ def test_a_mount_that_waits_for_its_server_is_ended_by_a_signal(
             asked = json.loads(ask_mount(mount.control, {"ask": "status"}))
             os.kill(asked["pid"], signal.SIGKILL)
         until(lambda: waits_for.exists() and waits_for.read_text().endswith("\n"))
+        if which == "stopped":
+            # The process that mounts overlayfs is there.
+            until(lambda: len(psutil.Process(process.pid).children()) > 1)
         process.terminate()
         process.wait(END_SECONDS)
-    assert process.returncode == {"first": CancelledError.exit_code, "again": 0}[which]
+    assert process.returncode == (0 if which == "again" else CancelledError.exit_code)
     assert mounter.mounted() == []
     assert not Path("/proc", waits_for.read_text().strip()).exists()
     assert [path.name for path in (mounter.home / "work").iterdir()] == ["upper"]
