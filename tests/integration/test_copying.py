@@ -40,7 +40,7 @@ from agent_plugin.transfer.states import TaskStatus, TransferStatus
 from agent_plugin.transfers import open_session
 from tests.servers.command import Command, Done
 from tests.servers.fault_proxy import FaultProxy
-from tests.servers.faults import Fault
+from tests.servers.faults import Fault, Rule
 from tests.servers.s3_server import S3Server
 
 MIB = 1024 * 1024
@@ -1066,22 +1066,25 @@ def test_t1_hosts_whose_tasks_have_one_number_keep_out_of_each_others_way(
     other = Farm(tmp_path / "other", farm.s3, farm.proxy, farm.prefix)
     hosts = {"a": farm, "b": other}
     data = {name: os.urandom(20 * MIB) for name in hosts}
-    transfers, threads, stalls = {}, {}, {}
-    for name, host in hosts.items():
-        transfers[name] = host.create([(host.store(name, data[name]), tmp_path / "shared" / name)])
-        stalls[name] = farm.proxy.inject(
-            Fault.STALL, key=f"/{name}$", what=re.compile(f"bytes={16 * MIB}-"), times=1
-        )
-        threads[name] = threading.Thread(target=host.run)
-        threads[name].start()
-        until(lambda stall=stalls[name]: stall.hits)
-    for name, thread in threads.items():
-        stalls[name].released.set()
+
+    def begin(name: str, host: Farm) -> tuple[int, threading.Thread, Rule]:
+        """Have a file brought, until its last part has been asked for."""
+        transfer = host.create([(host.store(name, data[name]), tmp_path / "shared" / name)])
+        what = re.compile(f"bytes={16 * MIB}-")
+        stall = farm.proxy.inject(Fault.STALL, key=f"/{name}$", what=what, times=1)
+        thread = threading.Thread(target=host.run)
+        thread.start()
+        until(lambda: stall.hits)
+        return transfer, thread, stall
+
+    begun = {name: begin(name, host) for name, host in hosts.items()}
+    for _, thread, stall in begun.values():
+        stall.released.set()
         thread.join(60)
 
-    assert [host.ledger.tasks(transfers[name])[0].id for name, host in hosts.items()] == [1, 1]
     for name, host in hosts.items():
-        assert host.ledger.transfer(transfers[name]).status is TransferStatus.DONE
+        [task] = host.ledger.tasks(begun[name][0])
+        assert (task.id, task.status) == (1, TaskStatus.DONE)
         assert (tmp_path / "shared" / name).read_bytes() == data[name]
     other.ledger.close()
 
