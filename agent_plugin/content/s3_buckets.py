@@ -22,7 +22,7 @@ from agent_plugin.content.retry import RetryPolicy
 from agent_plugin.content.s3_access import Access
 from agent_plugin.content.s3_environment import Anonymous, Credentials, endpoint_of
 from agent_plugin.content.s3_errors import ObjectAbsentError
-from agent_plugin.content.s3_requests import Requests
+from agent_plugin.content.s3_requests import Requests, told
 from agent_plugin.content.store import Cancellation
 
 if TYPE_CHECKING:
@@ -162,11 +162,13 @@ class Buckets:
             from botocore.exceptions import ClientError  # noqa: PLC0415 - loaded with the client
 
             try:
-                return client.head_object(**common, **names, ChecksumMode="ENABLED")
+                answer = client.head_object(**common, **names, ChecksumMode="ENABLED")
             except ClientError as error:
                 if error.response["ResponseMetadata"]["HTTPStatusCode"] == _NOT_ALLOWED:
                     raise ObjectAbsentError(f"{what}: a delete marker") from error
                 raise
+            told(answer, "LastModified", what)
+            return answer
 
         try:
             return requests.boto(ask, what, cancellation)

@@ -28,6 +28,7 @@ from agent_plugin.content.s3_multipart import (
     make_of_parts,
 )
 from agent_plugin.content.s3_ranges import changed
+from agent_plugin.content.s3_requests import told
 from agent_plugin.content.s3_upload import Upload, key_exists
 from agent_plugin.content.store import Cancellation, Progress
 
@@ -196,9 +197,11 @@ class _Copy:
         def ask(client: "S3Client", common: dict[str, Any]) -> "CopyObjectOutputTypeDef":
             nonlocal tries
             tries += 1
-            return client.copy_object(
+            answer = client.copy_object(
                 **common, Key=self._key, **self._source, **changes, **condition
             )
+            told(answer.get("CopyObjectResult", {}), "ETag", self._what)
+            return answer
 
         try:
             return self._buckets.boto(self._bucket, ask, self._what, self._cancellation)

@@ -7,6 +7,7 @@ from agent_plugin.content.errors import StoreProtocolError
 from agent_plugin.content.objects import object_url
 from agent_plugin.content.s3_buckets import Buckets
 from agent_plugin.content.s3_errors import UnsupportedByStoreError
+from agent_plugin.content.s3_requests import told
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
@@ -31,13 +32,17 @@ def delete(buckets: Buckets, bucket: str, keys: Sequence[str]) -> None:
 
 
 def _delete_several(buckets: Buckets, bucket: str, keys: Sequence[str]) -> None:
-    def ask(client: "S3Client", common: dict[str, Any]) -> "list[Any]":
-        answer = client.delete_objects(
-            **common, Delete={"Objects": [{"Key": key} for key in keys], "Quiet": True}
-        )
-        return answer.get("Errors", [])
+    what = f"delete {len(keys)} objects of {bucket}"
 
-    failed = buckets.boto(bucket, ask, f"delete {len(keys)} objects of {bucket}")
+    def ask(client: "S3Client", common: dict[str, Any]) -> "list[Any]":
+        # Not quietly: then the answer to a success would be like none at all.
+        answer = client.delete_objects(**common, Delete={"Objects": [{"Key": key} for key in keys]})
+        failed = answer.get("Errors", [])
+        if not failed:
+            told(answer, "Deleted", what)
+        return failed
+
+    failed = buckets.boto(bucket, ask, what)
     if failed:
         key, code = failed[0].get("Key", ""), failed[0].get("Code", "")
         raise StoreProtocolError(

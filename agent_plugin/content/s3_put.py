@@ -26,6 +26,7 @@ from agent_plugin.content.s3_errors import (
     UnsupportedByStoreError,
 )
 from agent_plugin.content.s3_multipart import PartSizes, Target, info_of_answer
+from agent_plugin.content.s3_requests import told
 from agent_plugin.content.s3_upload import Upload, key_exists
 from agent_plugin.content.store import Cancellation, Progress
 
@@ -171,13 +172,15 @@ class NewObject:
     ) -> "PutObjectOutputTypeDef | None":
         """Send it; return the answer, None if it got lost."""
         tries = 0
+        what = f"put {object_url(self._bucket, self._key)}"
 
         def ask(client: "S3Client", common: dict[str, Any]) -> "PutObjectOutputTypeDef":
             nonlocal tries
             tries += 1
-            return client.put_object(**common, Key=self._key, Body=data, **headers)
+            answer = client.put_object(**common, Key=self._key, Body=data, **headers)
+            told(answer, "ETag", what)
+            return answer
 
-        what = f"put {object_url(self._bucket, self._key)}"
         try:
             return self._buckets.boto(self._bucket, ask, what, cancellation, sends=len(data))
         except ObjectExistsError:

@@ -38,6 +38,7 @@ PIECE_BYTES: Final = 256 * 1024
 # What the paths of obstore can not hold, or mean something else there.
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 _SPECIAL: Final = frozenset({"", ".", ".."})
+_RANGE: Final = re.compile(r"bytes ([0-9]{1,19})-[0-9]{1,19}/([0-9]{1,19})")
 
 
 def read(buckets: Buckets, info: ObjectInfo, offset: int, length: int) -> bytes:
@@ -136,8 +137,13 @@ def receive(
         span = f"bytes={offset}-{offset + length - 1}"
         answer = client.get_object(**common, Key=info.key, Range=span, **same)
         with closing(answer["Body"]) as body:
-            size = answer.get("ContentRange", "").rpartition("/")[2]
-            _insist_same(info, int(size) if size.isdigit() else -1, answer.get("ETag"))
+            said = _RANGE.fullmatch(answer.get("ContentRange", ""))
+            if said is None:
+                raise DamagedAnswerError(f"{what}: the answer is no range")
+            _insist_same(info, int(said[2]), answer.get("ETag"))
+            # A range of the same length that is somewhere else.
+            if int(said[1]) != offset:
+                raise DamagedAnswerError(f"{what}: the answer is from {said[1]}")
             _write(body.iter_chunks(PIECE_BYTES), info, offset, length, write)
 
     try:

@@ -8,7 +8,7 @@ Concurrency: any thread may call anything; what is shared is guarded by s3_acces
 but for two flags that only ever change once.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import obstore
@@ -276,6 +276,18 @@ class Requests:
             # Without the condition it was taken, so that was what the store refused.
             self._conditional_puts = False
         return True
+
+
+def told(answer: Mapping[str, Any], field: str, what: str) -> str:
+    """Return what an answer has to tell; with status 200 but without it, something broke it.
+
+    Raises:
+        DamagedAnswerError: It does not.
+    """
+    value = answer.get(field)
+    if not value:
+        raise DamagedAnswerError(f"{what}: the answer has no {field}")
+    return str(value)
 
 
 def refuse_coded(attributes: "obstore.Attributes", place: str) -> None:

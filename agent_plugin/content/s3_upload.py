@@ -36,7 +36,7 @@ from agent_plugin.content.s3_errors import (
     ObjectExistsError,
     UploadGoneError,
 )
-from agent_plugin.content.s3_requests import Requests
+from agent_plugin.content.s3_requests import Requests, told
 from agent_plugin.content.store import Cancellation, SentPart, UploadMemory
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class Upload:
 
         def ask(client: "S3Client", common: dict[str, Any]) -> str:
             answer = client.create_multipart_upload(**common, Key=self._key, **self._headers)
-            return _told(answer, "UploadId", what)
+            return told(answer, "UploadId", what)
 
         upload_id = self._requests.boto(ask, what, cancellation)
         with self._lock:
@@ -167,7 +167,7 @@ class Upload:
             answer = client.upload_part(
                 **common, Key=self._key, UploadId=self.id, PartNumber=number, Body=data
             )
-            tag = _told(answer, "ETag", what)
+            tag = told(answer, "ETag", what)
             return SentPart(number, tag, answer.get("ChecksumCRC32", ""), hashed)
 
         part = self._requests.boto(ask, what, stop, sends=len(data))
@@ -197,7 +197,7 @@ class Upload:
             answer = client.upload_part_copy(
                 **common, Key=self._key, UploadId=self.id, PartNumber=number, **source
             )
-            etag = _told(answer.get("CopyPartResult", {}), "ETag", what)
+            etag = told(answer.get("CopyPartResult", {}), "ETag", what)
             return {"PartNumber": number, "ETag": etag}
 
         return self._requests.boto(ask, what, stop)
@@ -255,7 +255,7 @@ class Upload:
             answer = client.complete_multipart_upload(
                 **common, Key=self._key, UploadId=self.id, MultipartUpload={"Parts": sent}
             )
-            _told(answer, "ETag", what)
+            told(answer, "ETag", what)
             return answer
 
         answer = None
@@ -352,15 +352,3 @@ def key_exists(place: str) -> KeyExistsError:
         f"{place}: something is stored there already",
         hint="Choose another key, or allow overwriting.",
     )
-
-
-def _told(answer: Mapping[str, Any], field: str, what: str) -> str:
-    """Return what an answer has to tell; with status 200 but without it, something broke it.
-
-    Raises:
-        DamagedAnswerError: It does not.
-    """
-    told = answer.get(field)
-    if not told:
-        raise DamagedAnswerError(f"{what}: the answer has no {field}")
-    return str(told)

@@ -340,6 +340,58 @@ def test_faults_are_outlived_and_nothing_wrong_is_got(
         fault_proxy.clear()
 
 
+@pytest.mark.parametrize("fault", [Fault.EMPTY_OK, Fault.XML_OK])
+@pytest.mark.parametrize("way", ["put", "copy", "head", "delete"])
+def test_what_is_no_answer_is_asked_again(
+    seen: S3Objects,
+    objects: S3Objects,
+    s3: S3Server,
+    s3_prefix: str,
+    fault_proxy: FaultProxy,
+    way: str,
+    fault: Fault,
+) -> None:
+    """Status 200 with nothing, or with an error, as body: the store has not done it.
+
+    Seen to fail when what has no ETag counted as stored, copied or deleted, and was an object.
+    """
+    source = put(objects, s3, f"{s3_prefix}/source", b"content")
+    key, halt = f"{s3_prefix}/a", Cancellation()
+    methods = {"put": "PUT", "copy": "PUT", "head": "HEAD", "delete": "POST"}
+    calls: dict[str, Callable[[], object]] = {
+        "put": lambda: seen.put(s3.bucket, key, b"content", overwrite=True),
+        "copy": lambda: seen.copy(source, s3.bucket, key, overwrite=True, cancellation=halt),
+        "head": lambda: seen.head(s3.bucket, key),
+        "delete": lambda: seen.delete(s3.bucket, [key]),
+    }
+    if way in ("head", "delete"):
+        put(objects, s3, key, b"content")
+    fault_proxy.inject(fault, methods={methods[way]}, times=1)
+
+    calls[way]()
+
+    if way == "delete":
+        with pytest.raises(ObjectNotFoundError):
+            objects.head(s3.bucket, key)
+    else:
+        assert objects.read(objects.head(s3.bucket, key), 0, 100) == b"content"
+
+
+@pytest.mark.parametrize("key", ["a", "a//b"])
+@pytest.mark.parametrize(
+    "fault", [Fault.WRONG_RANGE, Fault.WHOLE_FOR_RANGE, Fault.EMPTY_OK, Fault.XML_OK]
+)
+def test_s5_what_is_another_range_is_asked_for_again(
+    seen: S3Objects, s3: S3Server, s3_prefix: str, fault_proxy: FaultProxy, fault: Fault, key: str
+) -> None:
+    """By both ways in which ranges are had. Seen to fail by the second, with wrong bytes."""
+    data = os.urandom(1000)
+    info = put(seen, s3, f"{s3_prefix}/{key}", data)
+    fault_proxy.inject(fault, times=1)
+
+    assert seen.read(info, 100, 200) == data[100:300]
+
+
 # ----------------------------------------------------------------------------------- storing
 
 
