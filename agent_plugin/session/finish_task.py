@@ -24,6 +24,7 @@ from agent_plugin.content.errors import (
     MountReadFailedError,
     SessionStateError,
 )
+from agent_plugin.content.local_index import SETTLED_NS
 from agent_plugin.content.manifest import FileEntry, Manifest, encode
 from agent_plugin.content.safe_path import Root
 from agent_plugin.content.snapshot import FoundFile, hash_files, walk, walk_links
@@ -57,6 +58,7 @@ log = events.get_logger()
 
 # How often files that changed while they were uploaded are looked at again.
 ROUNDS: Final = 4
+_SECOND_NS: Final = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,15 +379,28 @@ def _compare(
         changes.changed[found.path] = FileEntry(
             hash=digest.hex, mtime=found.mtime_us, path=found.path, size=digest.size
         )
+    mtime_ns, ctime_ns, inode = _told_by(found)
     changes.baseline[found.path] = BaselineFile(
         hash=digest.hex,
         size=digest.size,
         mtime=known.mtime if same and known and not own else found.mtime_us,
-        mtime_ns=found.mtime_ns,
-        ctime_ns=found.ctime_ns,
-        inode=found.inode,
+        mtime_ns=mtime_ns,
+        ctime_ns=ctime_ns,
+        inode=inode,
         owner=known.owner if same and known else owner,
     )
+
+
+def _told_by(found: FoundFile) -> tuple[int, int, int]:
+    """Return the times and the inode by which a file is known to be untouched.
+
+    All -1 while another write could leave the same. Where times are whole seconds, that is so until
+    the next one; finer clocks have ticked before another task begins.
+    """
+    is_whole = found.ctime_ns % _SECOND_NS == 0
+    if is_whole and found.ctime_ns + SETTLED_NS > time.time_ns():
+        return -1, -1, -1
+    return found.mtime_ns, found.ctime_ns, found.inode
 
 
 def _untouched(known: BaselineFile, found: FoundFile) -> bool:

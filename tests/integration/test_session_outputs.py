@@ -7,6 +7,7 @@ on S3 as well.
 import dataclasses
 import json
 import os
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,37 @@ def test_an_input_whose_time_the_file_system_can_not_keep_is_no_output(
         assert (result.files, result.deleted) == (0, ["renders/b"])
         (root / "renders/a").write_bytes(b"written")
         assert paths_of(s.host, s.finish(1)) == [["renders/a"]]
+
+
+def test_what_two_tasks_write_within_one_tick_of_the_file_system_is_of_both(
+    sessions: Sessions,
+) -> None:
+    """Of one size, on a disk whose times are whole seconds.
+
+    Seen to fail when whatever has the times that it had counted as untouched.
+    """
+    s = sessions
+    image = s.tmp_path / "image"
+    image.touch()
+    os.truncate(image, 100 * MEBIBYTE)
+    # So small inodes have no room for parts of a second.
+    subprocess.run(["mkfs.ext4", "-q", "-F", "-I", "128", image], check=True, capture_output=True)
+    job = s.submitted({"a": b"a"})
+    with image_mounted("ext4", image, s.tmp_path / "disk") as disk:
+        s.session_dir = disk / "session"
+        written = s.started(job) / "renders/written"
+        written.parent.mkdir(exist_ok=True)
+        times: list[int] = []
+        for number in range(2):
+            while not number and time.time() % 1 > 0.1:
+                time.sleep(0.01)
+            written.write_bytes(b"%d" % number)
+            times.append(written.stat().st_ctime_ns)
+
+            found = paths_of(s.host, s.finish(number))
+
+            assert found == [["renders/written"]], times
+        assert times[0] == times[1], "this host is too slow for the test to say anything"
 
 
 def test_an_edit_that_keeps_size_and_time_is_found(sessions: Sessions) -> None:
