@@ -310,7 +310,7 @@ def _find_written(
     changes = _Changes(root, follow=not state.owns(root))
     local_root = Path(root.local_root)
     upper = Path(root.written_to)
-    inputs = partial(files_of_mount, root.control)
+    inputs = partial(files_of_mount, root.control, cancellation=context.cancellation)
     written = find_written(upper, root.output_directories, inputs, context.cancellation)
     found_files = list(written.files.values())
     if written.links:

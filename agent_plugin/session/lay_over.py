@@ -64,7 +64,7 @@ def lay_over(
     # Before anything refers to it: a session that is started again mounts it as well.
     root.layers.append(layer)
     state_file.write(state)
-    mounts.add(place, layer)
+    mounts.add(place, layer, cancellation)
     with Root(place, follow=False) as opened:
         try:
             moves = list(_Moves(opened, name, cancellation).of(_Directory.of(manifest.entries), ""))

@@ -11,7 +11,9 @@ from typing import Final
 import msgspec
 
 from agent_plugin.content.errors import MountFailedError
+from agent_plugin.content.flight import Lanes
 from agent_plugin.content.manifest import FileEntry
+from agent_plugin.content.store import Cancellation
 
 # A server answers from memory, but may have to wait for a core.
 ANSWER_SECONDS: Final = 30.0
@@ -48,27 +50,36 @@ def ask_mount(control: str, question: Mapping[str, object]) -> bytes:
     return line
 
 
-def ask_whoever_serves(control: str, question: Mapping[str, object]) -> bytes:
+def ask_whoever_serves(
+    control: str, question: Mapping[str, object], cancellation: Cancellation
+) -> bytes:
     """Ask, and ask again if the server was replaced meanwhile: only for what can be asked twice.
 
     Raises:
         MountFailedError: As ask_mount, for ANSWER_SECONDS.
+        CancelledError: Cancellation was wished; the server may have done it, or do it still.
     """
     until = time.monotonic() + ANSWER_SECONDS
+    # No signal is noticed by a thread that waits for a server, which may be stopped.
+    lanes = Lanes(1)
     while True:
         try:
-            return ask_mount(control, question)
+            return lanes.run(lambda: ask_mount(control, question), cancellation)
         except MountFailedError:
             if time.monotonic() > until:
                 raise
-            time.sleep(_POLL_SECONDS)
+            cancellation.sleep(_POLL_SECONDS)
 
 
-def files_of_mount(control: str, paths: Sequence[str]) -> list[list[FileEntry]]:
+def files_of_mount(
+    control: str, paths: Sequence[str], cancellation: Cancellation
+) -> list[list[FileEntry]]:
     """Return the inputs of a mount that are at each path or below it.
 
     Raises:
         MountFailedError: Its server does not answer.
+        CancelledError: Cancellation was wished.
     """
-    answer = json.loads(ask_whoever_serves(control, {"ask": "files", "paths": list(paths)}))
+    question = {"ask": "files", "paths": list(paths)}
+    answer = json.loads(ask_whoever_serves(control, question, cancellation))
     return msgspec.convert(answer, list[list[FileEntry]])

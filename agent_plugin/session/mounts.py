@@ -225,7 +225,7 @@ class Mounts:
             place.mkdir(mode=0o700)
             (place / "starter").write_text(lease_owner() or "", encoding="ascii")
 
-    def add(self, mountpoint: Path, layer: Layer) -> None:
+    def add(self, mountpoint: Path, layer: Layer, cancellation: Cancellation) -> None:
         """Add a manifest's files to what is mounted, without anybody who uses it noticing more.
 
         Raises:
@@ -233,6 +233,8 @@ class Mounts:
                 not be where others are; then none is there.
             SessionStateError, NoSpaceError, LocalWriteError: What is known of the mount could not
                 be read or written.
+            CancelledError: Cancellation was wished; the files are there, or come with the next
+                server.
         """
         path = self._place(mountpoint) / "spec.json"
         if not self.is_served(mountpoint):
@@ -243,7 +245,7 @@ class Mounts:
         before = read_spec(path)
         write_spec(msgspec.structs.replace(before, layers=[*before.layers, layer]), path)
         # A server that is killed now is replaced by one that reads the spec.
-        answer = json.loads(ask_whoever_serves(before.control, {"ask": "add"}))
+        answer = json.loads(ask_whoever_serves(before.control, {"ask": "add"}, cancellation))
         if "error" in answer:
             write_spec(before, path)
             raise MountFailedError(f"nothing can be added to {mountpoint}: {answer['error']}")

@@ -13,6 +13,7 @@ import pytest
 from agent_plugin.content.errors import MountFailedError
 from agent_plugin.content.manifest import Manifest, encode
 from agent_plugin.content.mount_spec import Layer
+from agent_plugin.content.store import Cancellation
 from agent_plugin.session.mount_control import ask_mount
 from tests.mount.conftest import Mounter
 from tests.mount.prepared_mount import Prepared
@@ -31,7 +32,7 @@ def stored(mounter: Mounter, name: str, files: dict[str | bytes, bytes | int]) -
 def add(mounter: Mounter, at: Path, manifest: Manifest, below: str = "") -> None:
     path = mounter.home / f"layer-{len(list(mounter.home.glob('layer-*')))}"
     path.write_bytes(encode(manifest))
-    mounter.host.mounts.add(at, Layer(str(path), below))
+    mounter.host.mounts.add(at, Layer(str(path), below), Cancellation())
 
 
 def listed(at: Path) -> list[str]:

@@ -23,6 +23,7 @@ from agent_plugin.content.errors import (
 )
 from agent_plugin.content.events import fields_of
 from agent_plugin.content.mount_table import read_mounts
+from agent_plugin.content.store import Cancellation
 from agent_plugin.session.job import JobDocument
 from agent_plugin.session.mount_control import ask_mount, files_of_mount
 from agent_plugin.session.state import FinishResult
@@ -468,7 +469,7 @@ def test_inputs_are_asked_for_again_while_a_killed_server_is_replaced(
     replaced = threading.Timer(0.5, away.rename, [control])
     replaced.start()
     try:
-        [found] = files_of_mount(os.fspath(control), ["tex/wood.tx"])
+        [found] = files_of_mount(os.fspath(control), ["tex/wood.tx"], Cancellation())
     finally:
         replaced.join()
     assert [entry.path for entry in found] == ["tex/wood.tx"]
