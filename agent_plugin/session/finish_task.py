@@ -52,7 +52,7 @@ from agent_plugin.session.virtual import refuse_failed_reads, refuse_lost_mounts
 from agent_plugin.session.written import find_written
 from agent_plugin.transfer.context import TransferContext
 from agent_plugin.transfer.ledger import TransferSpec
-from agent_plugin.transfer.upload import upload
+from agent_plugin.transfer.upload import Tally, upload
 
 log = events.get_logger()
 
@@ -259,9 +259,12 @@ def _store_changes(
 ) -> _Changes:
     """Store the changed content of a root; return its changes as they were stored."""
     restless: list[str] = []
+    tally = Tally()
     for _ in range(ROUNDS):
-        restless = _upload(changes, state, action, context, result)
+        restless = _upload(changes, state, action, context, tally)
         if not restless:
+            result.bytes_uploaded += tally.bytes_uploaded
+            result.bytes_reused += tally.bytes_reused
             return changes
         changes = _find_changes(changes.root, state, action, context)
     raise FileChangedError(
@@ -417,7 +420,7 @@ def _upload(
     state: SessionState,
     action: TaskAction,
     context: TransferContext,
-    result: FinishResult,
+    tally: Tally,
 ) -> list[str]:
     """Store the content of one root's changed files; return those that have changed meanwhile."""
     files: dict[Digest, list[str]] = {}
@@ -425,9 +428,9 @@ def _upload(
         files.setdefault(entry.digest, []).append(entry.path)
     if changes.inputs:
         there = changes.inputs - context.ask(lambda store: store.find_missing(changes.inputs))
+        tally.reuse(there)
         for digest in there:
             files.pop(digest, None)
-            result.bytes_reused += digest.size
     if not files:
         return []
     spec = TransferSpec(
@@ -442,8 +445,7 @@ def _upload(
     place = Path(changes.root.local_root)
     with Root(place, follow=changes.follow, owner=context.owner) as opened:
         done = upload(opened, files, context, spec)
-    result.bytes_uploaded += done.bytes_uploaded
-    result.bytes_reused += done.bytes_reused
+    tally.add(files, done)
     for path in done.changed:
         log.info(events.FILE_REREAD, extra={"path": path})
     for path in done.excluded:

@@ -29,7 +29,7 @@ from agent_plugin.session.job import (
 from agent_plugin.session.roots import input_manifest_key
 from agent_plugin.transfer.context import TransferContext
 from agent_plugin.transfer.ledger import TransferSpec
-from agent_plugin.transfer.upload import upload
+from agent_plugin.transfer.upload import Tally, upload
 
 # How often files that changed while they were uploaded are looked at again.
 ROUNDS = 4
@@ -133,6 +133,7 @@ def _store_files(root: Path, context: TransferContext) -> tuple[list[FileEntry],
     summary = SubmitSummary(0, 0, 0, 0, 0.0)
     spec = TransferSpec(kind="submit", source=os.fspath(root), destination=context.store_url)
     restless: list[str] = []
+    tally = Tally()
     with Root(root) as opened:
         for _ in range(ROUNDS):
             entries = []
@@ -152,11 +153,12 @@ def _store_files(root: Path, context: TransferContext) -> tuple[list[FileEntry],
             restless = done.changed
             excluded = {*done.excluded}
             entries = [entry for entry in entries if entry.path not in excluded]
-            summary.bytes_uploaded += done.bytes_uploaded
+            tally.add(files, done)
             if not restless:
                 summary.files = len(entries)
                 summary.bytes = sum(entry.size for entry in entries)
-                summary.bytes_reused = sum(digest.size for digest in files) - done.bytes_uploaded
+                summary.bytes_uploaded = tally.bytes_uploaded
+                summary.bytes_reused = tally.bytes_reused
                 return entries, summary
     raise FileChangedError(
         f"{restless[0]} in {root} kept changing while it was uploaded",

@@ -71,6 +71,35 @@ class UploadResult:
     seconds: float = 0.0
 
 
+@dataclass(slots=True)
+class Tally:
+    """What uploads of the same files have done, of which each goes on after some had changed.
+
+    Attributes:
+        bytes_uploaded, bytes_reused: Of distinct content; what one of them has sent is not reused
+            by the next.
+    """
+
+    bytes_uploaded: int = 0
+    bytes_reused: int = 0
+    _there: set[Digest] = field(default_factory=set)
+
+    def add(self, files: Mapping[Digest, Sequence[str]], done: UploadResult) -> None:
+        """Take the result of one of them, which was given these files."""
+        again = sum(digest.size for digest in files if digest in self._there)
+        self.bytes_uploaded += done.bytes_uploaded
+        self.bytes_reused += max(0, done.bytes_reused - again)
+        if done.changed:
+            open_ = {*done.changed, *done.excluded}
+            self._there.update(digest for digest, paths in files.items() if open_.isdisjoint(paths))
+
+    def reuse(self, digests: Iterable[Digest]) -> None:
+        """Take what the store was seen to have."""
+        new = {*digests} - self._there
+        self.bytes_reused += sum(digest.size for digest in new)
+        self._there |= new
+
+
 def upload(
     root: Root,
     files: Mapping[Digest, Sequence[str]],
