@@ -8,7 +8,8 @@ knows him. They are the rights of one thread, in file systems only (setfsuid(2))
 records of this host are reached with this process's own. It costs some 20 us each time, too much
 for each of many small files that are placed.
 
-Without root, what is made gets the user's group, and modes that let the group do all it can.
+Without root, what is made gets the user's group, and modes that let the group do all it can; a file
+is read for him only if its mode lets him.
 """
 
 import ctypes
@@ -51,6 +52,19 @@ class Owner:
     def is_impersonated(self) -> bool:
         """Whether this process can have the user's rights: it is root, and he is not."""
         return os.geteuid() == 0 and self.uid != 0
+
+    def may_read(self, status: os.stat_result) -> bool:
+        """Whether the user may read an open file that this process could open for him.
+
+        Where it has his rights, the kernel has said so. Else it may read what he may not: a file of
+        its own, which he has moved to where it reads for him.
+        """
+        if self.is_impersonated or self.uid in (0, os.geteuid()):
+            return True
+        if status.st_uid == self.uid:
+            return bool(status.st_mode & stat.S_IRUSR)
+        in_group = status.st_gid in (self.gid, *self.groups)
+        return bool(status.st_mode & (stat.S_IRGRP if in_group else stat.S_IROTH))
 
     @contextmanager
     def acting(self) -> Iterator[None]:

@@ -321,9 +321,13 @@ class Root:
             if error.errno == errno.ELOOP:
                 raise UnsafePathError(f"{shown} is a symbolic link") from error
             raise LocalReadError(f"{shown} can not be opened: {error.strerror}") from error
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
             os.close(fd)
             raise LocalReadError(f"{shown} is not a regular file")
+        if self.owner is not None and not self.owner.may_read(status):
+            os.close(fd)
+            raise LocalReadError(f"{shown} may not be read by user {self.owner.uid}")
         return fd
 
 

@@ -277,6 +277,36 @@ def test_without_root_the_group_can_do_all_and_what_it_makes_stays_in_reach(plac
 
 
 @needs_root
+@pytest.mark.parametrize(
+    ("uid", "gid", "mode", "is_read"),
+    [
+        (NOBODY, 0, 0o600, False),
+        (NOBODY, GROUP, 0o600, False),
+        (NOBODY, 0, 0o640, False),
+        (NOBODY, GROUP, 0o640, True),
+        (NOBODY, GROUP + 1, 0o640, True),
+        (NOBODY, 0, 0o604, True),
+        (NOBODY - 1, GROUP, 0o640, True),
+    ],
+)
+def test_without_root_a_file_that_the_user_may_not_read_is_not_read_for_him(
+    session: Path, uid: int, gid: int, mode: int, is_read: bool
+) -> None:
+    """He may move there what this process can read, from a directory that he may write to."""
+    (session / "file").write_text("of the agent's")
+    os.chown(session / "file", uid, gid)
+    (session / "file").chmod(mode)
+    owner = Owner(NOBODY - 1, GROUP, (GROUP + 1,))
+
+    with being_in_group(GROUP), Root(session, follow=False, owner=owner) as root:
+        if is_read:
+            os.close(root.open_file("file"))
+            return
+        with pytest.raises(LocalReadError, match="may not be read by user"):
+            root.open_file("file")
+
+
+@needs_root
 def test_without_root_and_without_the_group_it_fails_by_name(place: Path) -> None:
     session = place / "session"
     session.mkdir()
