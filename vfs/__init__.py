@@ -2,3 +2,7 @@
 
 It imports `agent_plugin.content` and is imported by nothing.
 """
+
+from agent_plugin.content.own_packages import prefer_own_packages
+
+prefer_own_packages()
