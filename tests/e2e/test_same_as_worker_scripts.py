@@ -10,7 +10,7 @@ place of the scripts, and the agent's own classes read what they print.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
@@ -458,6 +458,168 @@ def test_the_drop_ins_leave_and_tell_what_the_scripts_do(
     syncs = [ours[0].actions[0], *ours[1].actions[:2]]
     assert [sync.progress[-1] for sync in syncs] == [100.0] * 3
     assert all(sync.statuses for sync in syncs)
+
+
+STEPS = ["step-" + digit * 32 for digit in "123"]
+WINDOWS = {
+    "rootPath": "C:\\Users\\mé\\show",
+    "rootPathFormat": "windows",
+    "outputRelativeDirectories": ["renders\\beauty", "renders\\b c\\d"],
+}
+SPELLED = {
+    "rootPath": "/mnt/projects/shot01/",
+    "fileSystemLocationName": "Projects X",
+    "outputRelativeDirectories": ["out"],
+}
+BELOW = {"rootPath": "/mnt/projects/shot01/sub", "outputRelativeDirectories": ["o/p", "o"]}
+SHARE = {
+    "rootPath": "\\\\server\\share",
+    "rootPathFormat": "windows",
+    "fileSystemLocationName": "L",
+    "outputRelativeDirectories": ["."],
+}
+
+
+def one_task(step_id: str, command: str, *, number: int) -> TaskRun:
+    return TaskRun(
+        command=command,
+        step_id=step_id,
+        task_id=f"task-{step_id.removeprefix('step-')}-0",
+        session_action_id=f"sessionaction-{'3' * 32}-{number}",
+        started_at=1_719_848_112.5 + number,
+    )
+
+
+def with_roots(submissions: Sequence[Submission], *roots: Mapping[str, object]) -> Submission:
+    """Return one job of several submissions, whose roots are called otherwise."""
+    job = submissions[0]
+    for other in submissions[1:]:
+        job = job.joined_with(other)
+    manifests = [
+        {**manifest, **root}
+        for manifest, root in zip(job.attachments["manifests"], roots, strict=True)
+    ]
+    return msgspec.structs.replace(job, attachments={**job.attachments, "manifests": manifests})
+
+
+def by_both(
+    work: Callable[[str, dict[str, Any]], list[WorkerRun]], propmaster: Propmaster, s3_prefix: str
+) -> tuple[list[WorkerRun], list[WorkerRun]]:
+    """Have the scripts work below `<prefix>-scripts`, and the drop-ins below `<prefix>-drop-ins`.
+
+    Args:
+        work: Runs sessions of a job below a root prefix, with what the peers are to run.
+        propmaster: Whose the drop-ins are.
+        s3_prefix: Of this test.
+    """
+    drop_ins = {
+        "scripts": propmaster.drop_ins,
+        "script_environment": propmaster.drop_in_environment,
+    }
+    return work(f"{s3_prefix}-scripts", {}), work(f"{s3_prefix}-drop-ins", drop_ins)
+
+
+@pytest.mark.slow
+def test_a_chain_of_steps_with_roots_of_all_kinds(
+    peers: DeadlinePeers, propmaster: Propmaster, s3: S3Server, s3_prefix: str, tmp_path: Path
+) -> None:
+    """The third step depends on the two before, of which the second has changed the first's."""
+    places = [tmp_path / f"root-{number}" for number in range(4)]
+    for number, place in enumerate(places[:3]):
+        files: dict[str | bytes, bytes | int] = {"scene": b"%d" % number, "deep/empty": b""}
+        write_files(place, files, mtime_ns=MTIME_NS)
+    places[3].mkdir()
+    first = f"""
+        mkdir -p "$ROOT_0/renders/beauty" "$ROOT_1/out" "$ROOT_2/o/p" "$ROOT_3"
+        cd "$ROOT_1/out"; printf one > both; printf one > first
+        printf a > "$ROOT_0/renders/beauty/a"; printf n > "$ROOT_0/renders/no output"
+        printf c > "$ROOT_2/o/p/c"; : > "$ROOT_3/empty"
+        touch -d '{STAMP}.25' both first "$ROOT_0/renders/"{{beauty/a,"no output"}} \\
+            "$ROOT_2/o/p/c" "$ROOT_3/empty"
+    """
+    second = f"""cd "$ROOT_1/out"; printf two > both; touch -d '{STAMP}.5' both"""
+    third = f"""cd "$ROOT_1/out"; cat both first > "$ROOT_3/seen"
+                touch -d '{STAMP}.75' "$ROOT_3/seen"
+    """
+    sessions: list[list[SyncJob | SyncStep | TaskRun]] = [
+        [SyncJob(), one_task(STEPS[0], first, number=1)],
+        [SyncJob(), SyncStep(depends_on=STEPS[:1]), one_task(STEPS[1], second, number=2)],
+        [SyncJob(), SyncStep(depends_on=STEPS[:2]), one_task(STEPS[2], third, number=3)],
+    ]
+    job_id = new_job_id()
+
+    def work(root_prefix: str, scripts: dict[str, Any]) -> list[WorkerRun]:
+        job = with_roots(
+            [
+                peers.submit(
+                    place, bucket=s3.bucket, root_prefix=root_prefix, output_directories=["out"]
+                )
+                for place in places
+            ],
+            *(WINDOWS, SPELLED, BELOW, SHARE),
+        )
+        at = tmp_path / root_prefix
+        return [
+            peers.work(job, job_id, session_directory=at / f"{n}", actions=actions, **scripts)
+            for n, actions in enumerate(sessions)
+        ]
+
+    theirs, ours = by_both(work, propmaster, s3_prefix)
+
+    assert outputs_below(s3, f"{s3_prefix}-drop-ins") == outputs_below(s3, f"{s3_prefix}-scripts")
+    for their_run, our_run in zip(theirs, ours, strict=True):
+        for name, their_root in their_run.roots.items():
+            assert_same_files(Path(our_run.roots[name]), Path(their_root))
+        their_last, our_last = their_run.actions[-1], our_run.actions[-1]
+        assert our_last.uploads == their_last.uploads != []
+        assert told_manifests(our_run, our_last) == told_manifests(their_run, their_last)
+    seen = Path(ours[2].roots[SHARE["rootPath"]]) / "seen"  # type: ignore[index]  # of several types
+    assert seen.read_text() == "twoone"
+
+
+@pytest.mark.slow
+def test_mapped_roots_of_which_one_is_in_the_other(
+    peers: DeadlinePeers, propmaster: Propmaster, s3: S3Server, s3_prefix: str, tmp_path: Path
+) -> None:
+    """A root of Windows and one of POSIX, on a host that has both in one tree."""
+    places = [tmp_path / f"root-{number}" for number in range(3)]
+    for number, place in enumerate(places):
+        write_files(place, {"scene": b"%d" % number, "deep/x": b"x"}, mtime_ns=MTIME_NS)
+    show = {**SHARE, "outputRelativeDirectories": ["renders", "shots\\s1\\o"]}
+    shots = {**SPELLED, "outputRelativeDirectories": ["o", "deep"]}
+    command = f"""
+        mkdir -p "$ROOT_0/renders" "$ROOT_1/o" "$ROOT_2/o"; printf changed > "$ROOT_1/deep/x"
+        printf a > "$ROOT_0/renders/a"; printf b > "$ROOT_1/o/b"; printf c > "$ROOT_2/o/c"
+        touch -d '{STAMP}.25' "$ROOT_0/renders/a" "$ROOT_1/o/b" "$ROOT_2/o/c" "$ROOT_1/deep/x"
+    """
+    job_id = new_job_id()
+
+    def work(root_prefix: str, scripts: dict[str, Any]) -> list[WorkerRun]:
+        job = with_roots(
+            [peers.submit(place, bucket=s3.bucket, root_prefix=root_prefix) for place in places],
+            *(show, shots, BELOW),
+        )
+        at = tmp_path / root_prefix
+        mapping = {f"{show['rootPath']}": at / "show", f"{shots['rootPath']}": at / "show/shots/s1"}
+        mapping[f"{shots['rootPath']}"].mkdir(parents=True)
+        write_files(at / "show", {"of others": b"", "shots/s2/x": b""}, mtime_ns=MTIME_NS)
+        run = peers.work(
+            job,
+            job_id,
+            session_directory=at / "session",
+            actions=[SyncJob(), one_task(STEPS[0], command, number=1)],
+            path_mapping=mapping,
+            **scripts,
+        )
+        return [run]
+
+    [theirs], [ours] = by_both(work, propmaster, s3_prefix)
+
+    assert outputs_below(s3, f"{s3_prefix}-drop-ins") == outputs_below(s3, f"{s3_prefix}-scripts")
+    for name, their_root in theirs.roots.items():
+        assert_same_files(Path(ours.roots[name]), Path(their_root))
+    assert ours.actions[-1].uploads == theirs.actions[-1].uploads
+    assert len(ours.actions[-1].uploads) == 3
 
 
 def assert_same_files(ours: Path, theirs: Path) -> None:

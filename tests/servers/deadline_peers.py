@@ -238,6 +238,7 @@ class DeadlinePeers:
         actions: Iterable[SyncJob | SyncStep | TaskRun],
         scripts: Mapping[str, Sequence[str]] | None = None,
         script_environment: Mapping[str, str] | None = None,
+        path_mapping: Mapping[str, Path] | None = None,
     ) -> WorkerRun:
         """Run one session with the worker agent's own attachment scripts, or others in their place.
 
@@ -248,6 +249,7 @@ class DeadlinePeers:
             actions: What the agent is to do.
             scripts: By the name of the agent's script what is run instead, without its arguments.
             script_environment: What the scripts have besides the peers' variables.
+            path_mapping: Where roots with a file system location are on the host, by root path.
 
         Raises:
             PeerFailedError: A script or a task's command failed.
@@ -258,6 +260,7 @@ class DeadlinePeers:
             "actions": msgspec.to_builtins(list(actions)),
             "scripts": scripts,
             "scriptEnvironment": script_environment,
+            "pathMapping": path_mapping and {root: str(at) for root, at in path_mapping.items()},
         }
         return msgspec.convert(self._call(AGENT_PYTHON, "worker.py", request), WorkerRun)
 

@@ -12,9 +12,11 @@ is done here with the agent's library. Reads one JSON request on stdin, writes o
         {"kind": "task", "command": "shell text", "environment": {…}, "stepId": "step-…",
          "taskId": "task-…-0" or null, "sessionActionId": "sessionaction-…-1",
          "startedAt": 1.5}],
-     "scripts": {"attachment_download.py": ["argv", …], …} or null, "scriptEnvironment": {…}}
+     "scripts": {"attachment_download.py": ["argv", …], …} or null, "scriptEnvironment": {…},
+     "pathMapping": {"/root/path": "/local/directory"} or null}
 
 `scripts` are run in place of the agent's own, with `scriptEnvironment` on top of this process's.
+`pathMapping` is where the queue's storage profile has roots with a file system location.
 
 The answer's `actions` are parallel to the request's: `seconds` for each script's whole process,
 `output` with what it printed, and what the agent has understood of it: `snapshots`, `progress`,
@@ -34,6 +36,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import deadline_worker_agent.sessions.actions.scripts
+from deadline.job_attachments._utils import _get_unique_dest_dir_name
 from deadline.job_attachments.asset_sync import AssetSync
 from deadline.job_attachments.models import (
     Attachments,
@@ -73,11 +76,17 @@ class Session:
         self.rules = AssetSync.generate_dynamic_path_mapping(
             session_dir=self.directory, attachments=Attachments(manifests=self.manifests)
         )
+        # What the agent does where its queue maps nothing.
+        self.mapped: dict[str, str] = self.request.get("pathMapping") or {
+            entry.rootPath: str(self.directory / _get_unique_dest_dir_name(entry.rootPath))
+            for entry in self.manifests
+            if entry.fileSystemLocationName
+        }
         self.sync = AssetSync(farm_id=self.request["farmId"])
         self.roots = [
             WorkerManifestProperties(
                 manifest_properties=entry,
-                local_root_path=self.rules[entry.rootPath].destination_path,
+                local_root_path=AssetSync.get_local_destination(entry, self.rules, self.mapped),
             )
             for entry in self.manifests
         ]
@@ -93,7 +102,7 @@ class Session:
             attachments=Attachments(manifests=self.manifests if depends_on is None else []),
             step_dependencies=depends_on or [],
             dynamic_mapping_rules=self.rules,
-            storage_profiles_path_mapping_rules={},
+            storage_profiles_path_mapping_rules=self.mapped,
         )
         written = self.sync._check_and_write_local_manifests(
             merged_manifests_by_root=merged,
