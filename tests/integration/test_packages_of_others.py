@@ -6,7 +6,6 @@ A queue environment, or the shell that an artist's application opens, sets it fo
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ INSTALLED = Path(sys.executable).with_name("propmaster")
 
 
 @pytest.fixture
-def theirs(tmp_path: Path) -> Iterator[Path]:
+def theirs(tmp_path: Path) -> Path:
     """A directory of packages of which none is of any use to us."""
     directory = tmp_path / "of-the-application"
     for name in THEIRS:

@@ -37,7 +37,8 @@ def restless(
         change: Changes it; told how often it was before.
         of: Who uploads.
     """
-    uploading, times = of.upload, []
+    uploading: Callable[..., UploadResult] = of.upload
+    times: list[int] = []
 
     def upload(*arguments: Any) -> UploadResult:
         change(path, len(times))

@@ -260,7 +260,7 @@ class DeadlinePeers:
             "actions": msgspec.to_builtins(list(actions)),
             "scripts": scripts,
             "scriptEnvironment": script_environment,
-            "pathMapping": path_mapping and {root: str(at) for root, at in path_mapping.items()},
+            "pathMapping": {root: str(at) for root, at in (path_mapping or {}).items()},
         }
         return msgspec.convert(self._call(AGENT_PYTHON, "worker.py", request), WorkerRun)
 

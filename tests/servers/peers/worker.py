@@ -13,7 +13,7 @@ is done here with the agent's library. Reads one JSON request on stdin, writes o
          "taskId": "task-…-0" or null, "sessionActionId": "sessionaction-…-1",
          "startedAt": 1.5}],
      "scripts": {"attachment_download.py": ["argv", …], …} or null, "scriptEnvironment": {…},
-     "pathMapping": {"/root/path": "/local/directory"} or null}
+     "pathMapping": {"/root/path": "/local/directory", …}}
 
 `scripts` are run in place of the agent's own, with `scriptEnvironment` on top of this process's.
 `pathMapping` is where the queue's storage profile has roots with a file system location.
