@@ -139,8 +139,9 @@ class LedgerFile:
             NoSpaceError, LocalWriteError: Instead of any other error of SQLite.
         """
         with self._lend(patience) as connection:
-            self._begin(connection, patience)
             try:
+                # In here: a signal may raise as soon as it has begun.
+                self._begin(connection, patience)
                 yield connection
                 connection.execute("COMMIT")
             except BaseException:

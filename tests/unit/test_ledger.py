@@ -9,8 +9,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import IO
 
 import pytest
@@ -31,6 +32,7 @@ from agent_plugin.transfer.ledger import (
     TransferSpec,
     lease_owner,
 )
+from agent_plugin.transfer.ledger_file import LedgerFile
 from agent_plugin.transfer.states import TaskStatus, TransferStatus
 from tests.servers.promptness import STOP_SECONDS
 from tests.unit.ledger_reads import rows
@@ -65,6 +67,43 @@ def clock() -> Clock:
 def ledger(path: Path, clock: Clock) -> Iterator[Ledger]:
     with Ledger.open(path, clock=clock) as opened:
         yield opened
+
+
+def test_a_signal_that_raises_in_the_middle_of_a_write_keeps_nobody_from_the_ledger(
+    ledger: Ledger, path: Path
+) -> None:
+    """Seen to keep all others from writing, if it came as soon as the transaction had begun."""
+    reached = 0
+    with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as other:
+        while _write_interrupted_at(reached, ledger.file):
+            reached += 1
+            other.execute("BEGIN IMMEDIATE")
+            other.execute("ROLLBACK")
+    assert reached > 20
+
+
+def _write_interrupted_at(number: int, file: LedgerFile) -> bool:
+    """Write, and raise before that instruction; return whether there is such a one."""
+    instructions = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> object:
+        nonlocal instructions
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            instructions += 1
+            if instructions > number:
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)  # type: ignore[arg-type]  # a function that returns itself has no type
+    try:
+        with file.write():
+            pass
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
 
 
 def ids(ledger: Ledger, transfer: int) -> dict[str, int]:
