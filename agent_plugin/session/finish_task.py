@@ -354,7 +354,8 @@ def _find_written(
             changes.changed[path] = FileEntry(entry.hash, entry.mtime, path, entry.size)
             changes.inputs.add(entry.digest)
         _keep(changes, path, moved, action.owner)
-    gone = written.gone.keys() - root.gone
+    # In place of an input may be a link to what counts for it.
+    gone = written.gone.keys() - root.gone - changes.baseline.keys()
     changes.gone = sorted(written.gone)
     changes.deleted = sorted(gone | (root.baseline.keys() - changes.baseline.keys() - gone))
     return changes

@@ -130,6 +130,8 @@ class _Walk:
             if self._is_output(path):
                 self._written.links.append(path)
         else:
+            if lower is not None:
+                self._hidden.append(path)
             extra = {"path": path, "reason": "not a regular file"}
             log.warning(events.FILE_SKIPPED, extra=extra)
 

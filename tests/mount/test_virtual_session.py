@@ -154,6 +154,61 @@ def _becomes_file(path: Path) -> None:
     path.write_bytes(b"a file now")
 
 
+def _becomes_fifo(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    os.mkfifo(path)
+
+
+def _becomes_link(path: Path, to: str) -> None:
+    path.unlink()
+    path.symlink_to(to)
+
+
+def _swapped(one: Path, other: Path) -> None:
+    between = one.with_name("between")
+    one.rename(between)
+    other.rename(one)
+    between.rename(other)
+
+
+def _linked_and_removed(root: Path) -> None:
+    os.link(root / "tex/wood.tx", root / "renders/hard")
+    (root / "tex/wood.tx").unlink()
+
+
+def _renamed_and_touched_inside(root: Path) -> None:
+    (root / "renders/old").rename(root / "renders/b")
+    (root / "renders/b/1.exr").chmod(0o600)
+
+
+def _renamed_and_partly_back(root: Path) -> None:
+    (root / "renders/old").rename(root / "renders/b")
+    (root / "renders/old").mkdir()
+    (root / "renders/b/1.exr").rename(root / "renders/old/1.exr")
+
+
+def _renamed_over_emptied(root: Path) -> None:
+    for path in (root / "renders/old").iterdir():
+        path.unlink()
+    (root / "tex/deep").rename(root / "renders/old")
+
+
+def _touched_then_renamed_above(root: Path) -> None:
+    (root / "renders/old/1.exr").chmod(0o600)
+    (root / "renders/old").rename(root / "renders/b")
+    (root / "renders/b/1.exr").rename(root / "renders/one")
+    (root / "renders/one").rename(root / "renders/b/2.exr")
+
+
+def _renamed_and_back(root: Path) -> None:
+    (root / "renders/old").rename(root / "tex/old")
+    (root / "tex/old/2.exr").unlink()
+    (root / "tex/old").rename(root / "renders/old")
+
+
 EDITS: dict[str, Callable[[Path], object]] = {
     "a new file": lambda root: (root / "renders/new.exr").write_bytes(b"new"),
     "a new directory": lambda root: shutil.copytree(root / "tex", root / "renders/tex"),
@@ -182,6 +237,24 @@ EDITS: dict[str, Callable[[Path], object]] = {
     "a file that becomes a directory": lambda root: _becomes_directory(root / "tex/wood.tx"),
     "a directory that becomes a file": lambda root: _becomes_file(root / "renders/old"),
     "a hard link": lambda root: os.link(root / "tex/wood.tx", root / "renders/hard"),
+    "a fifo in place of an input": lambda root: _becomes_fifo(root / "renders/old/1.exr"),
+    "a fifo in place of a directory": lambda root: _becomes_fifo(root / "renders/old"),
+    "a link in place of an input": lambda root: _becomes_link(
+        root / "renders/old/1.exr", "../../scene.usd"
+    ),
+    "a link out in place of an input": lambda root: _becomes_link(
+        root / "renders/old/1.exr", "/etc/passwd"
+    ),
+    "two inputs swapped": lambda root: _swapped(
+        root / "renders/old/1.exr", root / "renders/old/2.exr"
+    ),
+    "two directories swapped": lambda root: _swapped(root / "renders/old", root / "tex/deep"),
+    "a hard link, and the input removed": _linked_and_removed,
+    "a directory renamed, and touched inside": _renamed_and_touched_inside,
+    "a directory renamed, and partly back": _renamed_and_partly_back,
+    "a directory renamed over an emptied one": _renamed_over_emptied,
+    "an input touched, and renamed with its directory": _touched_then_renamed_above,
+    "a directory renamed, and back": _renamed_and_back,
     "nothing": lambda _root: None,
 }
 
