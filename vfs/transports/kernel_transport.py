@@ -8,7 +8,9 @@ when it is killed, the next one asks the kernel to send again what was not answe
 
 One thread reads requests and answers all that can be answered at once. A read that has to wait for
 the store goes to a thread that answers later; if its reader is killed meanwhile the kernel sends
-INTERRUPT, and the read is answered with EINTR at once, which lets the process go.
+INTERRUPT, and the read is answered with EINTR at once, which lets the process go. It sends that at
+other signals as well, and only at the first: who is not about to end of it (ending.py) waits on, as
+it would for a disk, and is looked at again and again.
 
 The errno boundary: what leaves here is a positive errno of the operating system, never an
 exception.
@@ -17,6 +19,7 @@ exception.
 import errno
 import os
 import threading
+import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -28,6 +31,7 @@ from agent_plugin.content.store import Cancellation
 from vfs.nodes import Nodes
 from vfs.threads import Threads
 from vfs.transports import kernel_protocol as protocol
+from vfs.transports.ending import is_ending
 from vfs.transports.failures import errno_of
 from vfs.transports.kernel_entries import PAGE_BYTES, Listings, attr_out, dirent, entry_out
 from vfs.transports.kernel_notify import Notifier
@@ -45,6 +49,8 @@ WAITING_READS: Final = 1024
 MAX_BACKGROUND: Final = 1024
 # Files of this host that are read at once; a disk that is slow for one must not stop all others.
 READING_DISK: Final = 16
+# How often those are looked at that had a signal and wait on, in seconds.
+LOOK_SECONDS: Final = 0.1
 # Of the thread that answers, as nice(1) counts. A render takes all cores with threads that wait for
 # each other; whoever answers them must not queue behind them. Eight readers were at 0.46 of ext4
 # without and at 0.82 with it (docs/BENCHMARKS.md, mount).
@@ -157,6 +163,19 @@ def answer_before_others() -> None:
         return
 
 
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A request that is answered later.
+
+    Attributes:
+        caller: The thread that made it; 0 if it is not seen from here.
+        cancellation: Of what it waits for.
+    """
+
+    caller: int
+    cancellation: Cancellation
+
+
 class KernelTransport:
     """Serves one mount.
 
@@ -182,8 +201,10 @@ class KernelTransport:
         self._notifier = Notifier(fd)
         self._listings = Listings(nodes)
         # Who made the request that is being carried out.
-        self._uid = self._gid = 0
-        self._waiting: dict[int, Cancellation] = {}
+        self._uid = self._gid = self._caller_thread = 0
+        self._waiting: dict[int, Waiting] = {}
+        # Those of them whose caller had a signal that did not end it.
+        self._signalled: set[int] = set()
         self._lock = threading.Lock()
         self._threads = Threads(WAITING_READS, thread_name_prefix="wait")
         self._buffer = memoryview(bytearray(MAX_READ_BYTES))
@@ -249,7 +270,7 @@ class KernelTransport:
                 if error.errno in (errno.EINTR, errno.EAGAIN, errno.ENOENT):
                     continue
                 raise
-            _, opcode, unique, node, self._uid, self._gid, *_ = unpack(buffer)
+            _, opcode, unique, node, self._uid, self._gid, self._caller_thread, *_ = unpack(buffer)
             handler = self._handlers.get(opcode)
             if handler is None:
                 self._refuse(unique, errno.ENOSYS)
@@ -258,8 +279,8 @@ class KernelTransport:
                 handler(unique, node, buffer[body:length])
             except Exception as error:  # noqa: BLE001 - the errno boundary: nothing may pass
                 self._refuse(unique, errno_of(error))
-        for cancellation in list(self._waiting.values()):
-            cancellation.cancel()
+        for waiting in list(self._waiting.values()):
+            waiting.cancellation.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._disk.shutdown(wait=False, cancel_futures=True)
 
@@ -317,7 +338,7 @@ class KernelTransport:
         """Answer a request with what takes its time, unless it is interrupted before that."""
         cancellation = Cancellation()
         with self._lock:
-            self._waiting[unique] = cancellation
+            self._waiting[unique] = Waiting(self._caller_thread, cancellation)
         threads.submit(self._work, unique, obtain, answer, cancellation)
 
     def _work(
@@ -346,11 +367,34 @@ class KernelTransport:
 
     def _interrupt(self, _unique: int, _node: int, body: memoryview) -> None:
         [interrupted] = protocol.INTERRUPT_IN.unpack_from(body)
+        if self._gives_up(interrupted):
+            return
         with self._lock:
-            cancellation = self._waiting.pop(interrupted, None)
-        if cancellation is not None:
-            cancellation.cancel()
-            self._refuse(interrupted, errno.EINTR)
+            is_first = not self._signalled
+            self._signalled.add(interrupted)
+        if is_first:
+            threading.Thread(target=self._look_at_signalled, name="signal", daemon=True).start()
+
+    def _gives_up(self, unique: int) -> bool:
+        """Answer a request whose caller is to end; False if that waits on."""
+        with self._lock:
+            waiting = self._waiting.get(unique)
+        if waiting is not None and not is_ending(waiting.caller):
+            return False
+        if waiting is not None and self._is_wanted(unique):
+            waiting.cancellation.cancel()
+            self._refuse(unique, errno.EINTR)
+        return True
+
+    def _look_at_signalled(self) -> None:
+        """See whether those who wait on have had another signal since."""
+        while True:
+            time.sleep(LOOK_SECONDS)
+            gone = {unique for unique in list(self._signalled) if self._gives_up(unique)}
+            with self._lock:
+                self._signalled -= gone
+                if not self._signalled:
+                    return
 
     def _readdirplus(self, unique: int, node: int, body: memoryview) -> None:
         _, offset, size, *_ = protocol.READ_IN.unpack_from(body)
