@@ -229,6 +229,17 @@ def iter_clashes(ascending: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield file, ascending[position]
 
 
+def folded(path: str) -> str:
+    """Return what is equal for paths that a file system may take for one.
+
+    Canonical caseless matching, section 3.13 of the Unicode standard.
+    """
+    # Imported here because its tables take longer to load than the rest of this module.
+    from unicodedata import normalize  # noqa: PLC0415
+
+    return normalize("NFC", normalize("NFD", path).casefold())
+
+
 def find_folding_clashes(paths: Iterable[str]) -> list[tuple[str, str]]:
     """Return the pairs of paths that are one to a file system that ignores case or composition.
 
@@ -240,15 +251,10 @@ def find_folding_clashes(paths: Iterable[str]) -> list[tuple[str, str]]:
         For each path that folds to an earlier one: (earlier, it); then, for each file that a
         directory folds to: (file, one below the directory). Empty when all can exist together.
     """
-    # Imported here because its tables take longer to load than the rest of this module.
-    from unicodedata import normalize  # noqa: PLC0415
-
     clashes: list[tuple[str, str]] = []
     by_folded: dict[str, str] = {}
     for path in paths:
-        # Canonical caseless matching, section 3.13 of the Unicode standard.
-        folded = normalize("NFC", normalize("NFD", path).casefold())
-        first = by_folded.setdefault(folded, path)
+        first = by_folded.setdefault(folded(path), path)
         if first is not path:
             clashes.append((first, path))
     clashes.extend(

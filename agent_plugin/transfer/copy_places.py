@@ -24,6 +24,7 @@ from agent_plugin.content.objects import ObjectAccess, checked_key, object_url
 from agent_plugin.content.safe_path import split
 from agent_plugin.content.store import Cancellation
 from agent_plugin.transfer.copy_settings import CopySettings
+from agent_plugin.transfer.folding import KeptApart
 from agent_plugin.transfer.ledger import TaskSpec
 
 if TYPE_CHECKING:
@@ -129,18 +130,21 @@ def plan_copies(
 
     Raises:
         JobInvalidError: A source or destination is no place; a tree goes to what is none.
+        PathClashError: Two files would be one to the destination's file system.
         UnsafePathError: A name can not be had at the destination.
         LocalReadError: A directory can not be read.
         StoreError: A listing or a look fails.
     """
     names = settings.names
     targets: _Targets | None = None
+    apart, folds = KeptApart(), False
     for task in wanted:
         cancellation.check()
         source = Place.parse(task.source)
         # Of many tasks it is mostly the same.
         if targets is None or task.destination != targets.said:
             targets = _Targets(task.destination)
+            folds = apart.folds(targets.directory) if targets.directory else False
         if source.is_tree and not targets.is_tree:
             raise JobInvalidError(
                 f"{task.source} is a tree and {task.destination} is not",
@@ -156,6 +160,8 @@ def plan_copies(
         for url, relative, size in found:
             if names.admits(relative):
                 target = targets.url(relative)
+                if folds:
+                    apart.refuse_another(targets.path(relative))
                 yield TaskSpec(url, target, size, task.priority, task.metadata, uri)
 
 
@@ -168,6 +174,7 @@ class _Targets:
     Attributes:
         said: As given.
         is_tree: Whether there may be several.
+        directory: The one that has all of them; empty for objects.
 
     Raises:
         JobInvalidError, UnsafePathError: As `Place.parse`.
@@ -177,11 +184,16 @@ class _Targets:
         self.said = said
         self._destination = destination = Place.parse(said)
         self.is_tree = destination.is_tree
+        self.directory = destination.path.rpartition("/")[0] + "/" if destination.path else ""
         self._is_object, self._key = destination.is_object, destination.key
         self._url = destination.url
         # Of the directory asked for last: what comes one after another is mostly of the same.
         self._directory: str | None = None
         self._directory_url = ""
+
+    def path(self, relative: str) -> str:
+        """Return the path of the file that is called so."""
+        return self._destination.path + (relative if self.is_tree else "")
 
     def url(self, relative: str) -> str:
         """Return the URL of what is called so.

@@ -4,7 +4,6 @@ Reads the disk and moves nothing.
 """
 
 import os
-import secrets
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,21 +18,18 @@ from agent_plugin.content.errors import (
     PathClashError,
     local_write_error,
 )
-from agent_plugin.content.leftovers import is_partial, lock_partial, partial_name
+from agent_plugin.content.leftovers import is_partial
 from agent_plugin.content.manifest import FileEntry, Manifest, find_folding_clashes
 from agent_plugin.content.owner import Owner, acting, make_directories
 from agent_plugin.content.safe_path import Root
 from agent_plugin.content.snapshot import FoundFile, HashCache, hash_files
 from agent_plugin.content.store import BlobSource, Cancellation
+from agent_plugin.transfer.folding import folds_names
 
 # Left free besides what is going to be written, for logs and the job's own temporary files.
 SPARE_BYTES: Final = 64 * 1024 * 1024
 
 EMPTY: Final = Digest(EMPTY_HASH, 0)
-
-# One for all runs, so that what a kill leaves is gone after the next run.
-_PROBE: Final = partial_name("Fold")
-_NEW_PROBE: Final = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,7 +287,7 @@ def _refuse_partials(manifest: Manifest) -> None:
 
 def _check_folding(manifest: Manifest, root: Root) -> None:
     """Refuse names that this file system would not keep apart, before any is written."""
-    if not _folds_names(root.fd):
+    if not folds_names(root.fd):
         return
     clashes = find_folding_clashes([entry.path for entry in manifest.entries])
     if clashes:
@@ -301,53 +297,3 @@ def _check_folding(manifest: Manifest, root: Root) -> None:
             f" ({len(clashes)} such pairs)",
             hint="use a file system that keeps upper and lower case apart, or rename the files",
         )
-
-
-def _folds_names(directory: int) -> bool:
-    """See whether a file is found under its name in other letters, by making one."""
-    name = _PROBE
-    try:
-        fd = os.open(name, _NEW_PROBE | os.O_NONBLOCK, 0o600, dir_fd=directory)
-    except OSError:
-        # Another user's, or no file at all.
-        return _folds_a_new_name(directory)
-    try:
-        # Runs that ask at once would take the name away from each other.
-        if not lock_partial(fd) or not _is_named(name, fd, directory):
-            return _folds_a_new_name(directory)
-        try:
-            other = os.stat(_in_other_letters(name), dir_fd=directory, follow_symlinks=False)
-        except FileNotFoundError:
-            return False
-        finally:
-            os.unlink(name, dir_fd=directory)
-        # Somebody may have put a file there.
-        return os.path.samestat(other, os.fstat(fd)) or _folds_a_new_name(directory)
-    finally:
-        os.close(fd)
-
-
-def _folds_a_new_name(directory: int) -> bool:
-    """The same by a name that nobody else has; a kill at this moment leaves it."""
-    name = partial_name(f"Fold-{secrets.token_hex(8)}")
-    os.close(os.open(name, _NEW_PROBE | os.O_EXCL, 0o600, dir_fd=directory))
-    try:
-        os.stat(_in_other_letters(name), dir_fd=directory, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    else:
-        return True
-    finally:
-        os.unlink(name, dir_fd=directory)
-
-
-def _in_other_letters(name: str) -> str:
-    return name.replace("-Fold", "-fOLD")
-
-
-def _is_named(name: str, fd: int, directory: int) -> bool:
-    try:
-        found = os.stat(name, dir_fd=directory, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return os.path.samestat(found, os.fstat(fd))

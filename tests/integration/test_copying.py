@@ -23,6 +23,7 @@ from agent_plugin.content.errors import (
     CancelledError,
     JobInvalidError,
     LocalReadError,
+    PathClashError,
     UnsafePathError,
 )
 from agent_plugin.content.leftovers import is_partial
@@ -39,6 +40,7 @@ from agent_plugin.transfer.progress import Progress, describe_transfer
 from agent_plugin.transfer.states import TaskStatus, TransferStatus
 from agent_plugin.transfers import open_session
 from tests.servers.command import Command, Done
+from tests.servers.disks import image_mounted
 from tests.servers.fault_proxy import FaultProxy
 from tests.servers.faults import Fault, Rule
 from tests.servers.s3_server import S3Server
@@ -362,6 +364,31 @@ def test_t4_no_key_of_a_listing_leads_out_of_the_destination(farm: Farm, name: s
     assert [next(planned).size, next(planned).size] == [1, 1]
     with pytest.raises(UnsafePathError):
         next(planned)
+
+
+@pytest.mark.parametrize("names", [("a", "A"), ("Tex/a", "tex/a"), ("é", "É")])
+def test_t4_names_that_the_destination_does_not_keep_apart_are_refused(
+    farm: Farm, names: tuple[str, str]
+) -> None:
+    """Of trees and of single files. Seen to fail when the one that came last stood for both."""
+    first, second = [farm.file(f"in/{name}", name.encode()) for name in names]
+    image, at = farm.directory / "image", farm.directory / "disk"
+    with image_mounted("exfat", image, at, size=64 * MIB) as disk:
+        for pairs in (
+            [(f"{farm.directory}/files/in/", f"{disk}/out/")],
+            [(first, disk / "out" / names[0]), (second, disk / "out" / names[1])],
+        ):
+            with pytest.raises(PathClashError, match="are one name on the file system"):
+                farm.create(pairs)
+        assert list(disk.iterdir()) == []
+        farm.create([(first, f"{disk}/out/"), (first, f"{disk}/out/")])
+        farm.run()
+        assert [path.read_bytes() for path in (disk / "out").iterdir()] == [names[0].encode()]
+
+    farm.create([(f"{farm.directory}/files/in/", f"{farm.directory}/out/")])
+    farm.run()
+    for name in names:
+        assert (farm.directory / "out" / name).read_bytes() == name.encode()
 
 
 def test_t4_two_servers_are_a_stream(farm: Farm) -> None:
