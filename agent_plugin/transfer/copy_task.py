@@ -406,4 +406,4 @@ def _opened(path: str) -> Iterator[tuple[int, os.stat_result]]:
 
 def _identity(status: os.stat_result) -> list[int]:
     """Return what is another number when a file is another one, or was written to."""
-    return [status.st_size, status.st_mtime_ns, status.st_ino]
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]

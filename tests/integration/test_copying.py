@@ -472,14 +472,61 @@ def test_t13_waits_grow_to_half_a_minute() -> None:
     assert retry_wait(1, 0.0) == 0.75
 
 
-def test_t9_a_source_that_changes_while_it_is_sent_is_not_stored(farm: Farm) -> None:
+def _edit(path: Path, data: bytes) -> None:
+    """Write a file in its place, and give it the time back that it had."""
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.write(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("to", ["object", "file"])
+def test_t9_what_was_brought_of_a_file_is_not_gone_on_with_when_it_was_edited(
+    farm: Farm, to: str
+) -> None:
+    """Also if that keeps its size and modification time.
+
+    Seen to fail when the time of the inode was not looked at: what came of it was half of each.
+    """
+    path = farm.file("a", os.urandom(48 * MIB))
+    target = farm.url("got") if to == "object" else farm.directory / "got"
+    transfer = farm.create([(path, target)], speed_limit=20 * MIB if to == "file" else 0)
+    stall = farm.proxy.inject(Fault.STALL, methods={"PUT"}, what=re.compile("4$"))
+    wish = Cancellation()
+
+    def stop() -> None:
+        until(lambda: stall.hits if to == "object" else farm.ledger.transfer(transfer).done)
+        wish.cancel()
+
+    stopping = threading.Thread(target=stop)
+    stopping.start()
+    with pytest.raises(CancelledError):
+        farm.copying(wish).run()
+    stopping.join()
+    farm.proxy.release()
+    assert farm.uploads() or _partials(farm.directory)
+    data = os.urandom(48 * MIB)
+    _edit(path, data)
+
+    farm.run()
+
+    assert farm.ledger.transfer(transfer).status is TransferStatus.DONE
+    assert (farm.stored("got") if isinstance(target, str) else target.read_bytes()) == data
+    assert (farm.uploads(), _partials(farm.directory)) == ([], [])
+
+
+@pytest.mark.parametrize("keeps", ["nothing", "its time"])
+def test_t9_a_source_that_changes_while_it_is_sent_is_not_stored(farm: Farm, keeps: str) -> None:
     path = farm.file("a", os.urandom(20 * MIB))
     transfer = farm.create([(path, farm.url("a"))])
     stall = farm.proxy.inject(Fault.STALL, methods={"PUT"}, times=1)
 
     def change() -> None:
         until(lambda: stall.hits)
-        path.write_bytes(bytes(20 * MIB))
+        if keeps == "nothing":
+            path.write_bytes(bytes(20 * MIB))
+        else:
+            _edit(path, bytes(20 * MIB))
         farm.proxy.release()
 
     changing = threading.Thread(target=change)
