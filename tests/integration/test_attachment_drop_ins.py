@@ -402,6 +402,42 @@ def test_a_session_that_the_agents_own_script_has_started(
     assert outputs(session) == {"renders/1.exr": hash_of("one")}, "inputs are no outputs"
 
 
+def test_a_session_whose_step_outputs_the_agents_own_script_has_brought(
+    session: AgentSession,
+) -> None:
+    """What came from another step would be this one's output, and of later date."""
+    session.sync_job()
+    write(session.root() / "renders" / "of step 1.exr", "one")
+    session.finish(action(1))
+    other = AgentSession(session.host, session.job, session.directory.with_name("other"))
+    other.sync_job()
+    other.sync_step(step(1))
+    with session.host.state(other.directory) as state_file:
+        state_file.remove()
+    write(other.root() / "renders" / "of step 2.exr", "two")
+
+    said = other.finish(action(2))
+
+    assert said.exit_code == 0, said.lines
+    [snapshot] = said.snapshots
+    manifest = decode((other.directory / snapshot["manifest"]).read_bytes(), source="snapshot")
+    assert [entry.path for entry in manifest.entries] == ["renders/of step 2.exr"]
+
+
+def test_a_task_reads_none_of_the_agents_manifests(session: AgentSession) -> None:
+    """The agent's own script merges all of them after each task: 25 s for a million inputs."""
+    session.sync_job()
+    session.finish(action(1, 0))
+    for path in (session.directory / "manifests").iterdir():
+        path.write_bytes(b"no manifest")
+    write(session.root() / "renders" / "1.exr", "one")
+
+    said = session.finish(action(1, 1))
+
+    assert said.exit_code == 0, said.lines
+    assert outputs(session) == {"renders/1.exr": hash_of("one")}
+
+
 class Harmed(NamedTuple):
     """A session of a job of its own, whose blobs may be harmed."""
 

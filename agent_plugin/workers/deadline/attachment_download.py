@@ -76,7 +76,7 @@ def _start(call: Call, asked: Asked, session: OpenSession, settings: Settings) -
 
 
 def _bring_step_outputs(asked: Asked, session: OpenSession) -> StartResult:
-    state = know_session(asked, session)
+    state = know_session(asked, session, brings=True)
     given: dict[int, Manifest] = {}
     label = ""
     for root in asked.roots:

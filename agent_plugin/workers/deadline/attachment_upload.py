@@ -46,7 +46,7 @@ def run(call: Call, settings: Settings) -> int:
             call.say(f"{root.shown}: no output directories")
     manifests: dict[int, bytes] = {}
     with open_session(call, settings, asked, view=LogProgress(call.say).view) as session:
-        state = know_session(asked, session)
+        state = know_session(asked, session, brings=False)
         result = finish_task(
             action,
             session.context,

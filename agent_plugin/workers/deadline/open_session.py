@@ -156,11 +156,17 @@ def _lock(
     return stack.enter_context(locked_state(state_dir, session_dir))
 
 
-def know_session(asked: Asked, session: OpenSession) -> SessionState:
+def know_session(asked: Asked, session: OpenSession, *, brings: bool) -> SessionState:
     """Return the state of a session that knows the roots of a call, whoever has started it.
 
     What was in the output directories of a root that it did not know is what the agent's manifests
-    say, without what is to be brought in now.
+    say.
+
+    Args:
+        asked: What the call is about.
+        session: The session.
+        brings: What other steps have left is to be brought in now; else, if the agent has such
+            manifests, its own script has brought it.
 
     Raises:
         SessionStateError: Its start did not finish; or the call is about another job.
@@ -181,7 +187,9 @@ def know_session(asked: Asked, session: OpenSession) -> SessionState:
         known = [
             path
             for path in worker_root.manifests
-            if not (worker_root.brings_step_outputs and path == worker_root.input_manifest)
+            if not (
+                brings and worker_root.brings_step_outputs and path == worker_root.input_manifest
+            )
         ]
         manifest = asked.directory.read_manifests(known)
         root.baseline = {**baseline_of(manifest, root), **root.baseline}
