@@ -199,7 +199,7 @@ def _carry_over(before: SessionState, state: SessionState) -> None:
                 root.file_system, root.written_to = same.file_system, same.written_to
                 root.control, root.gone = same.control, same.gone
                 root.layers, root.errors_told = same.layers, same.errors_told
-                root.part = same.part
+                root.part, root.heard = same.part, same.heard
 
 
 def _make_session_dir(session_dir: Path) -> None:

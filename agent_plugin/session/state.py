@@ -81,6 +81,8 @@ class RootState(msgspec.Struct, rename="camel"):
         part: Of an input source that is parted, the part that is in place; None if none is.
         served_by: Of a root that was mounted for the session by another command, the process of
             its mount, `pid:start-time`; else empty.
+        heard: By its path, each manifest of the worker agent's whose files are known, and which
+            file it was then.
     """
 
     local_root: str
@@ -98,6 +100,7 @@ class RootState(msgspec.Struct, rename="camel"):
     source: InputSource | None = None
     snapshot: str = ""
     part: int | None = None
+    heard: dict[str, str] = {}
 
     @property
     def is_parted(self) -> bool:

@@ -4,6 +4,8 @@ import json
 import os
 import threading
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -418,10 +420,59 @@ def test_a_session_whose_step_outputs_the_agents_own_script_has_brought(
 
     said = other.finish(action(2))
 
+    assert told_paths(other, said) == ["renders/of step 2.exr"]
+
+
+def test_a_step_that_the_agents_own_script_has_synced_in_between(session: AgentSession) -> None:
+    """The host service may be gone for one call, while it is updated for instance."""
+    session.sync_job()
+    write(session.root() / "renders" / "of step 1.exr", "one")
+    session.finish(action(1))
+    other = AgentSession(session.host, session.job, session.directory.with_name("other"))
+    other.sync_job()
+    with as_if_never_asked(other):
+        other.sync_step(step(1))
+    write(other.root() / "renders" / "of step 2.exr", "two")
+
+    assert told_paths(other, other.finish(action(2, 0))) == ["renders/of step 2.exr"]
+    write(other.root() / "renders" / "of step 1.exr", "changed")
+    assert told_paths(other, other.finish(action(2, 1))) == ["renders/of step 1.exr"]
+
+
+def test_a_task_whose_outputs_the_agents_own_script_has_uploaded(session: AgentSession) -> None:
+    session.sync_job()
+    write(session.root() / "renders" / "1.exr", "one")
+    write(session.root() / "renders" / "reference.exr", "better")
+    with as_if_never_asked(session):
+        [snapshot] = session.finish(action(1, 0)).snapshots
+    kept = session.directory / snapshot["manifest"]
+    kept = kept.rename(kept.with_name("output-0123-2026-11-26T06-00-00.manifest"))
+    [root] = session.roots.values()
+    root["localManifestPaths"][-1] = os.fspath(kept.relative_to(session.directory))
+    write(session.root() / "renders" / "2.exr", "two")
+
+    assert told_paths(session, session.finish(action(1, 1))) == ["renders/2.exr"]
+    write(session.root() / "renders" / "1.exr", "again")
+    assert told_paths(session, session.finish(action(1, 2))) == ["renders/1.exr"]
+
+
+@contextmanager
+def as_if_never_asked(session: AgentSession) -> Iterator[None]:
+    """Have the session's state know nothing of what is done meanwhile, as if others did it."""
+    with session.host.state(session.directory) as state_file:
+        before = state_file.read()
+    yield
+    assert before is not None
+    with session.host.state(session.directory) as state_file:
+        state_file.write(before)
+
+
+def told_paths(session: AgentSession, said: Said) -> list[str]:
+    """Return the paths of the one manifest that was told of."""
     assert said.exit_code == 0, said.lines
     [snapshot] = said.snapshots
-    manifest = decode((other.directory / snapshot["manifest"]).read_bytes(), source="snapshot")
-    assert [entry.path for entry in manifest.entries] == ["renders/of step 2.exr"]
+    data = (session.directory / snapshot["manifest"]).read_bytes()
+    return [entry.path for entry in decode(data, source="the snapshot").entries]
 
 
 def test_a_task_reads_none_of_the_agents_manifests(session: AgentSession) -> None:

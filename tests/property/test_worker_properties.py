@@ -11,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from agent_plugin.content.errors import InputError, JobInvalidError, LocalReadError
+from agent_plugin.content.manifest import FileEntry, Manifest, encode
 from agent_plugin.session.job import JobDocument
 from agent_plugin.session.roots import session_directory_name
 from agent_plugin.workers.deadline.properties import (
@@ -97,6 +98,18 @@ def test_a_root_that_is_listed_twice_counts_once(tmp_path: Path) -> None:
     job = read(tmp_path, json.dumps([element(tmp_path), element(tmp_path)]).encode())
 
     assert len(job.attachments.manifests) == 1
+
+
+def test_of_manifests_the_one_that_is_named_last_wins(tmp_path: Path) -> None:
+    """The agent writes what each step's sync brings under one name, and lists it again."""
+    for name in "12":
+        entry = FileEntry(name * 32, 0, "renders/x", 1)
+        (tmp_path / name).write_bytes(encode(Manifest.of([entry])))
+
+    merged = SessionDirectory(tmp_path, None).read_manifests(["1", "2", "1"])
+
+    assert merged is not None
+    assert [entry.hash for entry in merged.entries] == ["1" * 32]
 
 
 def test_a_file_that_is_too_large_is_refused(tmp_path: Path) -> None:

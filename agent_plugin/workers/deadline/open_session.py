@@ -1,5 +1,7 @@
 """What both attachment drop-ins need for a call: the session's lock and state, and the services."""
 
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -16,12 +18,20 @@ from agent_plugin.session.adopt import adopt_mounts
 from agent_plugin.session.job import JobDocument
 from agent_plugin.session.known_roots import baseline_of, know_roots, started_elsewhere
 from agent_plugin.session.mounts import Mounts
-from agent_plugin.session.state import VIRTUAL, SessionState, StateFile, locked_state
+from agent_plugin.session.state import (
+    VIRTUAL,
+    RootState,
+    SessionState,
+    StateFile,
+    locked_state,
+)
 from agent_plugin.settings import Settings
 from agent_plugin.transfer.context import TransferContext
 from agent_plugin.transfer.progress import View
 from agent_plugin.workers.call import Call
 from agent_plugin.workers.deadline.properties import (
+    OF_JOB,
+    OF_STEPS,
     Arguments,
     SessionDirectory,
     WorkerRoot,
@@ -37,6 +47,8 @@ if TYPE_CHECKING:
 # A call whose asker was killed goes on for a second at most, and holds the session's lock so long.
 LOCK_SECONDS: Final = 10.0
 _POLL_SECONDS: Final = 0.1
+# The copies that our own uploads leave, which are named by the action.
+_OURS: Final = re.compile(r"-sessionaction-[0-9a-f]{32}-[0-9]+\.manifest\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +171,8 @@ def _lock(
 def know_session(asked: Asked, session: OpenSession, *, brings: bool) -> SessionState:
     """Return the state of a session that knows the roots of a call, whoever has started it.
 
-    What was in the output directories of a root that it did not know is what the agent's manifests
-    say.
+    What is in the output directories of its roots as the agent's manifests say, other than by us,
+    is known then, too: the agent's own scripts have worked wherever the host service was not there.
 
     Args:
         asked: What the call is about.
@@ -179,22 +191,50 @@ def know_session(asked: Asked, session: OpenSession, *, brings: bool) -> Session
         session.state_file.read_ready()
     added = know_roots(state, asked.job, [root.local_root for root in asked.roots])
     adopt_mounts(state, session.mounts)
-    for index, root in added.items():
-        worker_root = asked.roots[index]
-        if root.file_system == VIRTUAL:
-            # What was written to a mount is all that counts of it.
-            continue
-        known = [
-            path
-            for path in worker_root.manifests
-            if not (
-                brings and worker_root.brings_step_outputs and path == worker_root.input_manifest
-            )
-        ]
-        manifest = asked.directory.read_manifests(known)
-        root.baseline = {**baseline_of(manifest, root), **root.baseline}
+    known = {root.local_root: root for root in state.roots}
+    for index, worker_root in enumerate(asked.roots):
+        root = known[os.fspath(worker_root.local_root)]
+        _hear(root, worker_root, asked.directory, is_new=index in added, brings=brings)
     session.state_file.write(state)
     return state
+
+
+def _hear(
+    root: RootState,
+    worker_root: WorkerRoot,
+    directory: SessionDirectory,
+    *,
+    is_new: bool,
+    brings: bool,
+) -> None:
+    """Have a root know what the agent's manifests say, as far as it does not by itself."""
+    if root.file_system == VIRTUAL:
+        # What was written to a mount is all that counts of it.
+        return
+    unheard = []
+    for path in dict.fromkeys(worker_root.manifests):
+        if not is_new and (path.endswith(OF_JOB) or _OURS.search(path)):
+            continue
+        mark = directory.mark(path)
+        if not is_new and root.heard.get(path) == mark:
+            continue
+        root.heard[path] = mark
+        if not (brings and worker_root.brings_step_outputs and path == worker_root.input_manifest):
+            unheard.append(path)
+    if is_new:
+        manifest = directory.read_manifests(
+            [path for path in worker_root.manifests if path in unheard]
+        )
+        root.baseline = {**baseline_of(manifest, root), **root.baseline}
+        return
+    # The agent's download leaves alone what stands there; its upload tells what does.
+    brought = directory.read_manifests([path for path in unheard if path.endswith(OF_STEPS)])
+    uploaded = directory.read_manifests([path for path in unheard if not path.endswith(OF_STEPS)])
+    root.baseline = {
+        **baseline_of(brought, root),
+        **root.baseline,
+        **baseline_of(uploaded, root),
+    }
 
 
 def summary(files: int, *parts: str, seconds: float) -> str:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final, NoReturn
+from typing import Annotated, BinaryIO, Final, NoReturn
 from urllib.parse import urlsplit
 
 import msgspec
@@ -35,8 +35,9 @@ from agent_plugin.session.roots import LAST_SECOND, session_directory_name
 
 # Each task of a session adds the path of a manifest to each root.
 MAX_PROPERTIES_BYTES: Final = 64 * 1024 * 1024
-# How the agent names the local copy of what other steps left, and not of the job's own inputs.
-_OF_STEPS: Final = "_step"
+# How the agent names the local copy of what other steps left, and of the job's own inputs.
+OF_STEPS: Final = "_step"
+OF_JOB: Final = "_job"
 
 _Path = Annotated[str, Meta(min_length=1, max_length=4096)]
 
@@ -77,7 +78,7 @@ class WorkerRoot:
     @property
     def brings_step_outputs(self) -> bool:
         """Whether what is to be brought in is what other steps have left."""
-        return self.input_manifest is not None and self.input_manifest.endswith(_OF_STEPS)
+        return self.input_manifest is not None and self.input_manifest.endswith(OF_STEPS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,20 +119,24 @@ class SessionDirectory:
             LocalReadError: It is not there, or may not be read.
             JobInvalidError: It is larger.
         """
-        relative = self._relative(named)
-        try:
-            with Root(self.path, owner=self._owner) as opened:
-                fd = opened.open_file(relative)
-        except FileNotFoundError as error:
-            raise LocalReadError(f"{named}: there is no such file") from error
-        with os.fdopen(fd, "rb") as file:
+        with self._open(named) as file:
             data = file.read(most + 1)
         if len(data) > most:
             raise JobInvalidError(f"{named}: more than {most} bytes")
         return data
 
+    def mark(self, named: str) -> str:
+        """Return by what a file in it is told from another one that has had its name.
+
+        Raises:
+            UnsafePathError, LocalReadError: As for `read`.
+        """
+        with self._open(named) as file:
+            status = os.fstat(file.fileno())
+        return f"{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
+
     def read_manifests(self, paths: Sequence[str]) -> Manifest | None:
-        """Return manifests as one, later ones winning.
+        """Return manifests as one, later ones winning, and each where it is named last.
 
         Raises:
             ManifestInvalidError: One is none.
@@ -140,9 +145,17 @@ class SessionDirectory:
         return merge(
             [
                 decode(self.read(path, most=MAX_MANIFEST_BYTES), source=path)
-                for path in dict.fromkeys(paths)
+                for path in reversed(dict.fromkeys(reversed(paths)))
             ]
         )
+
+    def _open(self, named: str) -> BinaryIO:
+        relative = self._relative(named)
+        try:
+            with Root(self.path, owner=self._owner) as opened:
+                return os.fdopen(opened.open_file(relative), "rb")
+        except FileNotFoundError as error:
+            raise LocalReadError(f"{named}: there is no such file") from error
 
     def _relative(self, named: str) -> str:
         if "\0" in named:
