@@ -42,7 +42,7 @@ from agent_plugin.content.blob_cache_room import Room
 from agent_plugin.content.blob_cache_usage import UsageCounter
 from agent_plugin.content.digest import Digest, hash_name
 from agent_plugin.content.errors import BlobCorruptError, LocalReadError
-from agent_plugin.content.store import Cancellation
+from agent_plugin.content.store import WHOLE_BLOB_BYTES, Cancellation
 
 __all__ = [
     "BlobCache",
@@ -55,6 +55,8 @@ __all__ = [
 ]
 
 _POLL_SECONDS: Final = 0.05
+# For a small blob that somebody fetches, when another one has not come in all the time given.
+_IMPATIENT_SECONDS: Final = 0.1
 
 
 class BlobCache:
@@ -74,6 +76,8 @@ class BlobCache:
         self._files = BlobFiles(directory, clock)
         self._leases = Leases(directory, clock)
         self._room = Room(directory, counter, self._leases, limits, clock)
+        # Whether a small blob was waited for in vain: whoever fetches it is stopped, or paused.
+        self._in_vain = False
         self._closed = False
 
     @classmethod
@@ -300,16 +304,24 @@ class BlobCache:
         """Return the right to fetch a blob that is not here, waiting for whoever fetches it now.
 
         None when the blob has come meanwhile, or nothing came in `timeout` seconds: look with
-        `open_blob`, and fetch it without a claim if it is not there.
+        `open_blob`, and fetch it without a claim if it is not there. A stopped process may hold
+        the claims on thousands of small blobs, so when one was waited for in vain, others are not
+        waited for as long until one comes.
 
         Raises:
             CancelledError: Cancellation was wished.
             CacheUnsafeError, LocalWriteError: As for `contains`, `claim` and `wait_for`.
         """
+        is_small = digest.size <= WHOLE_BLOB_BYTES
+        if is_small and self._in_vain:
+            timeout = min(timeout, _IMPATIENT_SECONDS)
         deadline = time.monotonic() + timeout
         while (claim := self.claim(digest)) is None:
             left = deadline - time.monotonic()
-            if left <= 0 or self.wait_for(digest, left, cancellation):
+            has_come = left > 0 and self.wait_for(digest, left, cancellation)
+            if has_come or left <= 0:
+                if is_small:
+                    self._in_vain = not has_come
                 return None
         try:
             if not self.contains(digest):

@@ -308,6 +308,42 @@ def test_waiting_ends_when_somebody_wishes_to_stop(cache: BlobCache) -> None:
         cache.wait_for(digest, 30, cancellation)
 
 
+class CountedSleeps(Cancellation):
+    """Counts for how long somebody wished to sleep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slept = 0.0
+
+    def sleep(self, seconds: float) -> None:
+        self.slept += seconds
+        super().sleep(seconds)
+
+
+def test_who_holds_many_claims_and_was_stopped_is_waited_for_once(directory: Path) -> None:
+    """Seen to be waited for with each of them."""
+    held = [numbered(number)[0] for number in range(8)]
+    with opened(directory) as stopped, opened(directory) as other:
+        claims = [stopped.claim(digest) for digest in held]
+        assert None not in claims
+        waits = []
+        for digest in held:
+            sleeps = CountedSleeps()
+            assert other.claim_or_wait(digest, 1.0, sleeps) is None
+            waits.append(sleeps.slept)
+        assert waits[0] > 0.8
+        assert max(waits[1:]) < 0.3
+
+        # It goes on.
+        coming, data = numbered(100)
+        assert stopped.claim(coming) is not None
+        stopped.add(coming, data)
+        assert other.claim_or_wait(coming, 1.0, CountedSleeps()) is None
+        patient = CountedSleeps()
+        assert other.claim_or_wait(held[1], 1.0, patient) is None
+        assert patient.slept > 0.8
+
+
 def test_nobody_waits_for_a_blob_that_nobody_fetches(cache: BlobCache) -> None:
     # Longer than any test may last.
     assert not cache.wait_for(numbered(1)[0], 3600, Cancellation())
