@@ -29,6 +29,7 @@ from vfs.overlay_upper import (
     NEW,
     Descriptor,
     Place,
+    permitted,
     rename_at,
 )
 from vfs.tree import ROOT
@@ -145,7 +146,8 @@ class Overlay(OverlayFiles):
             if stat.S_ISDIR(mode):
                 opened = self._upper.open_new()
                 self._upper.mark_opaque(opened)
-                rename_at((work, NEW), (above.fd, name), RENAME_EXCHANGE)
+                with permitted(opened.fd):
+                    rename_at((work, NEW), (above.fd, name), RENAME_EXCHANGE)
             else:
                 os.rename(NEW, name, src_dir_fd=work, dst_dir_fd=above.fd)
         finally:
@@ -258,9 +260,11 @@ class Overlay(OverlayFiles):
         if last:
             if hides:
                 self._upper.stage_whiteout(gone, above.fd)
+                self._upper.let_move((above.fd, name))
                 rename_at((work, gone), (above.fd, name), RENAME_EXCHANGE)
             else:
                 self._upper.clear(gone)
+                self._upper.let_move((above.fd, name))
                 os.rename(name, gone, src_dir_fd=above.fd, dst_dir_fd=work)
         elif hides:
             self._upper.whiteout((above.fd, name))

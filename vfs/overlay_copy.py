@@ -30,6 +30,7 @@ from vfs.overlay_upper import (
     open_directory,
     open_path,
     open_regular,
+    permitted,
     rename_at,
 )
 from vfs.service import NodeService
@@ -216,7 +217,7 @@ class CopyUp:
             with self._lock:
                 if self.shows(node):
                     os.utime(opened.fd, ns=self._times[node])
-                    os.removexattr(opened.fd, self._upper.marks.metacopy)
+                    self._upper.mark_own_content(opened)
                     found.shows = False
         except BaseException:
             with self._lock:
@@ -254,7 +255,9 @@ class CopyUp:
     def _bring_in(self, above: Descriptor, name: bytes) -> None:
         """Put what is NEW in its place; nobody sees that the directory has changed."""
         before = os.fstat(above.fd)
-        rename_at((self._upper.work.fd, NEW), (above.fd, name), RENAME_NOREPLACE)
+        # Whoever may make nothing there may change what there is.
+        with permitted(above.fd):
+            rename_at((self._upper.work.fd, NEW), (above.fd, name), RENAME_NOREPLACE)
         os.utime(above.fd, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 

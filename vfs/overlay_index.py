@@ -9,11 +9,12 @@ server's successor, since an inode is not given up before the kernel has forgott
 import errno
 import os
 import stat
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Final
 
 from agent_plugin.content.overlay_marks import OPAQUE, read_mark, redirected
-from vfs.overlay_upper import Descriptor, Place, Upper, open_directory, open_regular
+from vfs.overlay_upper import Descriptor, Place, Upper, open_directory, open_regular, permitted
 from vfs.tree import ROOT, Names
 
 # Nodes that were made here; below are the tree's.
@@ -172,10 +173,11 @@ class Index:
     def _read(self) -> None:
         linked: dict[int, Object] = {}
         # Depth first, with the directories on the way open: their number is that of a path's parts.
-        way = [(ROOT, self._upper.root, _entries(self._upper.root))]
+        way = [(ROOT, self._upper.root, _entries(self._upper.root), ExitStack())]
         while way:
-            directory, opened, entries = way[-1]
+            directory, opened, entries, shuts = way[-1]
             if not entries:
+                shuts.close()
                 way.pop()
                 continue
             name, status = entries.pop()
@@ -183,10 +185,11 @@ class Index:
             if self._upper.marks.is_whiteout(opened.fd, name, status):
                 self.names[directory][name] = HIDDEN
             elif stat.S_ISDIR(status.st_mode):
-                inside = open_directory(name, opened.fd)
+                inside, shuts = open_directory(name, opened.fd), ExitStack()
+                shuts.enter_context(permitted(inside.fd))
                 found = self._directory(inside, status, place)
                 self.put(found, place)
-                way.append((found.node, inside, _entries(inside)))
+                way.append((found.node, inside, _entries(inside), shuts))
             else:
                 known = linked.get(status.st_ino)
                 if known is None:
@@ -216,14 +219,15 @@ class Index:
         if stat.S_ISREG(status.st_mode):
             opened = open_regular(at)
             marks = self._upper.marks
-            mark = read_mark(opened.fd, self._upper.node_mark) or b""
+            with permitted(opened.fd):
+                mark = read_mark(opened.fd, self._upper.node_mark) or b""
+                shows = read_mark(opened.fd, marks.metacopy) is not None
+                redirect = read_mark(opened.fd, marks.redirect)
             instance, _, node = mark.partition(b":")
-            shows = read_mark(opened.fd, marks.metacopy) is not None
             lower = 0
             if instance == self._instance.encode("ascii") and self.is_file(int(node)):
                 found.node = lower = int(node)
             elif shows and place is not None:
-                redirect = read_mark(opened.fd, marks.redirect)
                 lower = self.below(*place) if redirect is None else self._origin(redirect, place)
                 if self.is_file(lower) and lower not in self.objects:
                     found.node = lower

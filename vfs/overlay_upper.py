@@ -16,7 +16,7 @@ import os
 import stat
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -125,16 +125,24 @@ class Upper:
             return
         with_mark = self.make_regular(name, 0o600)
         os.setxattr(with_mark.fd, self.marks.whiteout, OPAQUE)
-        if read_mark(directory, self.marks.opaque) is None:
-            os.setxattr(directory, self.marks.opaque, HAS_WHITEOUT_FILES)
+        with permitted(directory):
+            if read_mark(directory, self.marks.opaque) is None:
+                os.setxattr(directory, self.marks.opaque, HAS_WHITEOUT_FILES)
 
     def mark_opaque(self, directory: Descriptor) -> None:
         """Have a directory hide what is below it."""
-        os.setxattr(directory.fd, self.marks.opaque, OPAQUE)
+        with permitted(directory.fd):
+            os.setxattr(directory.fd, self.marks.opaque, OPAQUE)
 
     def mark_origin(self, opened: Descriptor, path: str) -> None:
         """Note which input something is, wherever it stands; `path` is below the root."""
-        os.setxattr(opened.fd, self.marks.redirect, b"/" + os.fsencode(path))
+        with permitted(opened.fd):
+            os.setxattr(opened.fd, self.marks.redirect, b"/" + os.fsencode(path))
+
+    def mark_own_content(self, opened: Descriptor) -> None:
+        """Note that a file shows no input's content any more."""
+        with permitted(opened.fd):
+            os.removexattr(opened.fd, self.marks.metacopy)
 
     def is_private(self, name: bytes) -> bool:
         """Whether an attribute's name is one of ours, that nobody else may see or set."""
@@ -229,6 +237,18 @@ class Upper:
                 raw = os.fsencode(name)
                 yield int(digits), raw, os.stat(raw, dir_fd=self.work.fd, follow_symlinks=False)
 
+    def let_move(self, at: Place) -> None:
+        """See that something which is about to go can be brought to the work directory.
+
+        Of a directory the kernel wants that its mode lets it be written to.
+        """
+        if os.geteuid() == 0:
+            return
+        directory, name = at
+        status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        if stat.S_ISDIR(status.st_mode) and not status.st_mode & stat.S_IWUSR:
+            change_mode(directory, name, stat.S_IMODE(status.st_mode) | stat.S_IWUSR)
+
     def clear_work(self) -> None:
         """Remove what an earlier mount left."""
         for name in os.listdir(self.work.fd):  # noqa: PTH208 - a descriptor
@@ -310,13 +330,15 @@ class Kept:
 
 
 def open_directory(name: str | bytes, directory: int | None = None) -> Descriptor:
-    """Open a directory, in another one if that is given.
+    """Open a directory, in another one if that is given, whatever its mode allows its owner.
 
     Raises:
         OSError: It is none, or a link.
     """
     flags = os.O_RDONLY | os.O_DIRECTORY | _NO_LINK
-    return Descriptor(os.open(name, flags, dir_fd=directory))
+    if directory is None:
+        return Descriptor(os.open(name, flags))
+    return _open_as_owner((directory, os.fsencode(name)), flags, stat.S_IRUSR)
 
 
 def open_regular(at: Place) -> Descriptor:
@@ -325,18 +347,41 @@ def open_regular(at: Place) -> Descriptor:
     Raises:
         OSError: It is a link, or can not be opened.
     """
-    directory, name = at
     flags = os.O_RDWR | os.O_NONBLOCK | _NO_LINK
+    return _open_as_owner(at, flags, stat.S_IRUSR | stat.S_IWUSR)
+
+
+def _open_as_owner(at: Place, flags: int, needed: int) -> Descriptor:
+    directory, name = at
     try:
         return Descriptor(os.open(name, flags, dir_fd=directory))
     except PermissionError:
-        # Ours, but read-only: whoever opened it when it was not may go on writing.
+        # Ours, but closed to us: whoever opened it when it was not may go on.
         mode = stat.S_IMODE(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
-        change_mode(directory, name, mode | stat.S_IRUSR | stat.S_IWUSR)
+        change_mode(directory, name, mode | needed)
         try:
             return Descriptor(os.open(name, flags, dir_fd=directory))
         finally:
             change_mode(directory, name, mode)
+
+
+@contextmanager
+def permitted(fd: int) -> Iterator[None]:
+    """Have the owner of a file or directory, who is not root, do what its mode does not allow.
+
+    Raises:
+        OSError: It is not ours.
+    """
+    mode = os.fstat(fd).st_mode
+    needed = stat.S_IRWXU if stat.S_ISDIR(mode) else stat.S_IRUSR | stat.S_IWUSR
+    if os.geteuid() == 0 or mode & needed == needed:
+        yield
+        return
+    os.fchmod(fd, stat.S_IMODE(mode) | needed)
+    try:
+        yield
+    finally:
+        os.fchmod(fd, stat.S_IMODE(mode))
 
 
 def open_path(at: Place) -> Descriptor:
@@ -387,8 +432,10 @@ def remove(directory: int, name: bytes) -> None:
         os.unlink(name, dir_fd=directory)
     except IsADirectoryError:
         opened = open_directory(name, directory)
-        for inside in os.listdir(opened.fd):  # noqa: PTH208 - a descriptor
-            remove(opened.fd, os.fsencode(inside))
+        if inside := os.listdir(opened.fd):  # noqa: PTH208 - a descriptor
+            os.fchmod(opened.fd, stat.S_IRWXU)
+        for each in inside:
+            remove(opened.fd, os.fsencode(each))
         os.rmdir(name, dir_fd=directory)
 
 

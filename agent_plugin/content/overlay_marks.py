@@ -62,7 +62,11 @@ class Marks:
             return status.st_rdev == 0
         if not stat.S_ISREG(status.st_mode) or status.st_size:
             return False
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+        try:
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+        except PermissionError:
+            # Somebody's own: nobody changes the mode of a mark.
+            return False
         try:
             return read_mark(fd, self.whiteout) is not None
         finally:

@@ -236,3 +236,58 @@ def test_what_killed_processes_left_is_cleared_without_root(user: Unprivileged) 
     assert user.run("cat", at / "tex/7.tx").stdout == LETTERS[7] * SIZE
     user.propmaster("unmount", at)
     assert user.mounts() == []
+
+
+# What a user does with modes that shut themselves out, and finds afterwards.
+_SHUTS = """
+cd $1
+mkdir -m 300 box && echo in > box/file; echo $?
+mkdir -m 555 fixed && rmdir fixed; echo $?
+mkdir shut && echo in > shut/file && chmod 0 shut; echo $?
+mkdir -p gone/in && chmod 555 gone/in && rm -r gone; echo $?
+: > empty && chmod 0 empty; echo $?
+chmod 555 tex && echo more >> tex/1.tx; echo $?
+chmod 444 geo/1.abc && mv geo/1.abc geo/9.abc && ln geo/9.abc geo/8.abc; echo $?
+exec 3>> geo/2.abc && chmod 444 geo/2.abc && echo more >&3; echo $?
+chmod 555 mov && mv mov moved; echo $?
+rm -r rib && mkdir -m 555 rib; echo $?
+mkdir -m 555 made && rm -r ass && mv made ass; echo $?
+chmod 200 geo/3.abc; echo $?
+"""
+_LOOKS = """
+cd $1
+stat -c '%a %n %s' box shut empty tex/1.tx | sed 's/ [0-9]*$//'
+stat -c '%a %n' * geo/*; cat geo/*; ls -R moved rib ass
+chmod 644 geo/3.abc; cat geo/3.abc; ls shut
+chmod 755 shut; cat shut/file; cat box/file; tail -c 5 tex/1.tx
+rm -r box shut empty; echo $?
+"""
+
+
+def test_a_user_who_shuts_files_to_himself_finds_what_he_finds_on_a_disk(
+    user: Unprivileged,
+) -> None:
+    """The mount's process is that user as well, and goes on, also after it was killed."""
+    paths = ("tex/1.tx", "geo/1.abc", "geo/2.abc", "geo/3.abc", "mov/1", "rib/1", "ass/1")
+    write_files(user.home / "source", {path: path.encode() for path in paths}, mtime_ns=0)
+    mounter = Mounter(user.home, user.host.store_url)
+    manifest = mounter.manifest_file(mounter.stored(user.home / "source"))
+    disk, at = user.home / "source", user.home / "mnt"
+    user.own()
+    command = ["mount", manifest, at, "--store", user.host.store_url, "--json"]
+    work = user.home / "work"
+    mount = partial(user.propmaster, *command, "--writes", "overlay", "--work-dir", work)
+    assert json.loads(mount())["writes"] == "overlay"
+
+    found = [user.run("sh", "-c", _SHUTS, "sh", place) for place in (disk, at)]
+    assert found[1].stdout == found[0].stdout == "0\n" * 12
+    _, server = servers(user)
+    os.kill(server, signal.SIGKILL)
+    until(partial(is_replaced, user, server))
+    assert user.run("cat", at / "box/file").stdout == "in\n"
+    user.propmaster("unmount", at)
+    mount()
+    found = [user.run("sh", "-c", _LOOKS, "sh", place) for place in (disk, at)]
+    assert found[1].stdout == found[0].stdout
+    assert found[1].stderr.replace(str(at), str(disk)) == found[0].stderr
+    user.propmaster("unmount", at)
