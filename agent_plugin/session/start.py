@@ -183,7 +183,7 @@ def _state_before(
 def _carry_over(before: SessionState, state: SessionState) -> None:
     state.was_ready = before.ready or before.was_ready
     state.unfinished_steps = before.unfinished_steps
-    state.answered = before.answered
+    state.answered, state.left = before.answered, before.left
     local_roots = {root.local_root for root in state.roots}
     # A sync made them, or the job was mapped otherwise: they are to be removed when it all ends.
     state.roots += [

@@ -77,6 +77,27 @@ def test_o1_what_could_not_be_published_for_a_while_is_when_the_session_ends(
     assert len(one.contents) == 2
 
 
+@pytest.mark.usefixtures("declined")
+def test_o1_what_could_not_be_published_is_when_the_session_was_started_again(
+    patient: Publishing, fault_proxy: FaultProxy
+) -> None:
+    """Seen to fail when the second start forgot what was left, and nobody published it."""
+    patient.start(patient.publisher())
+    patient.write({"0001.exr": 10})
+    fault_proxy.inject(Fault.UNAVAILABLE, methods={"PUT"}, key="published-")
+    assert patient.finish().publish_failures[0].later
+    fault_proxy.clear()
+    state = patient.host.read_state(patient.sessions.session_dir)
+    assert state is not None
+    patient.host.start(state.job, patient.sessions.session_dir)
+
+    ended(patient)
+
+    assert patient.published() == ["renders/0001.exr"]
+    [document] = documents(patient)
+    assert (len(document.results), document.failures) == (1, [])
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("declined")
 def test_o1_what_can_not_be_published_at_the_end_either_is_told_and_holds_up_nothing(
