@@ -76,6 +76,8 @@ class Allowance:
         self._waiting = threading.Lock()
         self._own_paid = 0.0
         self._is_shared = True
+        # Whoever is stopped with the account is waited for once, not for each piece.
+        self._lock_seconds = _LOCK_SECONDS
 
     def take(self, count: int, cancellation: Cancellation | None = None) -> float:
         """Wait until so many bytes may be moved; return the seconds that took.
@@ -155,7 +157,9 @@ class Allowance:
             path.parent.mkdir(mode=0o700, exist_ok=True)
             fd = os.open(path, flags, 0o600)
         try:
-            yield fd if lock_within(fd, LOCK_EX, _LOCK_SECONDS) else None
+            is_locked = lock_within(fd, LOCK_EX, self._lock_seconds)
+            self._lock_seconds = _LOCK_SECONDS if is_locked else 0.0
+            yield fd if is_locked else None
         finally:
             os.close(fd)
 

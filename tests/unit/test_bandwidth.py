@@ -1,5 +1,6 @@
 """A limit holds for all who share its account, and nobody who is killed leaves others waiting."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from agent_plugin.content.bandwidth import (
     Allowance,
     Limit,
 )
+from agent_plugin.content.blob_cache_leases import lock_within
 from agent_plugin.content.errors import CancelledError
 from agent_plugin.content.store import Cancellation
 
@@ -252,8 +254,6 @@ def test_a_killed_process_leaves_nobody_waiting(
 def test_a_process_that_is_stopped_with_the_account_holds_nobody_up(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import fcntl  # noqa: PLC0415 - of this test alone
-
     monkeypatch.setattr(bandwidth, "_LOCK_SECONDS", 0.01)
     account = tmp_path / "download"
     with account.open("wb") as held:
@@ -262,3 +262,27 @@ def test_a_process_that_is_stopped_with_the_account_holds_nobody_up(
         Allowance(Limit(MIB, str(account)), clock=clock, sleep=clock.sleep).take(2 * MIB)
 
     assert clock.now - begun == pytest.approx(2, abs=0.5)
+
+
+def test_a_process_that_is_stopped_with_the_account_is_waited_for_once(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen to be waited for a second with each piece, of a twentieth of one."""
+    waits: list[float] = []
+
+    def counted(fd: int, operation: int, seconds: float) -> bool:
+        waits.append(seconds)
+        return lock_within(fd, operation, 0)
+
+    monkeypatch.setattr(bandwidth, "lock_within", counted)
+    account = tmp_path / "download"
+    allowance = Allowance(Limit(MIB, str(account)), clock=clock, sleep=clock.sleep)
+    with account.open("wb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        allowance.take(MIB)
+    assert waits[0] > 0
+    assert set(waits[1:]) == {0.0}
+
+    # It has gone on.
+    allowance.take(MIB)
+    assert waits[-1] > 0
