@@ -98,15 +98,15 @@ class Crew(Generic[Order, Product]):
         """Queue an order, which is not queued yet; higher priorities are taken first.
 
         A thread is started for it while there are fewer than allowed.
+
+        Raises:
+            RuntimeError: The host gives no thread, and there is none yet.
         """
         with self._changed:
             self._orders.setdefault(priority, OrderedDict())[order] = None
             if len(self._threads) < self._size:
-                thread = threading.Thread(target=self._run, daemon=True, name="propmaster-crew")
-                thread.start()
-                self._threads.append(thread)
-            else:
-                self._changed.notify()
+                self._grow()
+            self._changed.notify()
 
     def withdraw(self, order: Order) -> bool:
         """Take an order back; False if it is not queued, because it was begun for one."""
@@ -129,6 +129,17 @@ class Crew(Generic[Order, Product]):
         until = time.monotonic() + seconds
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
+
+    def _grow(self) -> None:
+        thread = threading.Thread(target=self._run, daemon=True, name="propmaster-crew")
+        try:
+            thread.start()
+        except RuntimeError:
+            # The host gives no more: what is ordered waits for one of those there are.
+            if not self._threads:
+                raise
+        else:
+            self._threads.append(thread)
 
     def _run(self) -> None:
         while (order := self._next()) is not None:

@@ -87,6 +87,27 @@ def test_a_failure_that_is_no_exception_is_a_product_as_well() -> None:
     assert taken[1] == 1
 
 
+def test_where_the_host_gives_no_further_thread_those_there_are_do_all_the_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where pids.max of a cgroup is reached; seen to fail as a defect."""
+
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    products: Products[int, int] = Products()
+    crew = Crew(lambda order: order, products, 4, Cancellation())
+    crew.order(0)
+    with monkeypatch.context() as full:
+        full.setattr(threading.Thread, "start", refuse)
+        for order in range(1, 10):
+            crew.order(order)
+
+    assert take_all(products, 10) == {order: order for order in range(10)}
+    crew.close()
+    await_end(crew)
+
+
 def test_there_are_never_more_threads_than_were_allowed() -> None:
     lock = threading.Lock()
     busy: list[int] = []
