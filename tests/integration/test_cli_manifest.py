@@ -1,6 +1,7 @@
 """`propmaster manifest` shows, checks, compares and makes manifests."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import pytest
 from agent_plugin.content.digest import Digest, hash_name
 from agent_plugin.content.directory_store import DirectoryStore
 from agent_plugin.content.manifest import decode
-from tests.servers.command import Command
+from tests.servers.command import CALL_SECONDS, Command
+from tests.servers.deadline_peers import CLIENT_PYTHON
 from tests.servers.trees import write_files
 
 MTIME_NS = 1_700_000_000_123_456_789
@@ -58,6 +60,54 @@ def test_a_snapshot_tells_what_it_wrote(command: Command, tree: Path, tmp_path: 
     data = output.read_bytes()
     expected = {"output": str(output), "files": 4, "bytes": 70_014, "hash": Digest.of(data).hex}
     assert done.json == expected
+
+
+CLIENTS_SNAPSHOT = """
+import sys
+from deadline.job_attachments.api.manifest import _manifest_snapshot
+made = _manifest_snapshot(
+    root=sys.argv[1], destination=sys.argv[2], name="n", print_function_callback=lambda *_: None
+)
+print(made.manifest)
+"""
+
+
+@pytest.mark.peers
+def test_a_snapshot_has_the_bytes_that_the_clients_snapshot_has(
+    command: Command, tree: Path, tmp_path: Path
+) -> None:
+    names = {
+        b"\xff",
+        b"\xed\xa0\x80",
+        b"\xee\x80\x80",
+        b"\xf0\x9f\x98\x80",
+        b"nl\n",
+        b'q"\\\x7f',
+        b"zero",
+    }
+    times = (-1, -1001, 0, 999, 1_719_848_112_123_456_999)
+    for at, name in enumerate(sorted(names)):
+        path = tree / "sub" / os.fsdecode(name)
+        path.write_bytes(b"" if name == b"zero" else name)
+        os.utime(path, ns=(0, times[at % len(times)]))
+    (tree / "link").symlink_to("a.txt")
+    (tree / "linked").symlink_to("sub")
+    (tree / "broken").symlink_to("nowhere")
+    (tree / "no files/at all").mkdir(parents=True)
+
+    done = subprocess.run(
+        [CLIENT_PYTHON, "-c", CLIENTS_SNAPSHOT, tree, tmp_path / "theirs"],
+        env={**os.environ, "HOME": str(tmp_path), "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=CALL_SECONDS,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    theirs = Path(done.stdout.strip()).read_bytes()
+    assert len(decode(theirs, source="the client's").entries) == 20
+    assert command("manifest", "snapshot", tree).stdout == theirs
 
 
 def test_the_hash_cache_of_snapshots_is_for_its_user_only(command: Command, tree: Path) -> None:
