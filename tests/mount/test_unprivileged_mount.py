@@ -274,7 +274,7 @@ def test_a_user_who_shuts_files_to_himself_finds_what_he_finds_on_a_disk(
     manifest = mounter.manifest_file(mounter.stored(user.home / "source"))
     disk, at = user.home / "source", user.home / "mnt"
     user.own()
-    command = ["mount", manifest, at, "--store", user.host.store_url, "--json"]
+    command: list[str | Path] = ["mount", manifest, at, "--store", user.host.store_url, "--json"]
     work = user.home / "work"
     mount = partial(user.propmaster, *command, "--writes", "overlay", "--work-dir", work)
     assert json.loads(mount())["writes"] == "overlay"
