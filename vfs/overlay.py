@@ -328,4 +328,5 @@ class Overlay(OverlayFiles):
         """Note that a directory's names have changed, and how many subdirectories came or went."""
         self._listings.pop(directory, None)
         if directory in self._subdirectories:
-            self._subdirectories[directory] += subdirectories
+            below, count = self._subdirectories[directory]
+            self._subdirectories[directory] = below, count + subdirectories

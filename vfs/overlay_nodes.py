@@ -58,9 +58,9 @@ class OverlayNodes:
         self._held: dict[int, int] = {}
         # Inputs that were removed while they were in use, since the server started.
         self._removed: set[int] = set()
-        # With the tree's names, which are others after an update.
+        # Both with the tree's names, which are others after an update.
         self._listings: dict[int, tuple[Mapping[bytes, int], list[Listed]]] = {}
-        self._subdirectories: dict[int, int] = {}
+        self._subdirectories: dict[int, tuple[Mapping[bytes, int], int]] = {}
         # Of directories of inputs, when their attributes were changed, since the server started.
         self._touched: dict[int, int] = {}
 
@@ -115,8 +115,7 @@ class OverlayNodes:
             names = self._index.names.get(directory)
             if names is None:
                 return self._lower.listing(directory)
-            lower = self._index.lower(directory)
-            below = self._tree.names(lower) if lower else _NOTHING
+            below = self._names_below(directory)
             known = self._listings.get(directory)
             if known is not None and known[0] is below:
                 return known[1]
@@ -244,11 +243,17 @@ class OverlayNodes:
         return found.is_directory if found is not None else self._tree.is_directory(node)
 
     def _count_subdirectories(self, directory: int) -> int:
-        count = self._subdirectories.get(directory)
-        if count is None:
+        below = self._names_below(directory)
+        known, count = self._subdirectories.get(directory, (None, 0))
+        if known is not below:
             count = sum(self._is_directory(node) for _, _, node in self.listing(directory))
-            self._subdirectories[directory] = count
+            self._subdirectories[directory] = below, count
         return count
+
+    def _names_below(self, directory: int) -> Mapping[bytes, int]:
+        """Return the names of the tree that would be seen if nothing of them had changed."""
+        lower = self._index.lower(directory)
+        return self._tree.names(lower) if lower else _NOTHING
 
     def _attributes(self, found: Object) -> Attributes:
         status = self._status(found)

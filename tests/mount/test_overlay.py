@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from agent_plugin.content import events
+from agent_plugin.content.digest import EMPTY_HASH
 from agent_plugin.content.errors import BlobNotFoundError, LocalWriteError
+from agent_plugin.content.manifest import FileEntry, Manifest
 from agent_plugin.content.overlay_marks import TRUSTED_MARKS, USER_MARKS, Marks, marks_of
 from agent_plugin.content.store import Cancellation
 from tests.mount.conftest import Mounter
@@ -337,6 +339,17 @@ def test_a_listing_goes_on_where_it_was_while_names_come_and_go(rig: OverlayRig)
     after = [listed for listed in rig.overlay.listing(directory) if listed[0] > first[-1][0]]
     assert len(after) == 50
     assert {name for _, name, _ in (*first, *after)} == {b"%d" % number for number in range(100)}
+
+
+def test_what_is_added_counts_among_a_directorys_links(rig: OverlayRig) -> None:
+    """As the outputs of other steps are, and then brought to their places."""
+    before = rig.overlay.attributes(ROOT).nlink
+    rig.tree.add(Manifest.of([FileEntry(EMPTY_HASH, 0, "new/deep/file", 0)]), "layer")
+    assert rig.overlay.attributes(ROOT).nlink == before + 1
+    rig.overlay.rename(rig.find("layer"), b"new", ROOT, b"new")
+    assert rig.overlay.attributes(ROOT).nlink == before + 2
+    rig.overlay.rmdir(ROOT, b"layer")
+    assert rig.overlay.attributes(ROOT).nlink == before + 1
 
 
 def test_what_is_removed_goes_from_the_disk_when_the_last_lets_go(rig: OverlayRig) -> None:
