@@ -11,6 +11,7 @@ import os
 import pwd
 import signal
 import socket
+import struct
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -132,8 +133,11 @@ def _connect(path: Path) -> socket.socket:
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        connection.settimeout(_CONNECT_SECONDS)
+        # A socket that has Python's timeout does not wait for its turn behind others: EAGAIN.
+        limit = struct.pack("@ll", round(_CONNECT_SECONDS), 0)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         connection.connect(os.fspath(path))
+        connection.settimeout(_CONNECT_SECONDS)
         listener = peer_of(connection).uid
         owner = path.parent.stat().st_uid
     except OSError as error:

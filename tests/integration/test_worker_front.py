@@ -1,11 +1,14 @@
 """What the agent starts: in this process, by the service, or as if propmaster were not there."""
 
+import errno
 import json
 import os
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from agent_plugin.content.errors import (
 )
 from agent_plugin.content.store import Cancellation
 from agent_plugin.transfer.ledger import lease_owner
+from agent_plugin.workers import front
 from agent_plugin.workers.call import VFS_UNMOUNT, Call, JobUser
 from agent_plugin.workers.deadline.vfs import run_unmount
 from agent_plugin.workers.listener import listen, notify_systemd
@@ -188,6 +192,24 @@ def test_a_job_user_without_a_service_runs_the_agents_own_script(idle_host: Serv
     assert lines[0].startswith("propmaster: no propmaster service answers at ")
     assert lines[1].startswith("openjd_status: propmaster is not running on this host")
     assert lines[2] == "original ['-s3', 'b'] False"
+
+
+def test_who_finds_many_before_it_waits_for_its_turn(tmp_path: Path) -> None:
+    """Seen to go on without the service at once, which had only much to do."""
+    path = tmp_path / "worker.socket"
+    with ExitStack() as opened, ThreadPoolExecutor(1) as threads:
+        listener = opened.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(str(path))
+        listener.listen(1)
+        others = [opened.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(5)]
+        for other in others:
+            other.setblocking(False)
+        assert errno.EAGAIN in [other.connect_ex(str(path)) for other in others]
+        asking = threads.submit(front._connect, path)
+        assert wait([asking], timeout=0.2).not_done
+        opened.enter_context(listener.accept()[0])
+        with asking.result(20) as connection:
+            assert connection.gettimeout()
 
 
 def test_without_a_script_to_fall_back_on_the_call_fails(idle_host: ServiceHost) -> None:
