@@ -24,7 +24,7 @@ import msgspec
 
 from agent_plugin.content import manifest_rules as rules
 from agent_plugin.content.errors import PathClashError, SourceInvalidError, UnsafePathError
-from agent_plugin.content.objects import ObjectAccess, ObjectInfo
+from agent_plugin.content.objects import REPLACEABLE_VERSIONS, ObjectAccess, ObjectInfo
 
 VERSION: Final = 1
 # As many as the files of a manifest: what one root can have.
@@ -37,9 +37,6 @@ _IDENTITY_MARK: Final = "propmaster object 1"
 _CHUNK_ENTRIES: Final = 4096
 _SHOWN_CHARACTERS: Final = 200
 _MICROSECONDS: Final = 1_000_000
-# `null` is that of what was stored while a bucket kept none, and can be overwritten:
-# https://docs.aws.amazon.com/AmazonS3/latest/userguide/AddingObjectstoVersionSuspendedBuckets.html
-_REPLACEABLE: Final = ("", "null")
 
 _RENAME_HINT: Final = "rename the object, or leave it out by Key or Filter"
 
@@ -325,7 +322,7 @@ def _check_clashes(bucket: str, ordered: Sequence[SnapshotEntry]) -> None:
 
 def _check_states(bucket: str, entries: Sequence[SnapshotEntry]) -> None:
     for entry in entries:
-        if entry.size and not entry.etag and entry.version in _REPLACEABLE:
+        if entry.size and not entry.etag and entry.version in REPLACEABLE_VERSIONS:
             raise SourceInvalidError(
                 f"the server tells neither ETag nor version of {_shown(bucket, entry)}",
                 hint="without one nobody notices when an object changes: use a server that has"

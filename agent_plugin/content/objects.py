@@ -36,6 +36,11 @@ class ObjectAccess:
     anonymous: bool = False
 
 
+# `null` is that of what was stored while a bucket kept none, and can be overwritten:
+# https://docs.aws.amazon.com/AmazonS3/latest/userguide/AddingObjectstoVersionSuspendedBuckets.html
+REPLACEABLE_VERSIONS: Final = ("", "null")
+
+
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
     """What a store says of an object.
@@ -75,6 +80,11 @@ class ObjectInfo:
     def url(self) -> str:
         """`s3://bucket/key`, the key as it is."""
         return object_url(self.bucket, self.key)
+
+    @property
+    def tells_its_state(self) -> bool:
+        """Whether anything of it is another when its content is."""
+        return bool(self.etag) or self.version not in REPLACEABLE_VERSIONS
 
 
 @dataclass(slots=True)

@@ -27,11 +27,12 @@ from agent_plugin.content.errors import (
     KeyExistsError,
     LocalReadError,
     ObjectNotFoundError,
+    StoreProtocolError,
     local_write_error,
 )
 from agent_plugin.content.leftovers import partial_name
 from agent_plugin.content.objects import ObjectInfo, Unfinished
-from agent_plugin.content.store import Cancellation, Progress
+from agent_plugin.content.store import WHOLE_BLOB_BYTES, Cancellation, Progress
 from agent_plugin.transfer.copy_files import copy_bytes
 from agent_plugin.transfer.copy_partial import PartialFile, Ranges, growing
 from agent_plugin.transfer.copy_places import OpenObjects, Place
@@ -306,6 +307,12 @@ class Attempt:
         objects = self.open_objects(self.settings.source.access)
         info = objects.head(source.bucket, source.key, cancellation=self.halt)
         self.measured(info.size)
+        if info.size > WHOLE_BLOB_BYTES and not info.tells_its_state:
+            raise StoreProtocolError(
+                f"{info.url}: the server tells neither ETag nor version of it, so that its parts"
+                " could be of two objects",
+                hint="Use a server that has ETags.",
+            )
         return info
 
     def _exists(self, destination: Place) -> bool:

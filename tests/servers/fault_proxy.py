@@ -279,6 +279,8 @@ class _Connection:
             self._client.reset()
             return False
         reply = reply.without("transfer-encoding")
+        if rule.fault is Fault.NO_ETAG:
+            reply = reply.without("etag")
         if request.method != "HEAD":
             reply, body = alter(rule, request, reply, body)
         return self._send_badly(rule, request, reply, body) and not reply.closes

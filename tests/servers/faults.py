@@ -52,6 +52,7 @@ class Fault(StrEnum):
     STALL = auto()  # for `seconds` (None: for ever), before the head or after `offset` bytes
     DUPLICATE_LENGTH = auto()  # a second Content-Length, 1 higher
     GZIP_HEADER = auto()  # Content-Encoding: gzip, though it is not
+    NO_ETAG = auto()  # also in answers to HEAD
     ETAG_CHANGED = auto()  # another ETag each time; 412 if the request has If-Match
 
 
