@@ -4,8 +4,6 @@ import json
 import os
 import threading
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -430,7 +428,7 @@ def test_a_step_that_the_agents_own_script_has_synced_in_between(session: AgentS
     session.finish(action(1))
     other = AgentSession(session.host, session.job, session.directory.with_name("other"))
     other.sync_job()
-    with as_if_never_asked(other):
+    with other.as_if_never_asked():
         other.sync_step(step(1))
     write(other.root() / "renders" / "of step 2.exr", "two")
 
@@ -443,28 +441,14 @@ def test_a_task_whose_outputs_the_agents_own_script_has_uploaded(session: AgentS
     session.sync_job()
     write(session.root() / "renders" / "1.exr", "one")
     write(session.root() / "renders" / "reference.exr", "better")
-    with as_if_never_asked(session):
-        [snapshot] = session.finish(action(1, 0)).snapshots
-    kept = session.directory / snapshot["manifest"]
-    kept = kept.rename(kept.with_name("output-0123-2026-11-26T06-00-00.manifest"))
-    [root] = session.roots.values()
-    root["localManifestPaths"][-1] = os.fspath(kept.relative_to(session.directory))
+    with session.as_if_never_asked():
+        session.finish(action(1, 0))
+    session.rename_last_snapshot()
     write(session.root() / "renders" / "2.exr", "two")
 
     assert told_paths(session, session.finish(action(1, 1))) == ["renders/2.exr"]
     write(session.root() / "renders" / "1.exr", "again")
     assert told_paths(session, session.finish(action(1, 2))) == ["renders/1.exr"]
-
-
-@contextmanager
-def as_if_never_asked(session: AgentSession) -> Iterator[None]:
-    """Have the session's state know nothing of what is done meanwhile, as if others did it."""
-    with session.host.state(session.directory) as state_file:
-        before = state_file.read()
-    yield
-    assert before is not None
-    with session.host.state(session.directory) as state_file:
-        state_file.write(before)
 
 
 def told_paths(session: AgentSession, said: Said) -> list[str]:

@@ -122,3 +122,35 @@ def test_a_queue_whose_inputs_are_mounted_for_the_job_user(
     finally:
         for session in (first, second):
             host.end(session.directory)
+
+
+def test_a_task_on_a_mount_whose_outputs_the_agents_own_script_has_uploaded(
+    s3: S3Server, s3_prefix: str, tmp_path: Path
+) -> None:
+    """It reads through the mount; the next task's outputs are that task's alone."""
+    host = Host(
+        tmp_path / "worker",
+        f"s3://{s3.bucket}/{s3_prefix}",
+        environment=s3.environment,
+        settings={"inputs": {"file_system": "VIRTUAL"}},
+    )
+    write_files(tmp_path / "source", {"renders/old.exr": b"old"}, mtime_ns=10**18)
+    job = job_of(host.submit(tmp_path / "source", output_directories=["renders"])[0])
+    session = AgentSession(host, job, tmp_path / "session")
+    try:
+        session.sync_job()
+        assert os.path.ismount(session.root())
+        (session.root() / "renders/old.exr").write_bytes(b"better")
+        (session.root() / "renders/1.exr").write_bytes(b"one")
+        with session.as_if_never_asked():
+            session.finish(action(1, 0))
+        session.rename_last_snapshot()
+        (session.root() / "renders/2.exr").write_bytes(b"two")
+
+        said = session.finish(action(1, 1))
+
+        [snapshot] = said.snapshots
+        data = (session.directory / snapshot["manifest"]).read_bytes()
+        assert [entry.path for entry in decode(data, source="it").entries] == ["renders/2.exr"]
+    finally:
+        host.end(session.directory)

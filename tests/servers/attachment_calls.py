@@ -9,7 +9,8 @@ tests/e2e/test_same_as_worker_scripts.py runs.
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,23 @@ class AgentSession:
         for snapshot in said.snapshots:
             self.roots[snapshot["root"]]["localManifestPaths"].append(snapshot["manifest"])
         return said
+
+    @contextmanager
+    def as_if_never_asked(self) -> Iterator[None]:
+        """Have the state know nothing of what is done meanwhile: the agent's own scripts did it."""
+        with self.host.state(self.directory) as state_file:
+            before = state_file.read()
+        yield
+        assert before is not None
+        with self.host.state(self.directory) as state_file:
+            state_file.write(before)
+
+    def rename_last_snapshot(self) -> None:
+        """Give the last manifest that an upload has left a name of the agent's own script."""
+        [root] = self.roots.values()
+        path = self.directory / root["localManifestPaths"][-1]
+        path = path.rename(path.with_name("output-0123-2026-11-26T06-00-00.manifest"))
+        root["localManifestPaths"][-1] = os.fspath(path.relative_to(self.directory))
 
     def call(
         self,

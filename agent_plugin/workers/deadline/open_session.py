@@ -208,12 +208,15 @@ def _hear(
     brings: bool,
 ) -> None:
     """Have a root know what the agent's manifests say, as far as it does not by itself."""
-    if root.file_system == VIRTUAL:
-        # What was written to a mount is all that counts of it.
-        return
+    is_mounted = root.file_system == VIRTUAL
     unheard = []
     for path in dict.fromkeys(worker_root.manifests):
-        if not is_new and (path.endswith(OF_JOB) or _OURS.search(path)):
+        if path.endswith(OF_JOB) and (is_mounted or not is_new):
+            continue
+        # What the agent has mounted has been made of both.
+        if path.endswith(OF_STEPS) and root.served_by:
+            continue
+        if _OURS.search(path) and not is_new:
             continue
         mark = directory.mark(path)
         if not is_new and root.heard.get(path) == mark:
@@ -221,7 +224,7 @@ def _hear(
         root.heard[path] = mark
         if not (brings and worker_root.brings_step_outputs and path == worker_root.input_manifest):
             unheard.append(path)
-    if is_new:
+    if is_new and not is_mounted:
         manifest = directory.read_manifests(
             [path for path in worker_root.manifests if path in unheard]
         )
