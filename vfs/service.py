@@ -10,7 +10,8 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from itertools import count
@@ -227,21 +228,44 @@ class NodeService:
         self._statistics.count(reads_waited=1)
         refused = self._refused_just_now(node, offset, length)
         try:
-            if refused is not None:
-                raise refused
-            data = self._reader.read(entry.digest, offset, length, cancellation)
-            if len(data) != length:
-                raise LocalReadError(f"{entry.digest}: {len(data)} bytes at {offset}")
+            with self._telling(entry):
+                if refused is not None:
+                    raise refused
+                data = self._reader.read(entry.digest, offset, length, cancellation)
+                if len(data) != length:
+                    raise LocalReadError(f"{entry.digest}: {len(data)} bytes at {offset}")
         except CancelledError:
             self._statistics.count(reads_interrupted=1)
             raise
         except PropmasterError as error:
-            self._statistics.count(reads_failed=1)
-            self._tell(entry, error)
             if refused is None:
                 self._expect_second_ask(node, offset, length, error)
             raise
         return data
+
+    @contextmanager
+    def _telling(self, entry: FileEntry) -> Iterator[None]:
+        """Have whatever a file can not be had for in the error ledger.
+
+        Raises:
+            CancelledError: As it came.
+            PropmasterError: Whatever else came.
+        """
+        try:
+            yield
+        except CancelledError:
+            raise
+        except PropmasterError as error:
+            self._statistics.count(reads_failed=1)
+            self._tell(entry, error)
+            raise
+        except Exception as error:
+            # Nobody further out knows for which file it is, and of that the task has failed.
+            log.exception(events.MOUNT_REQUEST_CRASHED)
+            failure = LocalReadError(f"{entry.digest} can not be read: {error!r}")
+            self._statistics.count(reads_failed=1)
+            self._tell(entry, failure)
+            raise failure from error
 
     def _expect_second_ask(
         self, node: int, offset: int, length: int, error: PropmasterError
@@ -281,14 +305,8 @@ class NodeService:
             PropmasterError: It can not be had; that is in the error ledger, with the path.
         """
         entry = self.tree.entry(node)
-        try:
+        with self._telling(entry):
             return self._reader.open(entry.digest, cancellation)
-        except CancelledError:
-            raise
-        except PropmasterError as error:
-            self._statistics.count(reads_failed=1)
-            self._tell(entry, error)
-            raise
 
     def tell_corrupt(self, node: int, error: PropmasterError) -> None:
         """Keep that the content of a file turned out wrong after it was opened."""

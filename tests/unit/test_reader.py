@@ -3,6 +3,7 @@
 The store is a directory, or the S3 server behind a proxy that counts and breaks requests.
 """
 
+import errno
 import gc
 import json
 import os
@@ -625,6 +626,31 @@ def test_a_missing_blob_is_an_error_with_one_line_in_the_ledger(
     assert missing.hex in str(line["reason"])
     assert errors.stat().st_mode & 0o777 == 0o600
     assert rig.count("reads_failed") == 3
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.EMFILE, "too many"), KeyError("a defect")])
+def test_whatever_a_reader_is_refused_for_is_in_the_ledger(
+    rig: Rig,
+    served: Serve,
+    monkeypatch: pytest.MonkeyPatch,
+    expected_events: set[str],
+    failure: Exception,
+) -> None:
+    def fail(_digest: Digest) -> bytes:
+        raise failure
+
+    expected_events.update({events.MOUNT_READ_FAILED, events.MOUNT_REQUEST_CRASHED})
+    monkeypatch.setattr(rig.store, "get", fail)
+    service, errors = served({"read.tx": blob(47)[0], "opened.tx": blob(48)[0]})
+    read, opened = service.lookup(ROOT, b"read.tx"), service.lookup(ROOT, b"opened.tx")
+    assert read is not None
+    assert opened is not None
+    with pytest.raises(LocalReadError):
+        service.read(read, 0, 10, Cancellation())
+    with pytest.raises(LocalReadError):
+        service.content(opened, Cancellation())
+    assert [line["path"] for line in lines_of(errors)] == ["read.tx", "opened.tx"]
+    assert rig.count("reads_failed") == 2
 
 
 def test_a_read_past_the_end_is_empty_and_needs_no_blob(served: Serve) -> None:
