@@ -112,6 +112,13 @@ class DownloadCache:
         except LocalError as failure:
             self.abandon(failure)
 
+    def leave(self) -> None:
+        """Have nothing more to do with the cache, which its owner may close from now on.
+
+        A thread that was left behind may come to it later, and nothing is wrong with it then.
+        """
+        self._reading = self._filling = None
+
     def abandon(self, error: Exception) -> None:
         """Neither read the cache nor add to it any more."""
         self._bypass(error)

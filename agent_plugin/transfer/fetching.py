@@ -142,6 +142,7 @@ class Fetching:
     def end(self) -> None:
         """Stop all threads, once the crews' halt is wished; what they bring now is dropped."""
         self._halts.end_all()
+        self._cache.leave()
         self._small.close()
         self._large.close()
         # They remove what they had begun to write; a small blob's thread has nothing of the kind.
@@ -170,6 +171,8 @@ class Fetching:
             return self._obtain_for(digest, task, halt)
 
     def _obtain_for(self, digest: Digest, task: int, halt: Cancellation) -> Obtained:
+        # It may have been taken from the queue just before the end.
+        halt.check()
         claim = self._cache.claim(digest, halt)
         try:
             if claim is None and self._cache.has(digest):

@@ -1,6 +1,7 @@
 """What a session start does while it is at work: how it stops, what it says, what it needs."""
 
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -8,10 +9,14 @@ import msgspec
 import pytest
 
 from agent_plugin.content import events
+from agent_plugin.content.blob_cache import Claim
 from agent_plugin.content.digest import Digest
+from agent_plugin.content.errors import BlobNotFoundError
 from agent_plugin.content.manifest import FileEntry, Manifest, encode
 from agent_plugin.content.parts import PART_BYTES, WINDOW_PARTS
+from agent_plugin.content.store import Cancellation
 from agent_plugin.session.job import JobDocument
+from agent_plugin.transfer.download_cache import DownloadCache
 from agent_plugin.transfer.ledger import Ledger, TaskRow
 from agent_plugin.transfer.states import TaskStatus
 from tests.servers.disks import MEBIBYTE, tmpfs_mounted
@@ -110,6 +115,39 @@ def test_a_large_blob_needs_its_size_once_on_the_disk_of_the_session(tmp_path: P
 
         assert root.bytes_fetched == 120 * MEBIBYTE
         assert files_below(Path(root.local_root)) == files_below(source)
+
+
+@pytest.mark.expected_events(events.SESSION_START_FAILED)
+def test_a_thread_that_is_left_behind_finds_no_fault_with_a_cache_that_was_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen to fail, with an event of a cache that is bypassed, when it still comes to the cache."""
+    url = f"file://{tmp_path}/store"
+    source = tmp_path / "source"
+    write_files(source, {"lost": 900, "late": 901}, mtime_ns=1_600_000_000 * 10**9)
+    job = job_of(Host(tmp_path / "submitter", url).submit(source)[0])
+    lost, late = (Digest.of((source / name).read_bytes()) for name in ("lost", "late"))
+    (tmp_path / f"store/Data/{lost.hex}.xxh128").unlink()
+    begun, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+    claim = DownloadCache.claim
+
+    def claim_late(self: DownloadCache, digest: Digest, halt: Cancellation) -> Claim | None:
+        if digest != late:
+            assert begun.wait(30)
+            return claim(self, digest, halt)
+        begun.set()
+        assert go_on.wait(30)
+        try:
+            return claim(self, digest, halt)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(DownloadCache, "claim", claim_late)
+    with pytest.raises(BlobNotFoundError):
+        Host(tmp_path / "host", url).start(job, tmp_path / "session")
+    go_on.set()
+
+    assert ended.wait(30)
 
 
 def test_the_ledger_says_which_file_is_under_way_and_how_often_it_was_tried(
