@@ -257,7 +257,7 @@ def test_the_steps_of_the_document_install_all_and_take_all_away(layer: Layer) -
     assert "prop" in lines
     assert sorted(line for line in lines if line.startswith("niceness")) == [
         "niceness -10",
-        "niceness 0",
+        f"niceness {os.nice(0)}",  # as whoever runs these tests
     ]
     assert not [line for line in told.splitlines() if line.startswith("FAILS")]
     assert "vfs                /opt/propmaster/deadline_vfs" in told
