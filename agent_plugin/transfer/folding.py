@@ -1,7 +1,9 @@
 """File systems to which some names are one, such as `a` and `A`: what would be lost there."""
 
+import fcntl
 import os
 import secrets
+import struct
 from pathlib import Path
 from typing import Final
 
@@ -12,6 +14,9 @@ from agent_plugin.content.manifest_rules import folded
 # One for all runs, so that what a kill leaves is gone after the next run.
 _PROBE: Final = partial_name("Fold")
 _NEW_PROBE: Final = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+# linux/fs.h: _IOR('f', 1, long), and what says of single directories that they fold names.
+_GET_FLAGS: Final = 0x80086601
+_CASEFOLD: Final = 0x40000000
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
@@ -20,6 +25,8 @@ class KeptApart:
 
     def __init__(self) -> None:
         self._folds: dict[str, bool] = {}
+        # By st_dev: a hundred thousand files may each have a directory of its own.
+        self._devices: dict[int, bool] = {}
         # By what they are to a file system that folds names.
         self._paths: dict[str, str] = {}
 
@@ -30,8 +37,30 @@ class KeptApart:
         """
         found = self._folds.get(directory)
         if found is None:
-            found = self._folds[directory] = _folds_below(Path(directory))
+            found = self._folds[directory] = self._folds_below(Path(directory))
         return found
+
+    def _folds_below(self, directory: Path) -> bool:
+        for existing in (directory, *directory.parents):
+            try:
+                fd = os.open(existing, _DIRECTORY)
+            except FileNotFoundError:
+                continue
+            except OSError:
+                return False
+            try:
+                return _is_marked(fd) or self._folds_on_device(fd)
+            except OSError:
+                return False
+            finally:
+                os.close(fd)
+        return False
+
+    def _folds_on_device(self, directory: int) -> bool:
+        device = os.fstat(directory).st_dev
+        if device not in self._devices:
+            self._devices[device] = folds_names(directory)
+        return self._devices[device]
 
     def refuse_another(self, path: str) -> None:
         """Take a path of a file system that folds names.
@@ -47,21 +76,14 @@ class KeptApart:
             )
 
 
-def _folds_below(directory: Path) -> bool:
-    for existing in (directory, *directory.parents):
-        try:
-            fd = os.open(existing, _DIRECTORY)
-        except FileNotFoundError:
-            continue
-        except OSError:
-            return False
-        try:
-            return folds_names(fd)
-        except OSError:
-            return False
-        finally:
-            os.close(fd)
-    return False
+def _is_marked(directory: int) -> bool:
+    """Return whether names are folded in this directory, and not on all of its file system."""
+    try:
+        flags = fcntl.ioctl(directory, _GET_FLAGS, bytes(8))
+    except OSError:
+        # No such flags here.
+        return False
+    return bool(struct.unpack("=Q", flags)[0] & _CASEFOLD)
 
 
 def folds_names(directory: int) -> bool:
