@@ -217,7 +217,7 @@ class CopyUp:
             with self._lock:
                 if self.shows(node):
                     os.utime(opened.fd, ns=self._times[node])
-                    self._upper.mark_own_content(opened)
+                    self._upper.mark_own_content(opened, self._index.node_mark(node))
                     found.shows = False
         except BaseException:
             with self._lock:

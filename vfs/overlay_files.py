@@ -161,7 +161,7 @@ class OverlayFiles(OverlayNodes):
         os.ftruncate(opened.fd, size)
         if found.shows:
             found.shows = False
-            self._upper.mark_own_content(opened)
+            self._upper.mark_own_content(opened, self._index.node_mark(found.node))
 
     def _set_times(self, found: Object, at: Place, changes: Changes) -> None:
         set_times(at, changes.atime_ns, changes.mtime_ns)

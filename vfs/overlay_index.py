@@ -213,8 +213,17 @@ class Index:
         self._add(found)
         return found
 
-    def _file(self, at: Place, status: os.stat_result, place: Place | None) -> Object:
-        """Note a file that lies in a directory, by its descriptor, and is seen in a place."""
+    def _file(
+        self, at: Place, status: os.stat_result, place: Place | None, *, gone: int = 0
+    ) -> Object:
+        """Note a file that lies in a directory, by its descriptor, and is seen in a place.
+
+        Args:
+            at: The directory, and the name in it.
+            status: The file's.
+            place: None if it is seen nowhere any more.
+            gone: The node that it was then.
+        """
         found = Object(MADE | status.st_ino, stat.S_IFMT(status.st_mode))
         if stat.S_ISREG(status.st_mode):
             opened = open_regular(at)
@@ -227,6 +236,8 @@ class Index:
             lower = 0
             if instance == self._instance.encode("ascii") and self.is_file(int(node)):
                 found.node = lower = int(node)
+            elif self.is_file(gone):
+                found.node = lower = gone
             elif shows and place is not None:
                 lower = self.below(*place) if redirect is None else self._origin(redirect, place)
                 if self.is_file(lower) and lower not in self.objects:
@@ -248,7 +259,7 @@ class Index:
             elif stat.S_ISDIR(status.st_mode):
                 self._add(Object(node, stat.S_IFDIR))
             else:
-                self._file(at, status, None)
+                self._file(at, status, None, gone=node)
 
     def _origin(self, redirect: bytes, place: Place) -> int:
         above = self.lower(place[0])

@@ -139,9 +139,11 @@ class Upper:
         with permitted(opened.fd):
             os.setxattr(opened.fd, self.marks.redirect, b"/" + os.fsencode(path))
 
-    def mark_own_content(self, opened: Descriptor) -> None:
-        """Note that a file shows no input's content any more."""
+    def mark_own_content(self, opened: Descriptor, node_mark: bytes) -> None:
+        """Note that a file shows no input's content any more, and which node it is."""
         with permitted(opened.fd):
+            # First: until then it is known by the input that it shows.
+            os.setxattr(opened.fd, self.node_mark, node_mark)
             os.removexattr(opened.fd, self.marks.metacopy)
 
     def is_private(self, name: bytes) -> bool:

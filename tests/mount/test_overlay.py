@@ -352,6 +352,33 @@ def test_what_is_added_counts_among_a_directorys_links(rig: OverlayRig) -> None:
     assert rig.overlay.attributes(ROOT).nlink == before + 1
 
 
+def test_an_input_that_an_earlier_mount_has_touched_stays_what_the_kernel_knows(
+    rig: OverlayRig,
+) -> None:
+    """A successor that had another node for it would give the input's bytes, and lose writes."""
+    for path in ("a", "d/a", "d/b"):
+        rig.overlay.setattr(rig.find(path), Changes(mode=0o600))
+    rig.mount_again()
+    nodes = {path: rig.find(path) for path in ("a", "d/a", "d/b")}
+    rig.write("a", b"My")
+    rig.overlay.setattr(nodes["d/a"], Changes(size=0))
+    rig.overlay.hold(nodes["d/b"])
+    rig.overlay.unlink(rig.find("d"), b"b")
+    rig.overlay.setattr(nodes["d/b"], Changes(mode=0o640))
+    rig.restart()
+
+    assert {path: rig.find(path) for path in ("a", "d/a")} == {
+        path: nodes[path] for path in ("a", "d/a")
+    }
+    assert rig.read(nodes["a"]) == b"My input"
+    assert rig.overlay.attributes(nodes["d/a"]).size == 0
+    gone = rig.overlay.attributes(nodes["d/b"])
+    assert (gone.mode & 0o777, gone.nlink) == (0o640, 0)
+    assert rig.read(nodes["d/b"]) == b"another"
+    rig.overlay.forget(nodes["d/b"])
+    assert list(rig.work.iterdir()) == []
+
+
 def test_what_is_removed_goes_from_the_disk_when_the_last_lets_go(rig: OverlayRig) -> None:
     node = rig.overlay.mknod(ROOT, b"tmp", stat.S_IFREG | 0o600, US)
     rig.overlay.write(node, 0, b"temporary")
