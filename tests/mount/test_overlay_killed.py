@@ -35,6 +35,30 @@ def test_names_are_made_and_removed_while_servers_are_killed_for_long(mounter: M
         assert mounter.host.mounts.end(mounter.home / "mnt")
 
 
+def test_an_input_that_an_earlier_mount_has_touched_is_written_on_after_a_kill(
+    mounter: Mounter,
+) -> None:
+    source = mounter.home / "source"
+    write_files(source, {"a": b"an input"}, mtime_ns=1_600_000_000 * 10**9)
+    inputs = mounter.stored(source)
+    at = mounter.mount(inputs, writes="overlay")
+    (at / "a").chmod(0o600)
+    mounter.host.mounts.end(at)
+    mounter.mount(inputs, writes="overlay")
+    fd = os.open(at / "a", os.O_RDWR)
+    try:
+        os.pwrite(fd, b"My", 0)
+        _kill(mounter, at)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.pwrite(fd, b"!", 8)
+        assert os.pread(fd, 100, 0) == b"My input!"
+    finally:
+        os.close(fd)
+    assert (at / "a").read_bytes() == b"My input!"
+    mounter.host.mounts.end(at)
+    assert (mounter.home / "mnt-work/upper/a").read_bytes() == b"My input!"
+
+
 def _go_on_while_servers_are_killed(mounter: Mounter, kills: int) -> None:
     source = mounter.home / "source"
     write_files(
