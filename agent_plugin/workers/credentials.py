@@ -45,6 +45,8 @@ from agent_plugin.workers.rights import Peer, check_private_file, peer_of_user
 PROFILE: Final = "propmaster"
 # What a credential process, or a look into a file on a share that hangs, may take.
 LOOK_UP_SECONDS: Final = 60.0
+# What was killed is gone at once, unless the file system that it asks can not be interrupted.
+_REAP_SECONDS: Final = 2.0
 
 _FILES: Final = ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE")
 _CONFIG: Final = "aws-config"
@@ -178,7 +180,7 @@ def ask_as(
                 os.killpg(pid, signal.SIGKILL)
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        _reap(pid)
     if "error" in answer:
         kind = StoreAccessError if answer.get("access") else SettingsInvalidError
         raise kind(str(answer["error"]), hint=str(answer.get("hint", "")))
@@ -228,6 +230,18 @@ def _end_in_time(parent: int) -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGALRM)
     if os.getppid() != parent:
         os._exit(0)
+
+
+def _reap(pid: int) -> None:
+    """Wait for a process that was killed, but not for a file system that it waits for."""
+    ended = os.pidfd_open(pid)
+    try:
+        poll = select.poll()
+        poll.register(ended, select.POLLIN)
+        if poll.poll(_REAP_SECONDS * 1000):
+            os.waitpid(pid, 0)
+    finally:
+        os.close(ended)
 
 
 def _prctl(option: int, value: int) -> None:

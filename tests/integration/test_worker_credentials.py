@@ -2,8 +2,10 @@
 
 import json
 import os
+import select
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +15,7 @@ import psutil
 import pytest
 
 from agent_plugin.content.errors import NotAllowedError, SettingsInvalidError, StoreAccessError
+from agent_plugin.content.mount_table import unmount
 from tests.servers.hooks import CALL_SECONDS
 from tests.servers.service_host import (
     JOB_GROUP,
@@ -23,6 +26,8 @@ from tests.servers.service_host import (
     ServiceHost,
     service_host,
 )
+from vfs.mount import mount_fuse
+from vfs.transports.kernel_transport import REQUEST_BYTES, negotiate
 
 SECRET = "pLaNtEdSeCrEt"
 KEYS = {
@@ -257,6 +262,49 @@ def test_a_look_up_ends_with_its_asker(root_host: ServiceHost) -> None:
     with looking_up(root_host, "gone", "keys") as (asker, parent, started):
         asker.kill()
         wait_for_end(parent, started)
+
+
+_READ = """
+import socket, sys
+from agent_plugin.content.errors import SettingsInvalidError
+from agent_plugin.workers import credentials
+from agent_plugin.workers.rights import Peer
+credentials.LOOK_UP_SECONDS = 0.5
+asker, _service = socket.socketpair()
+user = int(sys.argv[2])
+try:
+    credentials.ask_as(Peer(0, user, user), lambda: {"text": open(sys.argv[1]).read()}, asker)
+except SettingsInvalidError as error:
+    print(error.message)
+"""
+
+
+def test_a_look_up_on_a_file_system_that_does_not_answer_is_given_up(
+    root_host: ServiceHost,
+) -> None:
+    """Seen to wait for ever: who waits for an answer of FUSE can not even be killed."""
+    at = root_host.home / "silent"
+    at.mkdir()
+    device = mount_fuse(at, "propmaster-silent")
+    try:
+        negotiate(device)
+        asking = subprocess.Popen(
+            [sys.executable, "-c", _READ, str(at / "config"), str(JOB_USER)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        with asking:
+            try:
+                # The request is taken, and never answered.
+                assert select.select([device], [], [], 20)[0]
+                os.read(device, REQUEST_BYTES)
+                told, _ = asking.communicate(timeout=20)
+            finally:
+                asking.kill()
+    finally:
+        unmount(at, lazily=True)
+        os.close(device)
+    assert told == "the job's AWS files could not be read in 0 s\n"
 
 
 def call_of(host: ServiceHost, pid: int) -> int:
