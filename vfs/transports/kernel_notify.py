@@ -9,12 +9,16 @@ messages (kernel_messenger.py), from the first of them on.
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from queue import SimpleQueue
+from typing import Final
 
 from vfs.transports import kernel_messenger
 from vfs.transports import kernel_protocol as protocol
+
+_NEXT_TRY_SECONDS: Final = 0.5
 
 
 class Notifier:
@@ -52,8 +56,11 @@ class Notifier:
         self._queue.put(header + body)
         with self._lock:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="notify", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._work, name="notify", daemon=True)
+                # Where the host gives none, the next message tries again.
+                with suppress(RuntimeError):
+                    thread.start()
+                    self._thread = thread
 
     def _work(self) -> None:
         messenger = self._messenger()
@@ -64,13 +71,17 @@ class Notifier:
                 messenger = self._messenger()
 
     def _messenger(self) -> "subprocess.Popen[bytes]":
-        # Its stdin is closed with this process, however that ends, and then it ends, too.
-        return subprocess.Popen(  # noqa: S603 - a fixed argv
-            [sys.executable, "-I", "-S", kernel_messenger.__file__],
-            stdin=subprocess.PIPE,
-            stdout=self._fd,
-            bufsize=0,
-        )
+        while True:
+            # Where the host gives no process now, what is to be forgotten is so later.
+            with suppress(OSError):
+                # Its stdin is closed with this process, however that ends; then it ends, too.
+                return subprocess.Popen(  # noqa: S603 - a fixed argv
+                    [sys.executable, "-I", "-S", kernel_messenger.__file__],
+                    stdin=subprocess.PIPE,
+                    stdout=self._fd,
+                    bufsize=0,
+                )
+            time.sleep(_NEXT_TRY_SECONDS)
 
 
 def _give(messenger: "subprocess.Popen[bytes]", message: bytes) -> bool:
