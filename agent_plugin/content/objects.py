@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from agent_plugin.content.errors import SettingsInvalidError, UnsafePathError
 
@@ -59,6 +59,8 @@ class ObjectInfo:
         metadata: Of the user; names are lower case. Empty for what was listed.
         checksum_of_parts: Of an object made of parts, the SHA-256 of the parts' SHA-256s, in
             base64, with `-` and their number; no hash of the content. Empty for what was listed.
+        headers: What else belongs to the content, as `Content-Encoding`, by its name in boto3;
+            empty for what was listed.
         archive: Why it can not be read as it is: ARCHIVED, or RESTORING while it is being restored;
             empty if it can. What was listed as ARCHIVED may be one of the others.
     """
@@ -74,6 +76,7 @@ class ObjectInfo:
     content_type: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict, compare=False)
     checksum_of_parts: str = ""
+    headers: Mapping[str, Any] = field(default_factory=dict, compare=False)
     archive: str = field(default="", compare=False)
 
     @property

@@ -36,16 +36,15 @@ if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef, CopyObjectOutputTypeDef
 
-# What one request copies along, and an object made of parts has to be given.
-_KEPT: Final = (
+_HEADERS: Final = (
     "CacheControl",
     "ContentDisposition",
     "ContentEncoding",
     "ContentLanguage",
-    "ContentType",
     "Expires",
-    "Metadata",
 )
+# What one request copies along, and an object made of parts has to be given.
+_KEPT: Final = (*_HEADERS, "ContentType", "Metadata")
 
 
 def copy(
@@ -289,5 +288,6 @@ def info_of_head(bucket: str, key: str, head: Mapping[str, Any]) -> ObjectInfo:
         # S3 folds names to lower case; other servers need not.
         _folded(head.get("Metadata", {})),
         checksum if is_of_parts else "",
+        {name: head[name] for name in _HEADERS if head.get(name)},
         archive_of(storage_class, str(head.get("Restore", "")), str(head.get("ArchiveStatus", ""))),
     )

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from functools import partial
-from typing import Final, Self
+from typing import Any, Final, Self
 from urllib.parse import parse_qs, urlsplit
 
 from agent_plugin.content import parts, s3_copy, s3_multipart, s3_ranges
@@ -261,6 +261,7 @@ class S3Objects:
         overwrite: bool,
         content_type: str = "",
         metadata: Mapping[str, str] | None = None,
+        headers: Mapping[str, Any] | None = None,
         cancellation: Cancellation,
         progress: Progress = ignore_progress,
         unfinished: Unfinished | None = None,
@@ -271,6 +272,7 @@ class S3Objects:
 
         Args:
             size: Bytes in all.
+            headers: Of the object, as ObjectInfo has them.
             read: Given position and length, returns that many bytes. What an unfinished upload has
                 is not read again.
             in_order: Whether `read` is called by one thread at a time, from the beginning to the
@@ -288,7 +290,7 @@ class S3Objects:
         Raises:
             KeyExistsError, FileChangedError, CancelledError: As for put_file.
         """
-        new = self._new(bucket, key, overwrite, content_type, metadata)
+        new = self._new(bucket, key, overwrite, content_type, metadata, headers)
         content = Content(size, read, check, in_order)
         return new.put_content(content, self._sizes, cancellation, progress, unfinished)
 
@@ -386,6 +388,7 @@ class S3Objects:
         overwrite: bool,
         content_type: str,
         metadata: Mapping[str, str] | None,
+        headers: Mapping[str, Any] | None = None,
     ) -> NewObject:
         return NewObject(
             self._buckets,
@@ -394,6 +397,7 @@ class S3Objects:
             overwrite=overwrite,
             content_type=content_type,
             metadata=metadata,
+            headers=headers,
         )
 
 

@@ -72,6 +72,7 @@ class NewObject:
         overwrite: Whether what is there may be replaced.
         content_type: Of the object; empty for bytes of any kind.
         metadata: Of the object; ASCII.
+        headers: What else it has, as boto3 names it.
 
     Raises:
         UnsafePathError: There can be no such key.
@@ -86,12 +87,14 @@ class NewObject:
         overwrite: bool,
         content_type: str,
         metadata: Mapping[str, str] | None,
+        headers: Mapping[str, Any] | None = None,
     ) -> None:
         self._buckets = buckets
         self._bucket = bucket
         self._key = checked_key(key)
         self._overwrite = overwrite
         self._headers: dict[str, Any] = {
+            **(headers or {}),
             "ContentType": content_type or CONTENT_TYPE,
             "Metadata": dict(metadata or {}),
         }

@@ -188,6 +188,7 @@ class Attempt:
             overwrite=self.settings.overwrite,
             content_type=info.content_type,
             metadata=info.metadata,
+            headers=info.headers,
             cancellation=self.halt,
             progress=self.progress,
             unfinished=unfinished,
