@@ -202,11 +202,12 @@ class Streamed:
 
     def _fetch(self, first: int, count: int) -> None:
         parts = range(first, first + count)
-        is_here = False
+        is_here, counted = False, 0
         try:
             self._bring(first, count)
             with self._lock:
-                self._left -= count
+                counted = count
+                self._left -= counted
                 complete = not self._left
             if complete:
                 # The last part is not given out before all is verified, so nobody gets the whole of
@@ -215,6 +216,9 @@ class Streamed:
             is_here = True
         finally:
             with self._lock:
+                if not is_here:
+                    # They will come again, and all is to be verified then.
+                    self._left += counted
                 # Both at once: whoever saw neither would fetch it a second time.
                 for part in parts:
                     del self._under_way[part]
@@ -267,11 +271,13 @@ class Streamed:
             # What was read so far may have been wrong, and nobody may read on to find out.
             self._on_corrupt(self._digest, self._failure)
             return
-        self._statistics.count(blobs_fetched=1)
         blob = OpenBlob(os.dup(self._fd), is_spooled=True)
-        if self._staged is not None:
+        self._statistics.count(blobs_fetched=1)
+        # Once: what fails after it comes here again.
+        staged, self._staged = self._staged, None
+        if staged is not None:
             try:
-                self._staged.publish(self._digest)
+                staged.publish(self._digest)
                 blob.is_spooled = False
             except LocalError as error:
                 log.warning(events.CACHE_BYPASSED, extra={"reason": error.message})

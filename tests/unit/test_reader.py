@@ -23,6 +23,7 @@ import pytest
 
 import vfs.reader
 import vfs.service
+import vfs.streaming
 import vfs.whole_blobs
 from agent_plugin.content import events
 from agent_plugin.content.blob_cache import BlobCache
@@ -893,6 +894,38 @@ def test_a_large_blob_that_is_complete_is_verified_and_published(rig: Rig) -> No
     assert read_now(reader, digest, LARGE - 10, 10) == data[-10:]
     assert (rig.count("blobs_fetched"), rig.count("bytes_fetched")) == (1, LARGE)
     assert [path for path in rig.cache_dir.rglob("tmp/*") if path.is_file()] == []
+
+
+@pytest.mark.usefixtures("large")
+def test_a_large_blob_that_could_not_be_verified_is_verified_when_its_rest_comes_again(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Caught: nothing counted the rest as missing, so all was read and nobody ever hashed it."""
+    digest, data = blob(37, LARGE)
+    rig.put(digest, data)
+    cache = rig.cache()
+    reader = rig.reader(cache)
+    hashed: list[int] = []
+
+    def hash_later(fd: int) -> Digest:
+        hashed.append(fd)
+        if len(hashed) == 1:
+            raise MemoryError
+        return hash_fd(fd)
+
+    monkeypatch.setattr(vfs.streaming, "hash_fd", hash_later)
+    with pytest.raises(MemoryError):
+        read(reader, digest)
+    # Whichever of them it was that came last.
+    for part in range(PARTS):
+        flip_a_bit(rig.home / "store" / blob_key(digest), part * SMALL_PARTS.part_bytes)
+    told: list[PropmasterError] = []
+    reader.on_corrupt = lambda _digest, error: told.append(error)
+
+    with pytest.raises(BlobCorruptError):
+        read(reader, digest)
+    assert [type(error) for error in told] == [BlobCorruptError]
+    assert not cache.contains(digest)
 
 
 @pytest.mark.usefixtures("large")
