@@ -295,8 +295,8 @@ class Ledger(PeoplesLedger):
             NoSpaceError, LocalWriteError: The ledger can not be written.
         """
         while self._notes:
-            with self._file.write() as connection:
-                self._notes.write(connection, self._clock(), NOTES_AT_ONCE)
+            with self._notes.to_write(NOTES_AT_ONCE) as notes, self._file.write() as connection:
+                notes.write(connection, self._clock())
 
     def beat(
         self, transfer_id: int, moved: int, found: int = 0, *, yielding: bool = False
@@ -329,9 +329,12 @@ class Ledger(PeoplesLedger):
         overdue = now - pulse.renewed > BEATS_MISSED_SECONDS
         patience = BUSY_TIMEOUT_SECONDS if overdue else BEAT_PATIENCE_SECONDS
         try:
-            with self._file.write(patience=patience) as connection:
+            with (
+                self._notes.to_write(NOTES_AT_ONCE) as notes,
+                self._file.write(patience=patience) as connection,
+            ):
                 renew_lease(connection, transfer_id, now)
-                self._notes.write(connection, now, NOTES_AT_ONCE)
+                notes.write(connection, now)
                 self._add(connection, transfer_id, pulse, now)
                 go_on(connection, transfer_id, yielding=yielding)
         except LedgerBusyError:

@@ -2,7 +2,8 @@
 
 import sqlite3
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 
 from agent_plugin.content.errors import PropmasterError
@@ -40,6 +41,14 @@ class _Note:
     moved: int = 0
     upload_id: str | None = None
     parts: Sequence[SentPart] | None = None
+
+    def add(self, later: "_Note") -> None:
+        """Take what was noted after this one."""
+        self.attempts += later.attempts
+        self.moved += later.moved
+        for name in ("status", "error_code", "error", "not_before", "upload_id", "parts"):
+            if (value := getattr(later, name)) is not None:
+                setattr(self, name, value)
 
 
 class Notes:
@@ -83,10 +92,39 @@ class Notes:
             note = self._notes.setdefault(task_id, _Note())
             note.upload_id, note.parts = upload_id, parts
 
-    def write(self, connection: sqlite3.Connection, now: float, most: int) -> None:
-        """Write up to so many notes, in the caller's transaction, and drop them."""
+    @contextmanager
+    def to_write(self, most: int) -> Iterator["Batch"]:
+        """Lend what writes up to so many notes; when that comes to nothing, they are kept."""
+        batch = Batch(self._take, most)
+        try:
+            yield batch
+        except BaseException:
+            self._put_back(batch.taken)
+            raise
+
+    def _take(self, most: int) -> list[tuple[int, _Note]]:
         with self._lock:
-            notes = [self._notes.popitem() for _ in range(min(most, len(self._notes)))]
+            return [self._notes.popitem() for _ in range(min(most, len(self._notes)))]
+
+    def _put_back(self, taken: Sequence[tuple[int, _Note]]) -> None:
+        with self._lock:
+            for task_id, note in taken:
+                if (later := self._notes.get(task_id)) is not None:
+                    note.add(later)
+                self._notes[task_id] = note
+
+
+class Batch:
+    """Notes of one transaction; made by Notes.to_write, within which it ends."""
+
+    def __init__(self, take: Callable[[int], list[tuple[int, _Note]]], most: int) -> None:
+        self._take = take
+        self._most = most
+        self.taken: Sequence[tuple[int, _Note]] = ()
+
+    def write(self, connection: sqlite3.Connection, now: float) -> None:
+        """Write them, in the caller's transaction."""
+        self.taken = self._take(self._most)
         connection.executemany(
             _SQL,
             (
@@ -102,6 +140,6 @@ class Notes:
                     None if note.parts is None else to_json([astuple(p) for p in note.parts]),
                     task_id,
                 )
-                for task_id, note in notes
+                for task_id, note in self.taken
             ),
         )

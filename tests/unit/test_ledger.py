@@ -20,10 +20,11 @@ from agent_plugin.content import events
 from agent_plugin.content.errors import (
     CancelledError,
     LocalWriteError,
+    NoSpaceError,
     StoreUnavailableError,
     TransferStateError,
 )
-from agent_plugin.content.store import Cancellation
+from agent_plugin.content.store import Cancellation, SentPart
 from agent_plugin.transfer.ledger import (
     LEASE_SECONDS,
     SAMPLE_WINDOW_SECONDS,
@@ -344,6 +345,41 @@ def test_closing_writes_what_was_noted(path: Path) -> None:
 
     with Ledger.open(path) as ledger:
         assert {task.status for task in ledger.tasks(row.id)} == {TaskStatus.DONE}
+
+
+def test_notes_for_which_there_was_no_room_are_written_when_there_is(ledger: Ledger) -> None:
+    row = ledger.begin(SPEC, TASKS)
+    tasks = ids(ledger, row.id)
+    parts = [SentPart(1, "tag", "", "aa")]
+    writes: list[Callable[[], object]] = [ledger.flush, lambda: ledger.beat(row.id, 0)]
+    for write in writes:
+        ledger.note_upload(tasks["two"], "upload-2", parts)
+        ledger.note(tasks["one"], TaskStatus.BOOTING, StoreUnavailableError("n" * 1_000_000))
+        ledger.note_moved(tasks["three"], 30)
+        with _no_room(ledger), pytest.raises(NoSpaceError):
+            write()
+        ledger.note_moved(tasks["three"], 20)
+        ledger.note(tasks["one"], TaskStatus.DONE)
+
+    ledger.flush()
+
+    found = {task.destination: task for task in ledger.tasks(row.id)}
+    assert ledger.upload_of(tasks["two"]) == ("upload-2", parts)
+    assert (found["one"].status, found["one"].tries) == (TaskStatus.DONE, 2)
+    assert found["three"].done == 100
+
+
+@contextmanager
+def _no_room(ledger: Ledger) -> Iterator[None]:
+    """Keep the ledger as large as it is."""
+    with ledger.file.read() as connection:
+        (most,) = connection.execute("PRAGMA max_page_count").fetchone()
+        connection.execute("PRAGMA max_page_count = 1")
+    try:
+        yield
+    finally:
+        with ledger.file.read() as connection:
+            connection.execute(f"PRAGMA max_page_count = {most}")
 
 
 def test_notes_of_many_threads_are_all_written(ledger: Ledger) -> None:
