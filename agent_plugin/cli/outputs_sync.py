@@ -29,6 +29,9 @@ from agent_plugin.transfer.progress import format_bytes
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# The host's clock is compared with the store's times; as much as the Deadline client allows for.
+SKEW_SECONDS: Final = 120.0
+
 _PROFILE: Final = re.compile(r"sp-[0-9a-f]{32}")
 _OWN: Final = "own"
 _RULES: Final = "rules"
@@ -163,7 +166,7 @@ def _since(minutes: float) -> float:
     if math.isnan(minutes) or minutes < 0:
         raise click.UsageError("--bootstrap-lookback-minutes is a number from 0, or inf")
     # Whole seconds, since the times of S3 are.
-    return max(0.0, float(int(time.time())) - minutes * 60)
+    return max(0.0, float(int(time.time())) - minutes * 60 - SKEW_SECONDS)
 
 
 def _check_ids(farm_id: str, queue_id: str, job_ids: tuple[str, ...], profile: str | None) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import click
 import pytest
 
-from agent_plugin.cli.outputs_sync import sync_command
+from agent_plugin.cli.outputs_sync import SKEW_SECONDS, sync_command
 from agent_plugin.content.digest import Digest
 from agent_plugin.content.errors import (
     BlobNotFoundError,
@@ -207,6 +207,22 @@ def test_the_command_syncs_tells_and_exits_with_the_first_failure(queue: RenderQ
     assert f"job {job_id(1)}: failed, 0 files: bad: " in plain.stdout
     assert "the task that made it has to run again" in plain.stderr
     assert "counts for the first sync only" in plain.stderr
+
+
+def test_a_first_sync_allows_for_a_host_whose_clock_is_fast(queue: RenderQueue) -> None:
+    (queue.directory / "store").mkdir()
+    begun = queue.command()
+    queue.render(1, {"early": b"by the store's clock"})
+    queue.render(2, {"old": b"old"})
+    early, old = (at for job in (1, 2) for at in queue.manifests if job_id(job) in str(at))
+    for path, ago in ((early, 110), (old, 200)):
+        moment = begun["since"] + SKEW_SECONDS - ago
+        os.utime(path, (moment, moment))
+
+    result = queue.command()
+
+    assert (begun["first"], begun["files"]) == (True, 0)
+    assert {job["jobId"]: job["files"] for job in result["jobs"]} == {job_id(1): 1}
 
 
 # ------------------------------------------------------------------------------- kills, checkpoint
