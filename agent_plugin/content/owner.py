@@ -99,6 +99,14 @@ class Owner:
         self._give(fd)
         os.fchmod(fd, self._mode(0o666, shared=shared))
 
+    def has_file(self, status: os.stat_result, *, shared: bool) -> bool:
+        """Whether a file that this process has made was given to the user, and nobody changed that.
+
+        A process that was killed in between leaves one that he can do nothing with.
+        """
+        given = status.st_uid == self.uid if self.is_impersonated else status.st_gid == self.gid
+        return given and stat.S_IMODE(status.st_mode) == self._mode(0o666, shared=shared)
+
     def give_directory(self, fd: int, *, shared: bool) -> None:
         """Give the user an open directory that this process has made.
 

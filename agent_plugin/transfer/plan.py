@@ -128,10 +128,13 @@ def plan_download(
     present = {}
     if _has_entries(root, owner):
         with Root(root, follow=follow_root, owner=owner) as opened:
+            files = _stat_all(
+                opened, manifest.entries, cancellation or Cancellation(), hidden=hidden
+            )
             present = (
-                _present(manifest, opened, hash_cache, cancellation)
+                _present(manifest, opened, files, hash_cache, cancellation)
                 if origin is None
-                else _present_by_time(manifest, opened, cancellation)
+                else _present_by_time(manifest, files)
             )
     try:
         make_directories(root, owner, shared=follow_root)
@@ -219,16 +222,13 @@ def _has_entries(root: Path, owner: Owner | None) -> bool:
 def _present(
     manifest: Manifest,
     root: Root,
+    files: Iterable[FoundFile],
     hash_cache: HashCache | None,
     cancellation: Cancellation | None,
 ) -> dict[str, FoundFile]:
     """Return the files that stand at their entry's path with the entry's bytes, by path."""
     entries = manifest.by_path()
-    candidates = [
-        found
-        for found in _stat_all(root, manifest.entries, cancellation or Cancellation())
-        if found.size == entries[found.path].size
-    ]
+    candidates = [found for found in files if found.size == entries[found.path].size]
     return {
         found.path: found
         for found, digest in hash_files(root, candidates, hash_cache, cancellation=cancellation)
@@ -236,22 +236,22 @@ def _present(
     }
 
 
-def _present_by_time(
-    manifest: Manifest, root: Root, cancellation: Cancellation | None
-) -> dict[str, FoundFile]:
+def _present_by_time(manifest: Manifest, files: Iterable[FoundFile]) -> dict[str, FoundFile]:
     """Return the files that have their entry's size and time, by path."""
     entries = manifest.by_path()
     return {
         found.path: found
-        for found in _stat_all(root, manifest.entries, cancellation or Cancellation())
+        for found in files
         if (found.size, found.mtime_ns // 1000)
         == (entries[found.path].size, entries[found.path].mtime)
     }
 
 
 def _stat_all(
-    root: Root, entries: Sequence[FileEntry], cancellation: Cancellation
+    root: Root, entries: Sequence[FileEntry], cancellation: Cancellation, *, hidden: bool
 ) -> Iterable[FoundFile]:
+    # In a hidden root a file has its name before it is its owner's (placement.py).
+    owner = root.owner if hidden else None
     for entry in entries:
         cancellation.check()
         parent, _, name = entry.path.rpartition("/")
@@ -262,7 +262,8 @@ def _stat_all(
             continue
         except OSError as error:
             raise LocalReadError(f"{root.path}/{entry.path}: {error.strerror}") from error
-        if stat.S_ISREG(status.st_mode):
+        is_given = owner is None or owner.has_file(status, shared=root.follow)
+        if stat.S_ISREG(status.st_mode) and is_given:
             yield FoundFile.of(entry.path, status)
 
 

@@ -2,6 +2,7 @@
 
 import codecs
 import os
+import signal
 import stat
 import tempfile
 import threading
@@ -13,10 +14,11 @@ import pytest
 
 from agent_plugin.content.digest import Digest
 from agent_plugin.content.errors import LocalReadError, LocalWriteError
-from agent_plugin.content.manifest import FileEntry
+from agent_plugin.content.manifest import FileEntry, Manifest
 from agent_plugin.content.owner import Owner, acting, make_directories
 from agent_plugin.content.safe_path import Root
 from agent_plugin.transfer.placement import REFLINK_MIN_BYTES, Placer
+from agent_plugin.transfer.plan import plan_download
 from tests.servers.disks import image_mounted
 from tests.servers.other_user import NOBODY
 
@@ -111,6 +113,61 @@ def test_everything_that_is_made_is_the_users(
         if path.is_file():
             assert path.stat().st_mtime_ns == MTIME * 1000
     assert directory_mode in {mode for _, _, mode in found.values()}
+
+
+def place_until_killed(directory: Path, owner: Owner, call: str) -> None:
+    """Place a small file in a process that is killed when it comes to one of the owner's calls."""
+    child = os.fork()
+    if child == 0:
+        setattr(Owner, call, lambda *_args, **_rights: os.kill(os.getpid(), signal.SIGKILL))
+        with Placer(directory, "label", direct=True, follow=False, owner=owner) as placer:
+            placer.place_data(entry("file", b"small"), b"small")
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+
+
+@needs_root
+@pytest.mark.parametrize("call", ["give_file", "_mode"])
+def test_what_was_not_the_users_yet_when_its_process_was_killed_is_placed_anew(
+    session: Path, call: str
+) -> None:
+    """All of its bytes are there, and he may not read them."""
+    owner, root = Owner(NOBODY, NOBODY), session / "hidden"
+    make_directories(root, owner, shared=False)
+    place_until_killed(root, owner, call)
+    assert (root / "file").read_bytes() == b"small"
+
+    manifest = Manifest.of([entry("file", b"small")])
+    plan = plan_download(
+        manifest, root, None, hidden=True, exclusive=True, follow_root=False, owner=owner
+    )
+    assert (list(plan.wanted), plan.kept) == ([entry("file", b"small").digest], [])
+    with Placer(root, "label", direct=True, follow=False, owner=owner) as placer:
+        placer.place_data(entry("file", b"small"), b"small")
+
+    assert facts(root / "file") == (NOBODY, NOBODY, 0o660)
+    plan = plan_download(
+        manifest, root, None, hidden=True, exclusive=True, follow_root=False, owner=owner
+    )
+    assert (list(plan.wanted), len(plan.kept)) == ([], 1), "what is the user's stays"
+
+
+@needs_root
+def test_without_root_too_what_was_not_the_users_yet_is_placed_anew(session: Path) -> None:
+    os.chown(session, NOBODY, GROUP)
+    owner, root = Owner(NOBODY - 1, GROUP), session / "hidden"
+    manifest = Manifest.of([entry("file", b"small"), entry("given", b"small")])
+    with being_in_group(GROUP):
+        make_directories(root, owner, shared=False)
+        place_until_killed(root, owner, "give_file")
+        with Placer(root, "label", direct=True, follow=False, owner=owner) as placer:
+            placer.place_data(entry("given", b"small"), b"small")
+        plan = plan_download(
+            manifest, root, None, hidden=True, exclusive=True, follow_root=False, owner=owner
+        )
+
+    [[wanted]] = plan.wanted.values()
+    assert (wanted.path, [kept.path for kept in plan.kept]) == ("file", ["given"])
 
 
 @needs_root
