@@ -2,7 +2,8 @@
 
 An object is fetched under a temporary name and verified before it gets its own. Which ranges of a
 large one have come is written down beside it as they come, so that the next run asks only for the
-others; that this was right is seen when the whole is verified.
+others; that this was right is seen when the whole is verified. After a start of the host that does
+not count: a power cut may take what is in a file and leave the note of it.
 
 Crew threads fetch; the calling thread keeps the ledger and shows how far it is. The transfer can be
 paused and aborted, and gives way, as any (transfer/steering.py); an object that is excluded is left
@@ -35,6 +36,7 @@ from agent_plugin.content.store import WHOLE_BLOB_BYTES, Cancellation
 from agent_plugin.publish.in_place import sha256_of
 from agent_plugin.publish.published import PublishedObject, PublishedResult
 from agent_plugin.transfer.context import TransferContext
+from agent_plugin.transfer.copy_partial import boot_id
 from agent_plugin.transfer.engine import TICK_SECONDS, Crew, Halts, Products
 from agent_plugin.transfer.ledger import TaskSpec, TransferRow, TransferSpec
 from agent_plugin.transfer.ledger_news import TaskNews
@@ -303,7 +305,8 @@ class _Fetch:
     def _fetch(self, wanted: Wanted, name: str, directory: int, halt: Cancellation) -> int:
         info = wanted.published.info
         label = hash_name(f"{info.url} {info.version} {info.etag} {wanted.at}")
-        data_name, ranges_name = partial_name(f"data-{label}"), partial_name(f"ranges-{label}")
+        data_name = partial_name(f"data-{label}")
+        ranges_name = partial_name(f"ranges-{hash_name(f'{label} {boot_id()}')}")
         top = self._root.fd
         fd = os.open(data_name, _FLAGS, 0o666, dir_fd=top)
         try:

@@ -97,7 +97,7 @@ def growing(
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         path = destination.with_name(name)
-        identity = {**facts, "partial": os.fspath(path), "boot": _boot_id()}
+        identity = {**facts, "partial": os.fspath(path), "boot": boot_id()}
         fd = _taken_up(path, identity, kept)
         goes_on = fd is not None
         if fd is None:
@@ -179,7 +179,8 @@ class Ranges:
             return len(self._numbers)
 
 
-def _boot_id() -> str:
+def boot_id() -> str:
+    """Return what is another after each start of the host; empty where nothing tells it."""
     try:
         return _BOOT_ID.read_text(encoding="ascii").strip()
     except OSError:

@@ -23,6 +23,7 @@ from agent_plugin.content.errors import ArchiveUnsafeError, ObjectChangedError, 
 from agent_plugin.content.leftovers import is_partial
 from agent_plugin.publish.unpack import UnpackLimits
 from agent_plugin.sources.spec import decode_source
+from agent_plugin.transfer import copy_partial
 from tests.servers.hooks import FARM, JOB, QUEUE, Host
 from tests.servers.published import Published
 from tests.servers.s3_server import S3Server
@@ -248,6 +249,35 @@ def test_o7_archives_of_one_name_that_publishers_of_an_execution_made_are_not_mi
 
 def test_o7_after_a_kill_an_archive_goes_on_where_it_was(published: Published) -> None:
     p = published
+    data = killed_on_the_way(p)
+
+    result = p.get()
+
+    assert p.files() == {"renders/big": data}
+    assert 0 < result.bytes_fetched <= 16 * MEBIBYTE
+    assert [path.name for path in p.to.parent.iterdir() if is_partial(path.name)] == []
+
+
+def test_o7_after_a_power_cut_what_was_not_on_the_disk_is_fetched_again(
+    published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p = published
+    data = killed_on_the_way(p)
+    (partial,) = p.to.parent.glob(".propmaster-*/*data-*")
+    partial.write_bytes(bytes(partial.stat().st_size))
+    started_again = tmp_path / "boot_id"
+    started_again.write_text("another\n", encoding="ascii")
+    monkeypatch.setattr(copy_partial, "_BOOT_ID", started_again)
+
+    result = p.get()
+
+    assert p.files() == {"renders/big": data}
+    assert result.bytes_fetched > 24 * MEBIBYTE
+    assert [path.name for path in p.to.parent.iterdir() if is_partial(path.name)] == []
+
+
+def killed_on_the_way(p: Published) -> bytes:
+    """Publish a large archive, and kill who gets it when ranges have come; return its file."""
     data = os.urandom(24 * MEBIBYTE)
     p.ran({"Encoding": "gzip"}, {"renders/big": data})
     slow = Host(
@@ -263,12 +293,7 @@ def test_o7_after_a_kill_an_archive_goes_on_where_it_was(published: Published) -
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=CALL_SECONDS)
     assert not p.to.exists()
-
-    result = p.get()
-
-    assert p.files() == {"renders/big": data}
-    assert 0 < result.bytes_fetched <= 16 * MEBIBYTE
-    assert [path.name for path in p.to.parent.iterdir() if is_partial(path.name)] == []
+    return data
 
 
 # ------------------------------------------------------------ results and links
