@@ -325,10 +325,11 @@ class Mounts:
     def clear_stale(self, cancellation: Cancellation | None = None) -> list[Path]:
         """End the mounts whose process is gone; return where they were.
 
-        Those that another process keeps us from looking at are left to whoever comes next.
+        Those that another process keeps us from looking at, and one that the kernel does not let
+        go, are told (event `mount.stale_left`) and left to whoever comes next: they are of other
+        sessions than the one that is about to start. Whoever mounts in such a place is refused.
 
         Raises:
-            LocalWriteError: The kernel does not let one go.
             CancelledError: Cancellation was wished.
         """
         cleared: list[Path] = []
@@ -343,9 +344,16 @@ class Mounts:
                     break
                 # In this order: whoever is starting may have noted the mount down meanwhile.
                 if place.exists() and not self._is_starting(place) and not self._is_served(place):
+                    at = None
                     with suppress(SessionStateError):
-                        cleared.append(Path(read_spec(place / "spec.json").mountpoint))
-                    self._end(place)
+                        at = Path(read_spec(place / "spec.json").mountpoint)
+                    try:
+                        self._end(place)
+                    except LocalWriteError as error:
+                        log.warning(events.MOUNT_STALE_LEFT, extra={"reason": error.message})
+                        continue
+                    if at is not None:
+                        cleared.append(at)
         return cleared
 
     def control_of(self, mountpoint: Path) -> str:

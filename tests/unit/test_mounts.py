@@ -112,3 +112,32 @@ def test_what_another_command_is_about_to_mount_is_left_as_it_is(
     with pytest.raises(SessionStateError, match="another command is mounting"):
         mounts.start(request(at), cancellation=Cancellation())
     assert (place / "spec.json").read_text() == "theirs"
+
+
+def test_a_stale_mount_that_the_kernel_keeps_is_told_and_others_are_cleared(
+    state: Path,
+    mounts: Mounts,
+    monkeypatch: pytest.MonkeyPatch,
+    expected_events: set[str],
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    """Whoever starts a session has no part in it; seen to fail the start."""
+    expected_events.add(events.MOUNT_STALE_LEFT)
+    for name in ("0-kept", "1-goes"):
+        (state / "mounts" / name).mkdir()
+    ending = Mounts._end
+
+    def end(self: Mounts, place: Path) -> list[str]:
+        if place.name == "0-kept":
+            raise LocalWriteError(f"{tmp_path}/at can not be unmounted: Device or resource busy")
+        return ending(self, place)
+
+    monkeypatch.setattr(Mounts, "_end", end)
+
+    assert mounts.clear_stale() == []
+
+    assert [place.name for place in (state / "mounts").iterdir()] == ["0-kept"]
+    assert [record.__dict__["reason"] for record in caplog.records] == [
+        f"{tmp_path}/at can not be unmounted: Device or resource busy"
+    ]
