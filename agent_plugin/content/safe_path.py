@@ -57,6 +57,10 @@ def split(path: str) -> list[str]:
     return parts
 
 
+class NotRegularError(LocalReadError):
+    """What was to be read is no regular file: a directory, a fifo, a socket, a device."""
+
+
 @dataclass(slots=True)
 class _Directory:
     fd: int
@@ -158,7 +162,8 @@ class Root:
         Raises:
             FileNotFoundError: Nothing is there.
             UnsafePathError: The path, or a link on it, leaves the root; or links form a loop.
-            LocalReadError: It is no regular file, or may not be read.
+            NotRegularError: It is no regular file.
+            LocalReadError: It may not be read.
         """
         parts = split(path)
         with acting(self.owner):
@@ -311,7 +316,7 @@ class Root:
     def _open_file(self, parts: list[str]) -> int:
         shown = "/".join([str(self.path), *parts])
         if not parts:
-            raise LocalReadError(f"{shown} is a directory, not a file")
+            raise NotRegularError(f"{shown} is a directory, not a file")
         try:
             with self.holding("/".join(parts[:-1]), create=False) as directory:
                 fd = os.open(parts[-1], _OPEN_FILE, dir_fd=directory)
@@ -320,11 +325,13 @@ class Root:
         except OSError as error:
             if error.errno == errno.ELOOP:
                 raise UnsafePathError(f"{shown} is a symbolic link") from error
+            if error.errno == errno.ENXIO:
+                raise NotRegularError(f"{shown} is not a regular file") from error
             raise LocalReadError(f"{shown} can not be opened: {error.strerror}") from error
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             os.close(fd)
-            raise LocalReadError(f"{shown} is not a regular file")
+            raise NotRegularError(f"{shown} is not a regular file")
         if self.owner is not None and not self.owner.may_read(status):
             os.close(fd)
             raise LocalReadError(f"{shown} may not be read by user {self.owner.uid}")

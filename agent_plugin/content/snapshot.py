@@ -30,7 +30,7 @@ from agent_plugin.content.errors import (
 from agent_plugin.content.leftovers import is_partial
 from agent_plugin.content.local_index import SETTLED_NS
 from agent_plugin.content.owner import Owner
-from agent_plugin.content.safe_path import Root, split
+from agent_plugin.content.safe_path import NotRegularError, Root, split
 from agent_plugin.content.store import Cancellation
 
 # A file that changed this often while it was read is being written; its writer should finish first.
@@ -162,8 +162,8 @@ def hash_files(
 ) -> Iterator[tuple[FoundFile, Digest]]:
     """Yield each file with the digest of its content, in the order given.
 
-    A file that is gone by now is passed over with a `file.skipped` event, as one that vanishes
-    during the walk is.
+    A file that is gone by now, or has become something else, is passed over with a `file.skipped`
+    event, as one that vanishes during the walk is.
 
     The file yielded is as it was when its content was read, which may be later than it was found.
     Each digest is of the file at one time: had it changed while it was read, it was read again.
@@ -225,7 +225,8 @@ def _hash(root: Root, path: str, cancellation: Cancellation) -> tuple[FoundFile,
     for attempt in range(1, READ_ATTEMPTS + 1):
         try:
             fd = root.open_file(path)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotRegularError):
+            # Something else stands there since it was found: the file is gone all the same.
             return None
         try:
             before = FoundFile.of(path, os.fstat(fd))

@@ -25,8 +25,9 @@ from agent_plugin.content.errors import (
     LocalReadError,
     PropmasterError,
     StoreError,
+    UnsafePathError,
 )
-from agent_plugin.content.safe_path import Root
+from agent_plugin.content.safe_path import NotRegularError, Root
 from agent_plugin.content.store import WHOLE_BLOB_BYTES, Cancellation, Progress, Store
 from agent_plugin.transfer.context import TransferContext
 from agent_plugin.transfer.engine import TICK_SECONDS, ByteBudget, Crew, Halts, Products
@@ -392,6 +393,9 @@ class _Upload:
             fd = self._root.open_file(path)
         except FileNotFoundError as error:
             raise FileChangedError(f"{path} vanished before it was uploaded") from error
+        except (NotRegularError, UnsafePathError) as error:
+            # It was a file below the root when it was hashed; whoever looks again finds what it is.
+            raise FileChangedError(f"{error.message}, and was one before") from error
         try:
             if digest.size > WHOLE_BLOB_BYTES:
                 told = self._told(digest, task)

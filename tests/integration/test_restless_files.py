@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from agent_plugin.content import events
 from agent_plugin.content.digest import Digest
 from agent_plugin.content.errors import FileChangedError
 from agent_plugin.session import finish_task, submit
@@ -101,6 +102,42 @@ def test_what_vanishes_between_its_hash_and_its_upload_is_in_no_manifest(
 
     assert paths_of(s.host, result) == [["renders/1.exr"]]
     assert (result.bytes_uploaded, result.bytes_reused) == (5, 0)
+
+
+@pytest.mark.parametrize("what", ["directory", "fifo", "link out of the root"])
+def test_what_is_no_file_any_more_when_it_is_uploaded_is_looked_at_again(
+    any_sessions: Sessions,
+    monkeypatch: pytest.MonkeyPatch,
+    expected_events: set[str],
+    what: str,
+) -> None:
+    """Seen to fail the task: it was no regular file, or led out of the root."""
+    s = any_sessions
+    if what != "directory":
+        expected_events.add(events.FILE_SKIPPED)
+    root = s.started(s.submitted())
+    (root / "renders/0.exr").write_bytes(b"file first")
+    (root / "renders/1.exr").write_bytes(b"quiet")
+
+    def replace(path: Path, before: int) -> None:
+        if before:
+            return
+        path.unlink()
+        if what == "directory":
+            write_files(path, {"a": b"in it"}, mtime_ns=1_000_000_000)
+        elif what == "fifo":
+            os.mkfifo(path)
+        else:
+            path.symlink_to("/etc/hostname")
+
+    times = restless(monkeypatch, root / "renders/0.exr", replace)
+
+    result = s.finish()
+
+    assert len(times) == 2
+    also = ["renders/0.exr/a"] if what == "directory" else []
+    assert paths_of(s.host, result) == [[*also, "renders/1.exr"]]
+    assert is_missing(s, b"file first")
 
 
 def test_what_keeps_changing_while_it_is_uploaded_fails_the_task_and_is_in_no_manifest(

@@ -470,6 +470,25 @@ def test_a_file_that_keeps_changing_is_refused_and_nothing_is_kept_of_it(
     assert cache.rows == {}
 
 
+def test_a_file_that_has_become_a_directory_before_it_was_read_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Seen to fail the task."""
+    caplog.set_level("INFO", events.LOGGER_NAME)
+    for name in ("1", "2"):
+        (tmp_path / name).write_text(name)
+    files = sorted(walk(tmp_path), key=lambda found: found.path)
+    (tmp_path / "1").unlink()
+    (tmp_path / "1").mkdir()
+
+    with Root(tmp_path) as root:
+        hashed = [found.path for found, _ in hash_files(root, files, None)]
+
+    assert hashed == ["2"]
+    [record] = caplog.records
+    assert events.fields_of(record) == {"path": f"{tmp_path}/1", "reason": "it vanished"}
+
+
 def test_a_file_that_vanished_before_it_was_read_is_passed_over(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
