@@ -9,8 +9,9 @@ The first keys of a call come from a fork of the call's process, which has botoc
 program: there a new Python does it, this module, which is the credential process of a configuration
 that is written for botocore. No secret is in that file, nor in the arguments of a process.
 
-Without root the service can not become anybody, and takes only files that nobody but its user and
-root could have written, and that the job's user may read.
+Without root the service can not become anybody, and takes only files that the agent has made for
+the job user's sessions: nobody but its user and root could have written them, and they are of the
+job's group and closed to others, as is the directory that they are in.
 
 Keys in the environment of a call are used as they are, and stay in memory.
 """
@@ -40,7 +41,7 @@ from agent_plugin.content.errors import (
 from agent_plugin.content.s3_environment import keys_of, preload, region_of
 from agent_plugin.workers.call import OF_THE_HOST, JobUser
 from agent_plugin.workers.notes import write_note
-from agent_plugin.workers.rights import Peer, check_private_file, peer_of_user
+from agent_plugin.workers.rights import Peer, check_given_file, peer_of_user
 
 PROFILE: Final = "propmaster"
 # What a credential process, or a look into a file on a share that hangs, may take.
@@ -89,7 +90,7 @@ def find_credentials(
         asker: The connection; its end ends the look-up.
 
     Raises:
-        NotAllowedError: A file could be changed by others, or is not for the peer to read.
+        NotAllowedError: A file could be changed by others, or was not made for the peer.
         SettingsInvalidError: The job's AWS files make no sense.
         CancelledError: The asker is gone.
     """
@@ -102,7 +103,7 @@ def find_credentials(
         for name in _FILES:
             path = os.path.realpath(environment[name]) if name in environment else os.devnull
             if path != os.devnull:
-                check_private_file(path, peer)
+                check_given_file(path, job_user, peer)
             environment[name] = path
         return Found(environment)
     asked = {name: environment.pop(name) for name in (*_FILES, "AWS_PROFILE") if name in given}

@@ -210,11 +210,15 @@ def check_mount_point(
         )
 
 
-def check_private_file(path: str, peer: Peer) -> None:
-    """See that a file may be used for a peer: it may read it, and only this user can change it.
+def check_given_file(path: str, job_user: JobUser, peer: Peer) -> None:
+    """See that a file is one that the agent has made for the sessions of a job's user.
+
+    The agent gives such a file, and the directory that it is in, to the job user's group and closes
+    both to others. What all may read, such as the agent's own ~/.aws/config, was made for nobody in
+    particular: a job that names it would have its programs run as the agent.
 
     Raises:
-        NotAllowedError: Not so, or it is no file.
+        NotAllowedError: Not so, or others than this user and root can change it, or it is no file.
     """
     trusted = {0, os.geteuid()}
     wanted = _plain_path(path)
@@ -229,6 +233,12 @@ def check_private_file(path: str, peer: Peer) -> None:
         raise NotAllowedError(f"{last} could be changed by others than the service's user")
     if not peer.may(_READ, status):
         raise NotAllowedError(f"the user with id {peer.uid} may not read {last}")
+    for place, found in (way[-1], (last, status)):
+        if found.st_gid != job_user.gid or found.st_mode & stat.S_IRWXO:
+            raise NotAllowedError(
+                f"{place} was not made for the sessions of the user with id {peer.uid}",
+                hint="it has to be of the session directory's group, and closed to others",
+            )
 
 
 def _owners_of_sessions(settings: WorkerSettings) -> set[int]:

@@ -64,12 +64,14 @@ def session_of(host: WorkerHost, name: str) -> Path:
 def credentials_of(host: WorkerHost, s3: S3Server, session: Path) -> dict[str, str]:
     """Write the queue's profile as the agent does; return the variables that name it."""
     keys = f"aws_access_key_id = {s3.access_key}\naws_secret_access_key = {s3.secret_key}\n"
-    config, credentials = session.parent / "config", session.parent / "credentials"
+    directory = session.parent / "queue"
+    directory.mkdir(exist_ok=True)
+    config, credentials = directory / "config", directory / "credentials"
     config.write_text("[profile queue]\nregion = us-east-1\n")
     credentials.write_text(f"[queue]\n{keys}")
-    for path in (config, credentials):
+    for path, mode in ((directory, 0o750), (config, 0o640), (credentials, 0o640)):
         os.chown(path, pwd.getpwnam(host.agent).pw_uid, grp.getgrnam(host.job).gr_gid)
-        path.chmod(0o640)
+        path.chmod(mode)
     return {
         "AWS_PROFILE": "queue",
         "AWS_CONFIG_FILE": str(config),

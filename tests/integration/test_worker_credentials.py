@@ -375,3 +375,26 @@ def test_without_root_a_link_to_a_file_of_others_is_refused(user_host: ServiceHo
 
     assert done.returncode == NotAllowedError.exit_code, done.stdout
     assert ran_as(user_host, "other-queue") is None
+
+
+@pytest.mark.parametrize("of", ["files", "directory"])
+def test_without_root_files_of_the_agents_that_all_may_read_are_refused(
+    user_host: ServiceHost, of: str
+) -> None:
+    """Such are its own, for instance ~/.aws/config, whose programs would run as the agent.
+
+    Seen to run one.
+    """
+    name = f"its-own-{of}"
+    environment = queue_files(user_host, name, owner=SERVICE_USER, group=SERVICE_USER, mode=0o644)
+    directory = user_host.home / name
+    directory.chmod(0o755)
+    if of == "directory":
+        for variable in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+            os.chown(environment[variable], SERVICE_USER, JOB_GROUP)
+            Path(environment[variable]).chmod(0o640)
+
+    done = user_host.ask(user_host.session(name), "keys", environment=environment)
+
+    assert done.returncode == NotAllowedError.exit_code, done.stdout
+    assert ran_as(user_host, name) is None
