@@ -144,6 +144,11 @@ class BlobCache:
         """The directory."""
         return self._directory.path
 
+    @property
+    def device(self) -> int:
+        """The disk that the cache is on, as `st_dev`; also when its directory was removed since."""
+        return self._directory.device
+
     def close(self) -> None:
         """Write the count of bytes and close all files; a second time does nothing.
 

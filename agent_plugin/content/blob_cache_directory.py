@@ -292,6 +292,11 @@ class CacheDirectory:
             owner=os.geteuid(),
         )
 
+    @property
+    def device(self) -> int:
+        """The disk that it is on, as `st_dev`."""
+        return os.fstat(self.version_fd).st_dev
+
     def shown(self, *names: str) -> Path:
         """Return the path of something in the cache, for messages."""
         return self.path.joinpath(_LAYOUT_VERSION, *names)

@@ -9,7 +9,8 @@ from pathlib import Path
 from agent_plugin.content.blob_cache import BlobCache
 from agent_plugin.content.digest import Digest
 from agent_plugin.content.manifest import Manifest
-from agent_plugin.transfer.plan import shares_disk
+from agent_plugin.content.store import Cancellation
+from agent_plugin.transfer.plan import find_cached
 
 
 class CopyRoom:
@@ -47,7 +48,7 @@ class CopyRoom:
     def _coming(self, manifest: Manifest) -> set[Digest]:
         """Return the blobs that the cache is going to keep on this disk, and has not got."""
         cache = self._cache
-        if cache is None or not shares_disk(cache, self._session_dir.stat().st_dev):
+        if cache is None or cache.device != self._session_dir.stat().st_dev:
             return set()
         digests = {entry.digest for entry in manifest.entries}
-        return {digest for digest in digests if not cache.contains(digest)}
+        return digests - find_cached(cache, digests, Cancellation())

@@ -10,9 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from agent_plugin.content import events
 from agent_plugin.content.blob_cache import BlobCache
 from agent_plugin.content.digest import EMPTY_HASH, Digest
 from agent_plugin.content.errors import (
+    CacheUnsafeError,
+    LocalError,
     LocalReadError,
     NoSpaceError,
     PathClashError,
@@ -30,6 +33,8 @@ from agent_plugin.transfer.folding import folds_names
 SPARE_BYTES: Final = 64 * 1024 * 1024
 
 EMPTY: Final = Digest(EMPTY_HASH, 0)
+
+log = events.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +189,7 @@ def survey(
         needed[device] = needed.get(device, 0) + plan.bytes_to_place
     for device in needed:
         # Only what shares a disk with a root: the cache evicts, or is done without, elsewhere.
-        if cache is not None and shares_disk(cache, device):
+        if cache is not None and cache.device == device:
             fetched = {
                 digest
                 for plan in plans
@@ -202,9 +207,26 @@ def survey(
             )
 
 
-def shares_disk(cache: BlobCache, device: int) -> bool:
-    """Whether blobs that are fetched take space on a disk, by its `st_dev`."""
-    return cache.path.stat().st_dev == device
+def find_cached(
+    cache: BlobCache, digests: Iterable[Digest], cancellation: Cancellation
+) -> set[Digest]:
+    """Return those blobs that a cache has, as far as it can be looked into.
+
+    Raises:
+        CancelledError: Cancellation was wished.
+        CacheUnsafeError: Others can write to the cache.
+    """
+    found = set()
+    try:
+        for digest in digests:
+            cancellation.check()
+            if cache.contains(digest):
+                found.add(digest)
+    except CacheUnsafeError:
+        raise
+    except LocalError as error:
+        log.warning(events.CACHE_BYPASSED, extra={"reason": error.message})
+    return found
 
 
 def _has_entries(root: Path, owner: Owner | None) -> bool:
@@ -269,12 +291,8 @@ def _stat_all(
 
 def _look_into(cache: BlobCache, plans: Sequence[DownloadPlan], cancellation: Cancellation) -> None:
     for plan in plans:
-        if plan.origin is not None:
-            continue
-        for digest in plan.wanted:
-            cancellation.check()
-            if cache.contains(digest):
-                plan.cached.add(digest)
+        if plan.origin is None:
+            plan.cached.update(find_cached(cache, plan.wanted, cancellation))
 
 
 def _refuse_partials(manifest: Manifest) -> None:

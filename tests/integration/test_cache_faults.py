@@ -4,6 +4,7 @@ The cache saves fetches and nothing else, so a session goes on without it; only 
 could write to stops everything.
 """
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from agent_plugin.content import events
+from agent_plugin.content import blob_cache_files, events
 from agent_plugin.content.blob_cache import BlobCache
 from agent_plugin.content.errors import CacheUnsafeError
 from tests.servers.damages import DAMAGES, flipped
@@ -192,6 +193,22 @@ def test_a_damaged_blob_in_the_cache_is_fetched_anew_and_never_reaches_a_session
         host.cache_dir, store_url=farm.store_url, max_bytes=1 << 30, min_free_bytes=0
     ) as cache:
         assert cache.verify().corrupt == ()
+
+
+def test_a_directory_that_its_disk_does_not_give_is_done_without(
+    farm: Farm, monkeypatch: pytest.MonkeyPatch, expected_events: set[str]
+) -> None:
+    expected_events.add(events.CACHE_BYPASSED)
+    job = farm.submit(FILES)
+    host = farm.host()
+    farm.assert_starts(host, job)
+
+    def refuse(name: str, *_args: object, **_options: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), name)
+
+    monkeypatch.setattr(blob_cache_files, "open_directory", refuse)
+
+    farm.assert_starts(host, job, "second")
 
 
 def test_a_disk_that_does_not_give_a_blob_back_is_done_without(

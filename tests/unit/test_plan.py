@@ -1,6 +1,7 @@
 """What has to move is what is not in place already, proven by its bytes."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from agent_plugin.content import events
 from agent_plugin.content.blob_cache import BlobCache
 from agent_plugin.content.digest import Digest
 from agent_plugin.content.errors import (
@@ -22,6 +24,7 @@ from agent_plugin.content.errors import (
 )
 from agent_plugin.content.manifest import FileEntry, Manifest
 from agent_plugin.content.store import Cancellation
+from agent_plugin.session.copy_room import CopyRoom
 from agent_plugin.transfer.plan import (
     EMPTY,
     SPARE_BYTES,
@@ -309,6 +312,37 @@ def test_a_cache_on_the_same_disk_counts_for_what_it_lacks(disk: Path) -> None:
 def test_a_cache_on_another_disk_does_not_count(disk: Path, tmp_path: Path) -> None:
     with cache_at(tmp_path / "cache") as cache:
         survey([plan_of(disk, 7 * MEBIBYTE)], cache, Cancellation())
+
+
+def test_a_cache_that_somebody_removes_counts_for_the_disk_that_it_is_on(disk: Path) -> None:
+    with cache_at(disk / "cache") as cache:
+        plan = plan_of(disk / "root", 5 * MEBIBYTE)
+        shutil.rmtree(disk / "cache")
+
+        with pytest.raises(NoSpaceError):
+            survey([plan], cache, Cancellation())
+        assert CopyRoom(disk, cache).with_also(manifest(a=b"12345"), is_stored=True) == 10
+
+
+def test_a_cache_that_can_not_be_looked_into_has_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected_events: set[str]
+) -> None:
+    expected_events.add(events.CACHE_BYPASSED)
+    with cache_at(tmp_path / "cache") as cache:
+        plan = plan_of(tmp_path / "root", 5)
+        [digest] = plan.wanted
+        cache.add(digest, content(5))
+        wanted = Manifest.of([entry("0", content(5))])
+        assert CopyRoom(tmp_path, cache).with_also(wanted, is_stored=True) == 5
+
+        def refuse(_digest: Digest) -> bool:
+            raise LocalReadError("Input/output error")
+
+        monkeypatch.setattr(cache, "contains", refuse)
+        survey([plan], cache, Cancellation())
+
+        assert plan.cached == set()
+        assert CopyRoom(tmp_path, cache).with_also(wanted, is_stored=True) == 10
 
 
 def test_nothing_to_write_needs_no_space(tmp_path: Path) -> None:
