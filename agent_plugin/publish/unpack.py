@@ -13,6 +13,7 @@ rights and attributes are not.
 import gzip
 import io
 import os
+import re
 import stat
 import tarfile
 import zlib
@@ -43,6 +44,8 @@ MAX_NAME_BYTES: Final = 255
 # at most, an extended attribute 64 KiB.
 MAX_HEADER_BYTES: Final = 256 * 1024
 _ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
+# Of a frame that is skipped; pzstd begins with one. https://www.rfc-editor.org/rfc/rfc8878#section-3.1.2
+_SKIPPED_MAGIC: Final = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
 # What Zstandard's own program decompresses without being told that more memory may be used.
 MAX_WINDOW_BYTES: Final = 128 * 1024 * 1024
 # What the tar format adds to a member at most, headers of ordinary members and padding.
@@ -215,8 +218,9 @@ class _Unpacking:
         try:
             with (
                 decompressed(archive) as stream,
+                _Bounded(stream, most, self._cancellation) as rest,
                 tarfile.open(
-                    fileobj=_Bounded(stream, most, self._cancellation),
+                    fileobj=rest,
                     mode="r|",
                     bufsize=_READ_BYTES,
                     tarinfo=_header_class(),
@@ -228,6 +232,9 @@ class _Unpacking:
                     self._take(tar, member)
                     # tarfile keeps all that it has read, for members that are asked for later.
                     tar.members.clear()  # type: ignore[attr-defined] # not in the type stubs
+                # The checksum comes last, and tarfile reads no further than it has to.
+                while rest.read(_READ_BYTES):
+                    pass
         except _RefusedError as error:
             self._refuse(str(error))
         except (tarfile.TarError, zlib.error, EOFError, ValueError, RecursionError) as error:
@@ -378,7 +385,7 @@ def decompressed(archive: IO[bytes]) -> Iterator[_Stream]:
     """Lend what a compressed file holds, gzip or Zstandard; by its first bytes, not by its name."""
     start = archive.read(len(_ZSTD_MAGIC))
     archive.seek(0)
-    if start != _ZSTD_MAGIC:
+    if start != _ZSTD_MAGIC and not _SKIPPED_MAGIC.fullmatch(start):
         with gzip.GzipFile(fileobj=archive, mode="rb") as stream:
             yield stream
         return

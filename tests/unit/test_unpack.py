@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from agent_plugin.content.errors import ArchiveUnsafeError, CancelledError
 from agent_plugin.content.safe_path import Root
@@ -263,6 +264,29 @@ def test_o7_an_archive_that_ends_early_is_damaged(place: Place, cut: int) -> Non
 
     with pytest.raises(ArchiveUnsafeError, match="damaged"):
         place.unpack(whole[:cut])
+
+
+@pytest.mark.parametrize("padding", [0, 100_000, 256 * 1024])
+def test_o7_an_archive_is_read_to_its_checksum(tmp_path: Path, padding: int) -> None:
+    """Python's reader ends where the tar archive does; seen if that is a multiple of 256 KiB."""
+    tar = tar_of(member("a", bytes(250_000)))[: 256 * 1024].ljust(256 * 1024, b"\0")
+    data = bytearray(gzip.compress(tar + bytes(padding), 1))
+    data[-8] ^= 1
+
+    with Root(tmp_path) as root, pytest.raises(ArchiveUnsafeError, match="damaged: CRC"):
+        unpack(io.BytesIO(data), root, LIMITS, source="x", cancellation=Cancellation())
+
+
+def test_o7_a_zstandard_archive_may_have_frames_that_are_skipped(tmp_path: Path) -> None:
+    """Program pzstd begins each frame with one."""
+    tar = tar_of(member("a", b"1"), member("b", b"2"))
+    skipped = b"\x50\x2a\x4d\x18\x04\x00\x00\x00size"
+    data = b"".join(skipped + zstandard.compress(part) for part in (tar[:1000], tar[1000:]))
+
+    with Root(tmp_path) as root:
+        made = unpack(io.BytesIO(data), root, LIMITS, source="x", cancellation=Cancellation())
+
+    assert made.files == {"a": 1, "b": 1}
 
 
 def test_o7_a_header_that_was_changed_is_no_end_of_the_archive(place: Place) -> None:
