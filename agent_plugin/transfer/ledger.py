@@ -22,7 +22,7 @@ from typing import Final, Self
 
 from agent_plugin.content.errors import PropmasterError
 from agent_plugin.content.store import Cancellation, SentPart
-from agent_plugin.transfer.ledger_archive import ACTIVE_SECONDS
+from agent_plugin.transfer.ledger_archive import ACTIVE_SECONDS, TRANSFERS_KEPT_SECONDS
 from agent_plugin.transfer.ledger_begin import (
     LEASE_SECONDS,
     Beginning,
@@ -251,6 +251,8 @@ class Ledger(PeoplesLedger):
     def left_uploads(self, destination: str) -> list[tuple[int, str, int, str]]:
         """Return what nobody will go on with: uploads to a store that a killed engine had begun.
 
+        Those of a transfer that has failed so long ago that it would be archived, too.
+
         Returns:
             Of each the task's id, the blob's hash and size, and the upload's id.
         """
@@ -259,8 +261,9 @@ class Ledger(PeoplesLedger):
                 "SELECT task.id, task.destination, task.size, task.upload_id FROM task"
                 " JOIN transfer ON transfer.id = task.transfer WHERE task.upload_id != ''"
                 " AND transfer.destination = ? AND (transfer.status IN ('done', 'aborted')"
-                " OR task.status = 'excluded')",
-                (to_sql(destination),),
+                " OR task.status = 'excluded'"
+                " OR (transfer.status = 'failed' AND transfer.finished < ?))",
+                (to_sql(destination), self._clock() - TRANSFERS_KEPT_SECONDS),
             ).fetchall()
 
     def dead_uploads(self, kind: str, *, source: str, session: str) -> list[DeadUpload]:

@@ -33,10 +33,17 @@ ACTIVE_SECONDS: Final = 3600.0
 # A task's row takes about 300 bytes, packed 60.
 TASKS_KEPT_SECONDS: Final = 86_400.0
 TRANSFERS_KEPT_SECONDS: Final = 14 * 86_400.0
+# What has left something half-written stays, so that somebody removes that: the next run of copies,
+# the next upload to that store, the next publication from it. Perhaps there is none.
+LEFTOVERS_KEPT_SECONDS: Final = 90 * 86_400.0
 ROWS_REMOVED_AT_ONCE: Final = 10_000
 # Of one look at what is old, so that a session's end does not take long for it.
 PACKED_AT_ONCE: Final = 200
 
+_HAS_LEFT: Final = (
+    "EXISTS (SELECT 1 FROM task WHERE task.transfer = transfer.id"
+    " AND (upload_id != '' OR parts != '[]'))"
+)
 _PAIR: Final = "transfer = ? AND created = ?"
 
 
@@ -79,12 +86,17 @@ class Archive:
         now = self._clock()
         self._release_dead(now)
         packed = self._ids(
-            "SELECT id FROM transfer WHERE status = 'done' AND finished < ?"
-            " AND EXISTS (SELECT 1 FROM task WHERE task.transfer = transfer.id) LIMIT ?",
+            "SELECT id FROM transfer WHERE status = 'done' AND finished < ?"  # noqa: S608 - constants
+            " AND EXISTS (SELECT 1 FROM task WHERE task.transfer = transfer.id)"
+            f" AND (finished < ? OR NOT {_HAS_LEFT}) LIMIT ?",
             now - TASKS_KEPT_SECONDS,
+            now - LEFTOVERS_KEPT_SECONDS,
         )
         archived = self._ids(
-            "SELECT id FROM transfer WHERE finished < ? LIMIT ?", now - TRANSFERS_KEPT_SECONDS
+            "SELECT id FROM transfer WHERE finished < ?"  # noqa: S608 - constants
+            f" AND (finished < ? OR NOT {_HAS_LEFT}) LIMIT ?",
+            now - TRANSFERS_KEPT_SECONDS,
+            now - LEFTOVERS_KEPT_SECONDS,
         )
         if not packed and not archived:
             return
@@ -119,9 +131,9 @@ class Archive:
                     hint="archive it when it has ended",
                 )
 
-    def _ids(self, sql: str, before: float) -> list[int]:
+    def _ids(self, sql: str, *before: float) -> list[int]:
         with self._ledger.read() as connection:
-            return [row[0] for row in connection.execute(sql, (before, PACKED_AT_ONCE))]
+            return [row[0] for row in connection.execute(sql, (*before, PACKED_AT_ONCE))]
 
     def _release_dead(self, now: float) -> None:
         with self._ledger.read() as connection:

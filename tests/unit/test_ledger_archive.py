@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 from agent_plugin.content.errors import StoreUnavailableError, TransferStateError
+from agent_plugin.content.store import SentPart
 from agent_plugin.transfer import ledger_archive
+from agent_plugin.transfer.copy_notes import CopyNotes
+from agent_plugin.transfer.copy_queue import CopyQueue
 from agent_plugin.transfer.ledger import Ledger, TaskSpec, TransferRow, TransferSpec
 from agent_plugin.transfer.ledger_archive import Archive
 from agent_plugin.transfer.ledger_file import LedgerFile
@@ -70,6 +73,55 @@ def test_t1_after_two_weeks_a_transfer_is_found_in_the_archive_whole(
     for table in ("task", "sample", "event", "result"):
         assert connection.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,)
     connection.close()
+
+
+@pytest.mark.parametrize("ended", ["aborted", "failed", "done"])
+def test_t9_what_has_left_an_upload_stays_until_somebody_has_removed_it(
+    ledger: Ledger, tmp_path: Path, now: list[float], ended: str
+) -> None:
+    row = ledger.begin(
+        TransferSpec("sync-out", "/from", "s3://b/p"),
+        [TaskSpec("/from/a", "aa", 10), TaskSpec("/from/b", "bb", 5)],
+    )
+    one, other = sorted(ledger.news(row.id).tasks)
+    ledger.note_upload(one, "upload-1", [SentPart(1, "tag", "", "aa")])
+    ledger.note(other, TaskStatus.DONE)
+    if ended == "done":
+        ledger.note(one, TaskStatus.EXCLUDED)
+    ledger.flush()
+    if ended == "aborted":
+        ledger.set_transfer(row.id, status=TransferStatus.ABORTED, modifier="0:root")
+    row = ledger.finish(row.id, StoreUnavailableError("no") if ended == "failed" else None)
+    assert row.status == ended
+    for _ in range(2):
+        now[0] += 8 * DAY
+        ledger.housekeep()
+
+    assert ledger.left_uploads("s3://b/p") == [(one, "aa", 10, "upload-1")]
+    assert archived(tmp_path / "ledger.db") == []
+    ledger.note_upload(one, "", ())
+    ledger.flush()
+    ledger.housekeep()
+    assert [each.id for each in archived(tmp_path / "ledger.db")] == [row.id]
+
+
+def test_t9_what_has_left_a_partial_file_stays_until_a_run_of_copies_has_removed_it(
+    ledger: Ledger, tmp_path: Path, now: list[float]
+) -> None:
+    row = ledger.begin(TransferSpec("copy", "/from", "/to"), [TaskSpec("/from/a", "/to/a", 10)])
+    (task,) = ledger.news(row.id).tasks
+    CopyNotes(ledger.file, lambda: now[0]).keep(task, "", {"partial": "/to/.a"}, 5)
+    ledger.set_transfer(row.id, status=TransferStatus.ABORTED, modifier="0:root")
+    ledger.finish(row.id)
+    now[0] += 15 * DAY
+    ledger.housekeep()
+
+    left = CopyQueue(ledger.file, lambda: now[0]).leftovers()
+
+    assert [each.kept for each in left] == [{"partial": "/to/.a"}]
+    now[0] += 76 * DAY
+    ledger.housekeep()
+    assert [each.id for each in archived(tmp_path / "ledger.db")] == [row.id], "nobody came"
 
 
 def test_t1_nothing_is_archived_twice_by_whoever_was_killed_in_between(
@@ -254,7 +306,10 @@ def test_t1_no_archive_is_made_to_look_into_it(ledger: Ledger, tmp_path: Path) -
 DIES = """
 import os, signal, sys
 from pathlib import Path
+from agent_plugin.content.store import SentPart
 from agent_plugin.transfer import ledger_archive
+from agent_plugin.transfer.copy_notes import CopyNotes
+from agent_plugin.transfer.copy_queue import CopyQueue
 from agent_plugin.transfer.ledger import Ledger, TaskSpec, TransferSpec
 ledger = Ledger.open(Path(sys.argv[1]))
 ledger.begin(TransferSpec("copy", "/from", "/to"), [TaskSpec("a", "one", 10)])
