@@ -158,12 +158,16 @@ def swap_in(staged: Path, at: Path) -> None:
         os.close(tree)
 
 
-def raise_read_ahead(at: Path) -> None:
-    """Have the kernel ask for larger pieces; without the right to, nothing changes."""
+def device_of(at: Path) -> str:
+    """Return the device, `major:minor`, of what is mounted at a path; empty if nothing is."""
     # By the kernel's table: a server that has just died can not answer stat().
     mounts = reversed(read_mounts())
-    device = next((mount.device for mount in mounts if mount.mountpoint == str(at)), "")
-    path = Path(f"/sys/class/bdi/{device}/read_ahead_kb")
+    return next((mount.device for mount in mounts if mount.mountpoint == str(at)), "")
+
+
+def raise_read_ahead(at: Path) -> None:
+    """Have the kernel ask for larger pieces; without the right to, nothing changes."""
+    path = Path(f"/sys/class/bdi/{device_of(at)}/read_ahead_kb")
     try:
         path.write_text(str(READ_AHEAD_KIB), encoding="ascii")
     except OSError as error:

@@ -30,6 +30,7 @@ from agent_plugin.content.errors import (
     MountFailedError,
     PropmasterError,
 )
+from agent_plugin.content.fuse_connection import FuseConnection
 from agent_plugin.content.fusermount import may_administer
 from agent_plugin.content.mount_probe import FUSEPY, TransportChoice, choose_transport
 from agent_plugin.content.mount_spec import (
@@ -41,7 +42,15 @@ from agent_plugin.content.mount_spec import (
 )
 from agent_plugin.content.mount_table import is_mounted, read_mounts, unmount
 from vfs.error_ledger import ErrorLedger
-from vfs.mount import FUSE_KIND, end_mount, mount_fuse, mount_overlay, raise_read_ahead, swap_in
+from vfs.mount import (
+    FUSE_KIND,
+    device_of,
+    end_mount,
+    mount_fuse,
+    mount_overlay,
+    raise_read_ahead,
+    swap_in,
+)
 from vfs.server_process import END_SIGNALS, ServerProcess
 from vfs.transports.kernel_transport import ProtocolError, Session, negotiate
 from vfs.work_directory import make_work_directory
@@ -78,6 +87,7 @@ class Supervisor:
         self.abandoned = False
         self._deaths: deque[float] = deque(maxlen=RESTARTS_A_MINUTE)
         self._fd = -1
+        self._connection: FuseConnection | None = None
         self._session: Session | None = None
         self._choice = TransportChoice("", "")
         self._server: ServerProcess | None = None
@@ -164,6 +174,7 @@ class Supervisor:
     def _mount_ours(self, at: Path) -> None:
         writable = self._spec.writes == OVERLAY
         self._fd = mount_fuse(at, self._spec.name, writable=writable)
+        self._connection = FuseConnection(device_of(at))
         self._session = negotiate(self._fd, stack_depth=self._stack_depth, writable=writable)
 
     def _mount_overlay(self, at: Path) -> None:
@@ -235,9 +246,14 @@ class Supervisor:
         return server.exit_code()
 
     def _close_device(self) -> None:
+        """Have whoever waits for an answer refused, if there is no server any more."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+        if self._connection is not None:
+            # What a server has started may have the device open, and wait as well.
+            self._connection.abort()
+            self._connection = None
 
     @property
     def _resumes(self) -> bool:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 
 from agent_plugin.content.errors import MountFailedError
@@ -140,3 +141,24 @@ def test_a_server_that_is_killed_while_the_kernel_forgets_is_replaced(
                     reader.kill()
         finally:
             process.terminate()
+
+
+def test_a_mount_that_is_ended_while_the_kernel_forgets_fails_its_readers(
+    mounter: Mounter, tmp_path: Path
+) -> None:
+    """Seen to fail: what carried the message kept the mount, and its reader, for ever."""
+    mount = Prepared(mounter, tmp_path, "none")
+    with mount.served_by(FORGETTING) as process:
+        server = json.loads(ask_mount(mount.control, {"ask": "status"}))["pid"]
+        with subprocess.Popen(["cat", mount.at / "a"], stdout=subprocess.PIPE) as reader:
+            try:
+                until(partial(is_stuck, server))
+                carriers = psutil.Process(server).children()
+                assert len(carriers) == 1
+                process.terminate()
+                assert process.wait(20) == 0
+                assert reader.communicate(timeout=20)[0] == b""
+                assert reader.returncode == 1
+            finally:
+                reader.kill()
+        until(lambda: not carriers[0].is_running())
