@@ -221,12 +221,15 @@ class Run:
     def unfinished(self, output: Output) -> Unfinished:
         """Return where an upload in parts is noted; for crew threads.
 
-        It is aborted however this run ends, but by a kill: then by the next publication.
+        It is aborted however this run ends, but by a kill: then by the next publication. So the
+        ledger knows of it before anything is sent.
         """
         task = self._tasks[output.path]
 
         def changed(upload: Unfinished) -> None:
             self.context.ledger.note_upload(task, upload.upload_id, ())
+            if upload.upload_id and not upload.parts:
+                self.context.ledger.write_upload(task, upload.upload_id)
 
         return Unfinished(changed=changed, drops=lambda: True)
 

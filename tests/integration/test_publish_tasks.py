@@ -261,14 +261,15 @@ def test_o5_a_kill_before_the_state_is_written_leaves_one_result_when_it_is_run_
 
 
 def killed_in_an_upload(publishing: Publishing, proxy: FaultProxy) -> None:
-    """Kill a publication that is sending an archive in parts."""
+    """Kill a publication that has just begun to send an archive in parts.
+
+    Seen to leave an upload for good when the ledger learns of it at the next beat.
+    """
     publishing.write({"large.abc": LARGE})
     late = r"published.*\.tar\.gz"
     proxy.inject(Fault.STALL, methods={"PUT"}, key=late, seconds=WAIT_SECONDS)
     process = publishing.host.popen(*publishing.arguments(action(1, 0)))
     await_that(lambda: bool(proxy.count("PUT", late)))
-    # Twice as long as the ledger takes to write down what is told to it.
-    time.sleep(1.0)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=WAIT_SECONDS)
     proxy.clear()
