@@ -386,25 +386,27 @@ class Placer:
             length = min(size - copied, COPY_BYTES)
             try:
                 count = os.copy_file_range(source, target, length, copied, copied)
-            except OSError as error:
-                if error.errno not in _NO_REFLINK:
-                    raise
+            except OSError:
+                # Not offered here, or worse: if neither side is at fault, this succeeds.
                 count = _copy_part(source, target, copied)
             if count == 0:
                 break
             copied += count
 
     def _clone(self, source: int, target: int, size: int) -> bool:
-        """Share the blocks of a whole file, if it is worth it and the file system can."""
+        """Share the blocks of a whole file, if it is worth it and the file system can.
+
+        What else it fails for is no error: the file may be too new (ZFS), and who copies it is told
+        what is wrong with the disk.
+        """
         if not self._reflink or size < REFLINK_MIN_BYTES:
             return False
         try:
             fcntl.ioctl(target, FICLONE, source)
         except OSError as error:
-            if error.errno not in _NO_REFLINK:
-                raise
-            self._reflink = False
-        return self._reflink
+            self._reflink = error.errno not in _NO_REFLINK
+            return False
+        return True
 
 
 def _set_direct(fd: int, *, wanted: bool) -> bool:

@@ -1,6 +1,7 @@
 """A file is under its name whole, right and with its time, or not at all; on every file system."""
 
 import errno
+import fcntl
 import mmap
 import os
 import random
@@ -402,6 +403,45 @@ def test_where_it_can_not_a_reflink_is_tried_once(tmp_path: Path) -> None:
             tries_one.append(placer._reflink)
         assert tries_one == [True, False]
         assert (disk / f"root/{len(data)}").read_bytes() == data
+
+
+@pytest.mark.parametrize("code", [errno.EAGAIN, errno.ENOSPC, errno.EIO])
+def test_what_can_not_be_reflinked_just_now_is_copied(
+    placer: Placer, root: Path, tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ZFS answers EAGAIN for a blob that was written a moment ago."""
+    data = random.Random(4).randbytes(placement.REFLINK_MIN_BYTES)
+    tries = []
+
+    def refuse(*_args: object) -> int:
+        tries.append(code)
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "ioctl", refuse)
+    for name in ("one", "two"):
+        place_copy(placer, entry(name, data), data, source_on=tmp_path)
+        assert (root / name).read_bytes() == data
+
+    staged = placer.stage()
+    assert not placer.can_clone(staged, staged.fd), "it is the cache's matter, not the transfer's"
+    staged.close()
+    assert len(tries) == 3, "the next one may be"
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EBADF, errno.EPERM])
+def test_what_the_kernel_does_not_copy_is_read_and_written(
+    placer: Placer, root: Path, tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some file systems answer so where only this call fails: CIFS before Linux 5.19."""
+    data = random.Random(4).randbytes(3 * MEBIBYTE)
+
+    def refuse(*_args: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "copy_file_range", refuse)
+    place_copy(placer, entry("one", data), data, source_on=tmp_path)
+
+    assert (root / "one").read_bytes() == data
 
 
 @pytest.mark.parametrize("size", [10, placement.REFLINK_MIN_BYTES, 2 * MEBIBYTE])
