@@ -17,8 +17,8 @@ import re
 import stat
 import tarfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import IO, Final, NoReturn, Protocol, Self
 
@@ -127,7 +127,8 @@ def unpack(
     On any error what was made stays; the caller removes the directory.
 
     Args:
-        archive: The archive's bytes, open for reading at their start.
+        archive: The archive's bytes, open for reading at their start; they are read a second time
+            if hard links in `only` are to files that are not.
         root: Where the files go.
         limits: How much it may become.
         source: What to call the archive in messages.
@@ -210,10 +211,22 @@ class _Unpacking:
         self._cancellation = cancellation
         self._made = Unpacked()
         self._seen: set[str] = set()
+        # Of files that are not wanted, where their bytes are; and who wants these by another name.
+        self._left_out: dict[str, str] = {}
+        self._second_names: dict[str, list[str]] = {}
         self._bytes = 0
         self._member = ""
 
     def run(self, archive: IO[bytes]) -> Unpacked:
+        self._read(archive, self._take)
+        if self._second_names:
+            archive.seek(0)
+            self._read(archive, self._take_under_second_names)
+        return self._made
+
+    def _read(
+        self, archive: IO[bytes], take: Callable[[tarfile.TarFile, tarfile.TarInfo], None]
+    ) -> None:
         most = self._limits.total_bytes + _OVERHEAD_BYTES * self._limits.members
         try:
             with (
@@ -229,7 +242,7 @@ class _Unpacking:
                 ) as tar,
             ):
                 while (member := tar.next()) is not None:
-                    self._take(tar, member)
+                    take(tar, member)
                     # tarfile keeps all that it has read, for members that are asked for later.
                     tar.members.clear()  # type: ignore[attr-defined] # not in the type stubs
                 # The checksum comes last, and tarfile reads no further than it has to.
@@ -241,7 +254,6 @@ class _Unpacking:
             raise self._unsafe(f"it is damaged: {error or type(error).__name__}") from error
         except gzip.BadGzipFile as error:
             raise self._unsafe(f"it is damaged: {error}") from error
-        return self._made
 
     def _take(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
         self._cancellation.check()
@@ -259,9 +271,36 @@ class _Unpacking:
         if again and not member.isdir():
             self._refuse("it stands there twice")
         if self._only and path != self._only and not path.startswith(f"{self._only}/"):
+            self._leave_out(member, path)
             return
         with self._errors(path):
             self._make(tar, member, path)
+
+    def _leave_out(self, member: tarfile.TarInfo, path: str) -> None:
+        if member.isreg():
+            self._left_out[path] = path
+        elif member.islnk():
+            with suppress(UnsafePathError):
+                first = "/".join(split(member.linkname))
+                if first in self._left_out:
+                    self._left_out[path] = self._left_out[first]
+
+    def _take_under_second_names(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+        """Make a file that is wanted by the names of hard links to it, and not by its own."""
+        self._cancellation.check()
+        self._member = member.name
+        if not member.isreg():
+            return
+        first, *others = self._second_names.pop(self._path(member.name), None) or ("",)
+        if not first:
+            return
+        with self._errors(first):
+            self._make(tar, member, first)
+            for path in others:
+                self._link(first, path, self._at(path))
+
+    def _at(self, path: str) -> str:
+        return f"{self._below}/{path}" if self._below else path
 
     def _path(self, name: str) -> str:
         try:
@@ -276,7 +315,7 @@ class _Unpacking:
         return "/".join(parts)
 
     def _make(self, tar: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> None:
-        at = f"{self._below}/{path}" if self._below else path
+        at = self._at(path)
         if member.isdir():
             self._root.directory(at)
             self._made.directories.add(path)
@@ -331,10 +370,17 @@ class _Unpacking:
             first = "/".join(split(target))
         except UnsafePathError:
             first = ""
-        if first not in self._made.files:
+        if first in self._made.files:
+            self._link(first, path, at)
+        elif (origin := self._left_out.get(first)) is not None:
+            # It has gone by, and comes again.
+            self._left_out[path] = origin
+            self._second_names.setdefault(origin, []).append(path)
+        else:
             self._refuse(f"it is a hard link to {target!r}, which is no file of the archive so far")
-        first_at = f"{self._below}/{first}" if self._below else first
-        above, _, old = first_at.rpartition("/")
+
+    def _link(self, first: str, path: str, at: str) -> None:
+        above, _, old = self._at(first).rpartition("/")
         parent, _, name = at.rpartition("/")
         with self._root.holding(above, create=False) as source, self._root.holding(parent) as fd:
             os.link(old, name, src_dir_fd=source, dst_dir_fd=fd, follow_symlinks=False)

@@ -315,6 +315,32 @@ def test_o7_only_what_was_asked_for_is_made_and_below_the_given_directory(place:
     assert place.names() == ["run-1", "run-1/a", "run-1/a/1", "run-1/a/b", "run-1/a/b/2"]
 
 
+def test_o7_a_hard_link_that_was_asked_for_has_the_bytes_of_a_file_that_was_not(
+    place: Place,
+) -> None:
+    """Seen to be refused as a link to no file of the archive."""
+    tar = tar_of(
+        member("a/one", b"one", mtime=5),
+        link("a/second", "a/one", tarfile.LNKTYPE),
+        link("b/third", "a/second", tarfile.LNKTYPE),
+        link("b/fourth", "b/third", tarfile.LNKTYPE),
+        link("b/fifth", "a/one", tarfile.LNKTYPE),
+        member("b/other", b"other"),
+        link("b/sixth", "b/other", tarfile.LNKTYPE),
+    )
+
+    made = place.unpack(tar, below="there", only="b")
+
+    links = {"b/third": 3, "b/fourth": 3, "b/fifth": 3}
+    assert made.files == {"b/other": 5, "b/sixth": 5, **links}
+    assert place.names() == ["there", "there/b", *sorted(f"there/{path}" for path in made.files)]
+    for path in links:
+        file = place.directory / "there" / path
+        assert (file.read_bytes(), file.stat().st_mtime) == (b"one", 5)
+    with pytest.raises(ArchiveUnsafeError, match="3 bytes are more than 2"):
+        place.unpack(tar, limits=UnpackLimits(2, 2, 99), below="again", only="b/third")
+
+
 def test_o7_unpacking_ends_on_request(place: Place) -> None:
     cancellation = Cancellation()
     cancellation.cancel()
