@@ -19,6 +19,7 @@ import errno
 import fcntl
 import itertools
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -302,8 +303,9 @@ class Placer:
         try:
             with acting(self._maker):
                 os.utime(staged.fd, ns=(nanoseconds, nanoseconds))
-                self._finish(staged.fd)
                 directory = self._root.directory(parent, create=True)
+                _take_group(staged.fd, directory)
+                self._finish(staged.fd)
                 if self._temporary:
                     self._sweep(parent, directory)
                 staged.rename(name, directory)
@@ -428,6 +430,15 @@ def _create(name: str, directory: int, *, mode: int = 0o666) -> int:
         # What a killed run of the same transfer left; it was not whole, or it would be kept.
         os.unlink(name, dir_fd=directory)
         return os.open(name, flags, mode, dir_fd=directory)
+
+
+def _take_group(fd: int, directory: int) -> None:
+    """Give a file the group that a new one would get in a directory that gives its own."""
+    above = os.fstat(directory)
+    if above.st_mode & stat.S_ISGID and os.fstat(fd).st_gid != above.st_gid:
+        # Who is not in that group has no right to, though a new file of his would get it.
+        with suppress(PermissionError):
+            os.fchown(fd, -1, above.st_gid)
 
 
 def _umask() -> int:

@@ -75,7 +75,7 @@ def facts(path: Path) -> tuple[int, int, int]:
     return status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)
 
 
-def place_all(directory: Path, owner: Owner, *, follow: bool) -> None:
+def place_all(directory: Path, owner: Owner | None, *, follow: bool) -> None:
     """Place a small file, a copy and a staged file, in directories of their own."""
     with Placer(directory, "label", follow=follow, owner=owner) as placer:
         placer.place_data(entry("small/er/file", b"small"), b"small")
@@ -168,6 +168,28 @@ def test_without_root_too_what_was_not_the_users_yet_is_placed_anew(session: Pat
 
     [[wanted]] = plan.wanted.values()
     assert (wanted.path, [kept.path for kept in plan.kept]) == ("file", ["given"])
+
+
+@needs_root
+@pytest.mark.parametrize("groups", [(GROUP,), ()], ids=["member", "no member"])
+@pytest.mark.parametrize("owned", [True, False], ids=["for the user", "for oneself"])
+def test_a_file_gets_the_group_of_a_directory_that_gives_its_own(
+    place: Path, groups: tuple[int, ...], owned: bool
+) -> None:
+    """A large one is made above, where files may get another."""
+    for name in ("copy", "small/er", "staged"):
+        (place / name).mkdir(parents=True)
+        os.chown(place / name, NOBODY, GROUP)
+        (place / name).chmod(0o2775)
+    place.chmod(0o777)
+    owner = Owner(NOBODY, NOBODY, groups) if owned else None
+
+    place_all(place, owner, follow=True)
+
+    # Who is in no such group can not give it to a file that is there already.
+    given = GROUP if groups or not owned else NOBODY
+    found = [facts(place / name / "file")[1] for name in ("copy", "small/er", "staged")]
+    assert found == [GROUP, GROUP, given]
 
 
 @needs_root
