@@ -27,6 +27,7 @@ from agent_plugin.content.errors import (
     SessionStateError,
     local_write_error,
 )
+from agent_plugin.content.fuse_connection import FuseConnection
 from agent_plugin.content.leftovers import remove_path
 from agent_plugin.content.lock_holder import take_flock
 from agent_plugin.content.log_file import LogPlace
@@ -488,9 +489,17 @@ class Mounts:
         record = _read_record(place)
         if record is not None:
             end_process(record.ready.pid, record.process)
+        connections: list[FuseConnection] = []
         with suppress(SessionStateError):
-            _clear(read_spec(place / "spec.json"))
+            spec = read_spec(place / "spec.json")
+            connections = [
+                FuseConnection(mount.device) for mount in read_mounts() if mount.source == spec.name
+            ]
+            _clear(spec)
         end_servers(place / "spec.json")
+        for connection in connections:
+            # As a supervisor ends one, whoever still has the device open.
+            connection.abort()
         holders = told_holders(place / "log")
         self._forget(place)
         return holders

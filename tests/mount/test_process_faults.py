@@ -359,6 +359,27 @@ def test_a_mount_whose_server_does_not_answer_is_ended(mounter: Mounter, inputs:
     mounter.assert_nothing_is_left()
 
 
+def test_who_reads_what_a_killed_mount_was_to_forget_is_refused(
+    slow: Mounter, huge: Path, s3: S3Server, fault_proxy: FaultProxy
+) -> None:
+    """Seen to hang: a process that told the kernel to forget kept the killed mount, for ever."""
+    at = slow.mount(slow.stored(huge, past_the_proxy=s3))
+    stall = fault_proxy.inject(Fault.STALL)
+    reader = Reader(at / "huge.vdb")
+    until(lambda: stall.hits > 0)
+    # The next one has the kernel forget what this one may have given unverified.
+    slow.kill_server(at)
+    [carrier] = psutil.Process(slow.server(at)).children()
+    until(lambda: carrier.status() == psutil.STATUS_DISK_SLEEP)
+    for pid in (slow.ready[at].pid, slow.server(at)):
+        os.kill(pid, signal.SIGKILL)
+    assert slow.host.mounts.end(at)
+    with pytest.raises(AssertionError):
+        reader.sha256()
+    until(lambda: not carrier.is_running() or carrier.status() == psutil.STATUS_ZOMBIE)
+    slow.assert_nothing_is_left()
+
+
 # The first server, or its successor, does not come to serve; or it is stopped as soon as it says
 # that it does, when overlayfs is about to be mounted.
 HANGING = """
