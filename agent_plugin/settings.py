@@ -182,12 +182,22 @@ class WorkerSettings(_Section, frozen=True, forbid_unknown_fields=True):
         session_roots: Where session directories are; empty is anywhere.
         mapped_roots: Directories outside a session that jobs may have their files in. Job users
             must not be able to rename what is on the way to one.
+        user_memory: The most memory that the calls of one job user take together, a percentage
+            being one of the host's; 0 for no limit.
     """
 
     socket: Path = DEFAULT_SOCKET
     agent_user: str = ""
     session_roots: list[Path] = []
     mapped_roots: list[Path] = []
+    user_memory: Size = Size(percent=50)
+
+    def user_memory_bytes(self) -> int:
+        """Return the bytes that the calls of one job user may take; 0 for no limit."""
+        if not self.user_memory.percent:
+            return self.user_memory.bytes
+        host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return int(host * self.user_memory.percent / 100)
 
 
 class LogSettings(_Section, frozen=True, forbid_unknown_fields=True):

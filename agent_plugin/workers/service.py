@@ -3,7 +3,8 @@
 What a job user can do: connect, and ask for a drop-in for a session directory that it may write to
 (rights.py). What is done then, is done in that directory, in the mapped roots that it may write to
 or that the operator listed, and with the job's own credentials (credentials.py); files become the
-job user's. It can have at most CALLS_OF_A_USER calls at a time, and cancel its own.
+job user's. It can have at most CALLS_OF_A_USER calls at a time, which take as much memory as the
+operator gives them, and cancel its own.
 
 What it can not do: name another user, who is whom the kernel says; reach another user's session
 directory, another queue's or user's cached content, or any path outside of its directory by a link
@@ -63,6 +64,7 @@ from agent_plugin.workers.call import (
     tell,
 )
 from agent_plugin.workers.credentials import Found, find_credentials
+from agent_plugin.workers.memory import family_of, own_memory
 from agent_plugin.workers.notes import note_session, place_of
 from agent_plugin.workers.rights import Peer, check_session_directory, peer_of
 from agent_plugin.workers.sweep import sweep
@@ -72,6 +74,8 @@ from agent_plugin.workers.wire import Answer, Reply, Request, encode, read_reque
 CALLS_OF_A_USER: Final = 128
 CALLS: Final = 1024
 SWEEP_SECONDS: Final = 10.0
+# A process takes some GiB a second at most; who watches must not take the host's time either.
+MEMORY_SECONDS: Final = 0.5
 # A sweep unmounts what may be in use; one that takes longer hangs.
 SWEEP_PATIENCE_SECONDS: Final = 300.0
 # What a call has to end in order when its asker is gone or the service ends; then it is killed,
@@ -118,7 +122,9 @@ class Service:
         self._environment = dict(environment)
         self._children: dict[int, _Child] = {}
         self._ending = False
+        self._user_memory = settings.worker.user_memory_bytes()
         self._next_sweep = time.monotonic()
+        self._next_look = time.monotonic()
 
     def serve(self, ready: Callable[[], None]) -> None:
         """Answer calls until SIGTERM or SIGINT, then end those that are under way.
@@ -144,13 +150,19 @@ class Service:
         while not self._ending:
             full = len(self._children) >= CALLS
             watched = [reader] if full else [reader, self._listener]
-            wait = max(self._next_sweep - time.monotonic(), 0)
+            next_event = (
+                min(self._next_sweep, self._next_look) if self._children else self._next_sweep
+            )
+            wait = max(next_event - time.monotonic(), 0)
             readable, _, _ = select.select(watched, [], [], wait)
             if reader in readable:
                 reader.recv(4096)
             self._reap()
             if self._listener in readable:
                 self._accept()
+            if time.monotonic() >= self._next_look:
+                self._next_look = time.monotonic() + MEMORY_SECONDS
+                self._bound_memory()
             if time.monotonic() >= self._next_sweep:
                 self._next_sweep = time.monotonic() + SWEEP_SECONDS
                 self._begin_sweep()
@@ -203,6 +215,27 @@ class Service:
             return
         with suppress(OSError):
             self._fork(self._sweep, _Child(os.geteuid(), until=now + SWEEP_PATIENCE_SECONDS))
+
+    def _bound_memory(self) -> None:
+        """Kill the largest calls of each user whose calls take too much memory together.
+
+        What is in a manifest is for the job to say, and the cgroup that its own processes are
+        bounded by does not bound what is done here.
+        """
+        calls: dict[int, list[int]] = {}
+        for pid, child in self._children.items():
+            if child.until is None and child.uid not in (0, os.geteuid()):
+                calls.setdefault(child.uid, []).append(pid)
+        for uid, pids in calls.items() if self._user_memory else ():
+            own = dict(own_memory(pids, above=self._user_memory))
+            while (taken := sum(own.values())) > self._user_memory:
+                largest = max(own, key=own.__getitem__)
+                reason = (
+                    f"the calls of this user take {taken} bytes of memory, of {self._user_memory};"
+                    f" the one that is ended takes {own.pop(largest)}"
+                )
+                _kill_family(largest)
+                log.warning(events.CALL_REFUSED, extra={"kind": "", "uid": uid, "reason": reason})
 
     def _fork(self, work: Callable[[], int], child: _Child) -> None:
         """Do something in a child, whose exit code it is.
@@ -406,10 +439,17 @@ def _refuse(connection: socket.socket, peer: Peer, reason: str) -> None:
         connection.send(b"".join(map(encode, replies)))
 
 
+def _kill_family(pid: int) -> None:
+    """Kill a call with what it has started, in whatever group that is."""
+    for each in reversed([*family_of(pid)]):
+        _kill(each, signal.SIGKILL)
+
+
 def _kill(pid: int, number: int, *, group: bool = True) -> None:
-    with suppress(ProcessLookupError):
+    # Without root what is setuid can not be ended: fusermount3, which ends by itself.
+    with suppress(ProcessLookupError, PermissionError):
         os.kill(pid, number)
     if group:
         # It has no group of its own yet if it has just begun.
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, number)

@@ -86,6 +86,16 @@ def test_what_is_set_wins_over_the_file_and_the_file_over_the_job(
     assert explained() == ("COPIED", f"{host.config}:{general + 2}")
 
 
+def test_a_percentage_is_explained_as_what_it_is_of(host: Host) -> None:
+    """Seen to be explained as 0."""
+    done = host.run("queue", "explain", QUEUE, "--json")
+
+    assert done.returncode == 0, done.stderr
+    settings = {one["key"]: one["value"] for one in json.loads(done.stdout)["settings"]}
+    assert settings["mounts.source_bytes"] == "10 %", "of the disk of a session that is not yet"
+    assert settings["worker.user_memory"] == psutil.virtual_memory().total // 2
+
+
 def test_what_a_queues_table_says_holds_for_its_commands(
     tmp_path: Path, sessions: Sessions
 ) -> None:

@@ -393,6 +393,40 @@ sys.stdin.read()
     until(lambda: not root_host.calls())
 
 
+@pytest.mark.parametrize("kind", ["hold", "hold_in_child"])
+def test_calls_of_a_user_have_so_much_memory_and_no_more(kind: str) -> None:
+    """A job could have large manifests decoded by the service, outside of its own cgroup.
+
+    Seen to hold all that it asked for.
+    """
+    with service_host() as host:
+        host.settings["worker"] = {"socket": str(host.socket), "user_memory": "400 MiB"}
+        host.start()
+        small = host.begin(host.session("small"), "hold", "50")
+        others = host.begin(
+            host.session("others", group=OTHER_JOB_GROUP),
+            *("hold", "250"),
+            user=OTHER_JOB_USER,
+            group=OTHER_JOB_GROUP,
+        )
+        for process in (small, others):
+            assert process.stdout is not None
+            assert process.stdout.readline().startswith("holding")
+
+        large = host.ask(host.session("large"), kind, "380")
+
+        assert large.returncode == ServiceUnavailableError.exit_code, large.stdout
+        assert small.poll() is None
+        assert others.poll() is None
+        assert host.ask(host.session("after"), "who").returncode == 7
+        [told] = [line for line in host.log.read_text().splitlines() if "call.refused" in line]
+        assert json.loads(told)["reason"].startswith("the calls of this user take ")
+        assert json.loads(told)["uid"] == JOB_USER
+        for process in (small, others):
+            process.kill()
+            process.communicate()
+
+
 # ----------------------------------------------------------------------------------- how calls end
 
 

@@ -22,7 +22,7 @@ KINDS = {
     kind: f"tests.servers.worker_calls:{kind}"
     for kind in (
         *("who", "wait", "keys", "late", "renewed_keys", "crash", "refuse", "talk", "make"),
-        *("leave", "repeat"),
+        *("leave", "repeat", "hold", "hold_in_child"),
     )
 }
 
@@ -66,6 +66,25 @@ def leave(call: Call, settings: Settings) -> int:
     del settings
     call.say(str(os.getpid()))
     time.sleep(600)
+    return 0
+
+
+def hold(call: Call, settings: Settings) -> int:
+    """Take so many MiB of memory, and wait to be cancelled."""
+    taken = b"x" * (int(call.arguments[0]) * 1024 * 1024)
+    call.say(f"holding {len(taken)}")
+    return wait(call, settings)
+
+
+def hold_in_child(call: Call, settings: Settings) -> int:
+    """Have a process of its own do the same, as a job's credential process could."""
+    pid = os.fork()
+    if not pid:
+        try:
+            hold(call, settings)
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
     return 0
 
 

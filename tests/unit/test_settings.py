@@ -5,10 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from agent_plugin.content.errors import SettingsInvalidError
-from agent_plugin.settings import CacheSettings, Settings, load, load_explained
+from agent_plugin.settings import (
+    CacheSettings,
+    Settings,
+    WorkerSettings,
+    load,
+    load_explained,
+)
 from agent_plugin.sizes import Rate, Size
 
 GIB = 1024**3
@@ -495,3 +502,13 @@ def test_where_a_setting_comes_from_is_known(tmp_path: Path) -> None:
     assert loaded.source("store.read_timeout", QUEUE) == "built-in"
     assert loaded.source("paths.state_dir") == "PROPMASTER_STATE_DIR"
     assert loaded.source("paths.cache_dir") == "built-in"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [(Size(), 0), (Size(5), 5), (Size(percent=100), psutil.virtual_memory().total)],
+)
+def test_the_memory_of_a_users_calls_is_bytes_or_a_part_of_the_hosts(
+    chosen: Size, expected: int
+) -> None:
+    assert WorkerSettings(user_memory=chosen).user_memory_bytes() == expected
