@@ -22,7 +22,7 @@ class Explained(msgspec.Struct):
 
     Attributes:
         key: Table and name, `store.concurrency` for example.
-        value: Sizes in bytes, as they are on this host now.
+        value: Sizes in bytes, as they are on this host now; a part of what is unknown yet as text.
         source: Where it comes from: `<file>:<line>`, an environment variable, `queue set`, `the
             job` where that decides, or `built-in`.
     """
@@ -83,8 +83,11 @@ def _in_effect(settings: Settings, key: str, value: object) -> object:
         value = settings.log_directory
     elif key == "logs.max_bytes":
         value = settings.logs.max_bytes.on(settings.log_directory)
+    elif key == "worker.user_memory":
+        value = settings.worker.user_memory_bytes()
     if isinstance(value, Size):
-        return value.bytes
+        # A part of a disk that is known only when a session is on it.
+        return f"{value.percent:g} %" if value.percent else value.bytes
     if isinstance(value, list):
         return [str(one) for one in value]
     return str(value) if isinstance(value, Path) else value

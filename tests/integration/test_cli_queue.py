@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import msgspec
+import psutil
 import pytest
 
 from tests.servers.hooks import QUEUE, Host, action
@@ -86,9 +87,9 @@ def test_what_is_set_wins_over_the_file_and_the_file_over_the_job(
     assert explained() == ("COPIED", f"{host.config}:{general + 2}")
 
 
-def test_a_percentage_is_explained_as_what_it_is_of(host: Host) -> None:
+def test_a_percentage_is_explained_as_what_it_is_of(sessions: Sessions) -> None:
     """Seen to be explained as 0."""
-    done = host.run("queue", "explain", QUEUE, "--json")
+    done = sessions.host.run("queue", "explain", QUEUE, "--json")
 
     assert done.returncode == 0, done.stderr
     settings = {one["key"]: one["value"] for one in json.loads(done.stdout)["settings"]}
