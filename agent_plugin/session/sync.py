@@ -23,6 +23,7 @@ from typing import Final, Literal
 import msgspec
 
 from agent_plugin.content import events
+from agent_plugin.content.disk_sync import sync_file_systems
 from agent_plugin.content.errors import (
     BlobCorruptError,
     BlobNotFoundError,
@@ -37,6 +38,7 @@ from agent_plugin.content.errors import (
     StoreProtocolError,
     StoreUnavailableError,
     UnsafePathError,
+    local_write_error,
 )
 from agent_plugin.content.manifest import FileEntry, Manifest
 from agent_plugin.content.store import DocumentInfo, Store
@@ -409,7 +411,7 @@ class _Sync:
             done = self._place_all(job_id, job, sorted(done))
         if self._request.dry_run or not job.infos:
             return
-        if done:
+        if done and self._is_on_disk(job):
             step = Advance(job_id, taken=job.marks(sorted(done)))
             if unplaced := sorted(done & job.unplaced):
                 by = self._rules_of(job_id)
@@ -417,12 +419,27 @@ class _Sync:
                     step, unplaced=job.marks(unplaced), rules=by.mark, profile=by.profile
                 )
             self._checkpoint.advance(step)
+        else:
+            done = set()
         by_tries: dict[int, list[str]] = {}
         for mark in job.marks(sorted(job.infos.keys() - done - job.refused)):
             tries = min(self._checkpoint.tries(job_id, mark) + 1, MAX_TRIES)
             by_tries.setdefault(tries, []).append(mark)
         for tries, marks in by_tries.items():
             self._checkpoint.advance(Advance(job_id, failed=marks, tries=tries))
+
+    @staticmethod
+    def _is_on_disk(job: _Job) -> bool:
+        """See that what the checkpoint is about to name outlives a power cut, as that does."""
+        try:
+            sync_file_systems(map(Path, job.told.roots))
+        except OSError as error:
+            failure = local_write_error(error, str(error.filename))
+            if isinstance(failure, _END_THE_SYNC):
+                raise failure from error
+            job.fail(failure)
+            return False
+        return True
 
     def _place_all(self, job_id: str, job: _Job, keys: Sequence[str]) -> set[str]:
         """Place the files of a job's manifests; return those whose files are all in place."""

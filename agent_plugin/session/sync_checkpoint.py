@@ -1,9 +1,10 @@
 """What a sync of outputs has brought already: a journal, one JSON document a line.
 
 The first line says what is synced; every further line is one job's step forward, written and
-flushed to the disk when all that it tells of is in place. So a sync may be killed at any moment:
-what the next one finds is true, and a line that was not finished is the last and counts for
-nothing. At the end of a sync the journal is written anew, without what the store no longer has.
+flushed to the disk when all that it tells of is in place, and on its disk. So a sync may be killed
+at any moment, and the power be cut: what the next one finds is true, and a line that was not
+finished is the last and counts for nothing. At the end of a sync the journal is written anew,
+without what the store no longer has.
 
 A manifest is remembered by a hash of its key and its time, and not by a time alone: clocks, the
 order in which a store shows new objects, and objects that are copied later do not matter then.

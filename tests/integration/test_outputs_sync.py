@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import stat
 import tempfile
@@ -25,6 +26,7 @@ from agent_plugin.content.errors import (
 )
 from agent_plugin.session.job import PathMappingRule
 from agent_plugin.session.path_rules import PathRules, checked_rules, read_rules
+from tests.servers.disks import MEBIBYTE, image_mounted
 from tests.servers.fault_proxy import FaultProxy
 from tests.servers.faults import Fault
 from tests.servers.hooks import FARM, QUEUE
@@ -244,6 +246,27 @@ def test_a_sync_that_is_killed_again_and_again_loses_nothing_and_brings_nothing_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_what_a_checkpoint_names_survives_a_power_cut(
+    queue: RenderQueue, tmp_path: Path, kind: str
+) -> None:
+    """Seen to leave empty files for good: the checkpoint was on its disk, and they on none.
+
+    A disk's image is copied as it is at that moment, and mounted as after a power cut.
+    """
+    queue.render(1, {"a/1.exr": 30_000, "a/b/2.exr": b"two"})
+    disk, cut_off = tmp_path / "disk", tmp_path / "cut off"
+    shutil.rmtree(queue.show, ignore_errors=True)
+    with image_mounted(kind, disk, queue.show, size=128 * MEBIBYTE):
+        assert queue.sync().files == 2
+        brought = contents(queue.show)
+        shutil.copyfile(disk, cut_off)
+
+    with image_mounted(kind, cut_off, queue.show):
+        found = contents(queue.show)
+        assert {path: found[path] for path in brought} == brought
+
+
 def test_a_sync_may_be_killed_at_any_moment(queue: RenderQueue) -> None:
     """From before it has read anything to after it has brought the last file."""
     kills = _Kills(queue)
