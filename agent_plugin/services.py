@@ -267,7 +267,7 @@ def open_services(
     with ExitStack() as stack:
         cache = records.open_cache(store_url)
         if cache is not None:
-            stack.callback(cache.close)
+            stack.callback(_close, cache)
         index = records.open_index()
         stack.callback(index.close)
         ledger = stack.enter_context(records.open_ledger())
@@ -289,6 +289,14 @@ def open_services(
             owner=owner,
             expect=expect,
         )
+
+
+def _close(cache: BlobCache) -> None:
+    """Close the cache after use; what it could not count is nobody's failure."""
+    try:
+        cache.close()
+    except LocalError as error:
+        log.warning(events.CACHE_BYPASSED, extra={"reason": error.message})
 
 
 def open_records(settings: Settings, *, queue_id: str = "", user_id: int | None = None) -> Records:

@@ -71,13 +71,19 @@ class Lease:
         self._kept = kept
 
     def close(self) -> None:
-        """Stop holding it: gone now, or at its expiry if it was made with `keep_seconds`."""
+        """Stop holding it: gone now, or at its expiry if it was made with `keep_seconds`.
+
+        Raises:
+            LocalWriteError: Its file could not be removed, and is stale.
+        """
         if self._fd < 0:
             return
-        if not self._kept:
-            self._leases.remove_file(self._file_name)
-        os.close(self._fd)
-        self._fd = -1
+        fd, self._fd = self._fd, -1
+        try:
+            if not self._kept:
+                self._leases.remove_file(self._file_name)
+        finally:
+            os.close(fd)
 
     def release(self) -> None:
         """End it now, whatever its expiry."""

@@ -1,7 +1,7 @@
 """What every transfer of a process shares: store, cache, index, ledger, cancellation, view."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -74,7 +74,8 @@ class TransferContext(Asking):
     owner: Owner | None = None
     expect: Callable[[int, int], None] = field(default=lambda _files, _bytes: None)
 
-    def leased(self, name: str, digests: Iterable[Digest]) -> AbstractContextManager[object]:
+    @contextmanager
+    def leased(self, name: str, digests: Iterable[Digest]) -> Iterator[None]:
         """Keep blobs from eviction while the block runs, as far as the cache can be written.
 
         What is evicted nevertheless is fetched again.
@@ -82,15 +83,17 @@ class TransferContext(Asking):
         Raises:
             CacheUnsafeError: Others can write the cache.
         """
-        if self.cache is None:
-            return nullcontext()
+        lease = None
+        if self.cache is not None:
+            with _doing_without_cache():
+                lease = self.cache.lease(name, digests)
         try:
-            return self.cache.lease(name, digests)
-        except CacheUnsafeError:
-            raise
-        except LocalError as error:
-            log.warning(events.CACHE_BYPASSED, extra={"reason": error.message})
-            return nullcontext()
+            yield
+        finally:
+            if lease is not None:
+                # If its file stays it holds nothing any more.
+                with _doing_without_cache():
+                    lease.close()
 
     @property
     def remembers_store(self) -> bool:
@@ -127,3 +130,14 @@ class TransferContext(Asking):
                 yield
         finally:
             under_way = False
+
+
+@contextmanager
+def _doing_without_cache() -> Iterator[None]:
+    """Tell of a cache that fails, and go on; only an unsafe one is an error."""
+    try:
+        yield
+    except CacheUnsafeError:
+        raise
+    except LocalError as error:
+        log.warning(events.CACHE_BYPASSED, extra={"reason": error.message})

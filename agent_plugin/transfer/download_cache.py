@@ -85,7 +85,8 @@ class DownloadCache:
         self, digest: Digest, staged: StagedFile, placer: Placer
     ) -> Iterator[CacheCopy | None]:
         """Lend what copies a large blob into the cache while it is fetched; None without one."""
-        with ExitStack() as files:
+        files = ExitStack()
+        try:
             copy = None
             if (cache := self._filling) is not None:
                 try:
@@ -95,6 +96,11 @@ class DownloadCache:
                 else:
                     copy = CacheCopy(kept, staged, clones=placer.can_clone(staged, kept.fd))
             yield copy
+        finally:
+            try:
+                files.close()
+            except (LocalError, OSError) as error:
+                self._bypass(error)
 
     def publish(self, copy: CacheCopy, digest: Digest) -> None:
         """Make what was copied the blob in the cache."""

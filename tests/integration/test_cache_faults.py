@@ -9,11 +9,13 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from agent_plugin.content import blob_cache_files, events
 from agent_plugin.content.blob_cache import BlobCache
+from agent_plugin.content.directory_store import DirectoryStore
 from agent_plugin.content.errors import CacheUnsafeError
 from tests.servers.damages import DAMAGES, flipped
 from tests.servers.disks import (
@@ -21,6 +23,7 @@ from tests.servers.disks import (
     fill,
     image_mounted,
     read_only,
+    shut_down,
     tmpfs_mounted,
 )
 from tests.servers.hooks import Host
@@ -209,6 +212,37 @@ def test_a_directory_that_its_disk_does_not_give_is_done_without(
     monkeypatch.setattr(blob_cache_files, "open_directory", refuse)
 
     farm.assert_starts(host, job, "second")
+
+
+@pytest.mark.parametrize(
+    ("files", "call"), [(FILES, "get_document"), (FILES, "get"), (LARGE, "fetch")]
+)
+def test_a_cache_whose_disk_dies_while_it_is_used_is_done_without(
+    farm: Farm,
+    files: dict[str | bytes, bytes | int],
+    call: str,
+    monkeypatch: pytest.MonkeyPatch,
+    expected_events: set[str],
+) -> None:
+    """What was counted, leased and staged there can not be taken back any more."""
+    expected_events.add(events.CACHE_BYPASSED)
+    job = farm.submit(files)
+    real = getattr(DirectoryStore, call)
+    with image_mounted(
+        "ext4", farm.tmp_path / "image", farm.tmp_path / "disk", size=64 << 20
+    ) as at:
+
+        def die(*args: Any, **options: Any) -> Any:
+            monkeypatch.undo()
+            answer = real(*args, **options)
+            shut_down(at)
+            return answer
+
+        monkeypatch.setattr(DirectoryStore, call, die)
+        host = farm.host(cache_dir=at / "cache")
+
+        farm.assert_starts(host, job)
+        host.end(farm.tmp_path / "session")
 
 
 def test_a_disk_that_does_not_give_a_blob_back_is_done_without(

@@ -4,9 +4,11 @@ They need root, and the kernel's loop devices; where those are not to be had the
 with the reason.
 """
 
+import fcntl
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,9 @@ LEAST_BYTES = {
     "ext4": 4 * MEBIBYTE,
     "exfat": 8 * MEBIBYTE,
 }
+# XFS_IOC_GOINGDOWN, which ext4 has as well: _IOR('X', 125, __u32); what is in its log stays there.
+_SHUTDOWN = 0x8004587D
+_WITHOUT_LOG = 2
 _OPTIONS = {
     "xfs": ["-q", "-m", "reflink=1"],
     "btrfs": ["-q"],
@@ -71,6 +76,15 @@ def read_only(directory: Path) -> Iterator[Path]:
     with _mounted(directory, "--bind", os.fspath(directory)):
         subprocess.run(["mount", "-o", "remount,bind,ro", directory], check=True)
         yield directory
+
+
+def shut_down(mounted: Path) -> None:
+    """Have a file system of ext4 or XFS refuse everything, as one whose disk has died does."""
+    fd = os.open(mounted, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(fd, _SHUTDOWN, _WITHOUT_LOG.to_bytes(4, sys.byteorder))
+    finally:
+        os.close(fd)
 
 
 def fill(directory: Path, *, leave: int = 0) -> Path:
