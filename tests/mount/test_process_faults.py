@@ -380,6 +380,36 @@ def test_who_reads_what_a_killed_mount_was_to_forget_is_refused(
     slow.assert_nothing_is_left()
 
 
+# From the first read on no thread is to be had.
+WITHOUT_THREADS = """
+import sys, threading
+from vfs.service import NodeService
+def refused(self):
+    raise RuntimeError("can't start new thread")
+def read_now(*_):
+    threading.Thread.start = refused
+    return -1
+NodeService.read_now = read_now
+from vfs.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_read_that_no_thread_can_be_had_for_is_in_the_error_ledger(
+    mounter: Mounter, tmp_path: Path
+) -> None:
+    """Seen to fail: the reader had its error, and finish-task would not have known."""
+    mount = Prepared(mounter, tmp_path, "none")
+    with mount.served_by(WITHOUT_THREADS) as process:
+        try:
+            with subprocess.Popen(["cat", mount.at / "a"], stderr=subprocess.PIPE) as reader:
+                assert b"Input/output error" in reader.communicate(timeout=20)[1]
+            [told] = mount.errors.read_text().splitlines()
+            assert json.loads(told)["path"] == "a"
+        finally:
+            process.terminate()
+
+
 # The first server, or its successor, does not come to serve; or it is stopped as soon as it says
 # that it does, when overlayfs is about to be mounted.
 HANGING = """

@@ -13,6 +13,7 @@ import pytest
 
 from agent_plugin.content.manifest import Manifest
 from tests.mount.conftest import Mounter
+from tests.mount.prepared_mount import Prepared
 from tests.servers.fault_proxy import FaultProxy
 from tests.servers.faults import Fault
 from tests.servers.proxied_object import until
@@ -143,3 +144,43 @@ def test_who_has_had_a_signal_can_still_be_killed(
 def _lines(pipe: IO[bytes] | None) -> IO[bytes]:
     assert pipe
     return pipe
+
+
+# A read that waits until nobody wants it, and from then on no thread to be had.
+WITHOUT_THREADS = """
+import sys, threading, time
+from vfs.service import NodeService
+def refused(self):
+    raise RuntimeError("can't start new thread")
+def hang(self, node, offset, length, cancellation):
+    threading.Thread.start = refused
+    print("waits", flush=True, file=sys.stderr)
+    while True:
+        cancellation.check()
+        time.sleep(0.05)
+NodeService.read_now = lambda *_: -1
+NodeService.read = hang
+from vfs.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_who_has_had_a_signal_can_be_ended_where_the_host_gives_no_thread(
+    mounter: Mounter, tmp_path: Path
+) -> None:
+    """Seen to hang: there was no thread that looked at whoever had had a signal."""
+    mount = Prepared(mounter, tmp_path, "none")
+    with mount.served_by(WITHOUT_THREADS) as process:
+        command = ["dd", f"if={mount.at}/a", "of=/dev/null", "bs=4096", "iflag=direct"]
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as reader:
+            try:
+                until(lambda: "waits" in (mounter.home / "log").read_text())
+                reader.send_signal(signal.SIGUSR1)
+                until(lambda: has_pending(reader.pid))
+                with pytest.raises(subprocess.TimeoutExpired):
+                    reader.wait(0.5)
+                reader.send_signal(signal.SIGTERM)
+                assert reader.wait(20) == -signal.SIGTERM
+            finally:
+                reader.kill()
+                process.terminate()

@@ -205,6 +205,7 @@ class KernelTransport:
         self._waiting: dict[int, Waiting] = {}
         # Those of them whose caller had a signal that did not end it.
         self._signalled: set[int] = set()
+        self._were_signalled = threading.Event()
         self._lock = threading.Lock()
         self._threads = Threads(WAITING_READS, thread_name_prefix="wait")
         self._buffer = memoryview(bytearray(MAX_READ_BYTES))
@@ -255,6 +256,7 @@ class KernelTransport:
 
     def serve(self) -> None:
         """Answer requests until the mount is gone."""
+        self._start_threads()
         answer_before_others()
         most = REQUEST_BYTES + (MAX_WRITE_BYTES if self._nodes.writable else 0)
         buffer = memoryview(bytearray(most))
@@ -283,6 +285,16 @@ class KernelTransport:
             waiting.cancellation.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._disk.shutdown(wait=False, cancel_futures=True)
+
+    def _start_threads(self) -> None:
+        """Have one thread for each kind of work: later the host may give none.
+
+        Raises:
+            RuntimeError, LocalReadError: It gives none now.
+        """
+        threading.Thread(target=self._look_at_signalled, name="signal", daemon=True).start()
+        for threads in (self._threads, self._disk):
+            threads.submit(bool)
 
     # ------------------------------------------------------------------ requests
 
@@ -370,10 +382,8 @@ class KernelTransport:
         if self._gives_up(interrupted):
             return
         with self._lock:
-            is_first = not self._signalled
             self._signalled.add(interrupted)
-        if is_first:
-            threading.Thread(target=self._look_at_signalled, name="signal", daemon=True).start()
+        self._were_signalled.set()
 
     def _gives_up(self, unique: int) -> bool:
         """Answer a request whose caller is to end; False if that waits on."""
@@ -389,12 +399,13 @@ class KernelTransport:
     def _look_at_signalled(self) -> None:
         """See whether those who wait on have had another signal since."""
         while True:
-            time.sleep(LOOK_SECONDS)
-            gone = {unique for unique in list(self._signalled) if self._gives_up(unique)}
-            with self._lock:
-                self._signalled -= gone
-                if not self._signalled:
-                    return
+            self._were_signalled.wait()
+            self._were_signalled.clear()
+            while self._signalled:
+                time.sleep(LOOK_SECONDS)
+                gone = {unique for unique in list(self._signalled) if self._gives_up(unique)}
+                with self._lock:
+                    self._signalled -= gone
 
     def _readdirplus(self, unique: int, node: int, body: memoryview) -> None:
         _, offset, size, *_ = protocol.READ_IN.unpack_from(body)
