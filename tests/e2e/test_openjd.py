@@ -265,6 +265,41 @@ def test_with_wrap_hooks_other_environments_do_what_they_do_without_them(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("template", [WRAP, PLAIN])
+def test_libraries_and_the_python_of_other_environments_are_their_tasks_alone(
+    farm: Farm, tmp_path: Path, template: str
+) -> None:
+    """As those of render applications are; seen to keep propmaster from starting."""
+    theirs = tmp_path / "of-the-application"
+    theirs.mkdir()
+    for name in ("sqlite3.so.0", "z.so.1", "expat.so.1", "crypto.so.3", "ssl.so.3", "ffi.so.8"):
+        (theirs / f"lib{name}").write_text("for another program\n")
+    told = "; ".join(
+        f"echo openjd_env: {name}={theirs}" for name in ("LD_LIBRARY_PATH", "PYTHONHOME")
+    )
+    inner = tmp_path / "inner.json"
+    enter = {"onEnter": {"command": "bash", "args": ["-c", told]}}
+    inner.write_text(
+        json.dumps(
+            {
+                "specificationVersion": "environment-2023-09",
+                "environment": {"name": "Inner", "script": {"actions": enter}},
+            }
+        )
+    )
+    render = RENDER + "echo 1 > renders/1.exr; echo has $LD_LIBRARY_PATH $PYTHONHOME"
+    job = {"name": "Show", "steps": [bash_step("Render", render)]}
+
+    ended = farm.runtime.run(
+        template, job, "Render", environments=[inner], PropmasterJob=json.dumps(farm.document)
+    )
+
+    assert ended.succeeded, ended.log
+    assert f"has {theirs} {theirs}" in ended.log
+    assert farm.outputs == {"renders/1.exr": 2}
+
+
+@pytest.mark.slow
 def test_with_wrap_hooks_the_tasks_time_limit_is_kept_and_its_processes_are_gone(
     farm: Farm,
 ) -> None:

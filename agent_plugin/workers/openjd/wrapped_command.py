@@ -5,10 +5,11 @@ limit and the way to cancel are those of the wrapped action, which the runtime l
 wrapper (RFC 0008 of Open Job Description).
 """
 
+import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
@@ -24,6 +25,8 @@ TIMED_OUT: Final = 124
 _SIGNALLED: Final = 128
 # What was killed needs no longer to be gone, unless it waits for a disk.
 _KILL_SECONDS: Final = 30.0
+# What the environment templates keep away from propmaster: the rest of the name is the variable's.
+_OF_TASK: Final = "PROPMASTER_OF_TASK_"
 # How long a wish to stop may wait; the end of a command is seen earlier.
 _LOOK_SECONDS: Final = 0.2
 
@@ -61,7 +64,7 @@ def run_wrapped(
             command runs already, and nobody knows its process yet.
     """
     try:
-        process = subprocess.Popen(argv)  # noqa: S603 - the job's own command, no shell
+        process = subprocess.Popen(argv, env=environment_of_task(os.environ))  # noqa: S603 - the job's own command, no shell
     except FileNotFoundError:
         return Ended(NOT_FOUND, f"{argv[0]}: there is no such command")
     except OSError as error:
@@ -79,6 +82,16 @@ def run_wrapped(
                 return Ended(TIMED_OUT, f"the task's command took longer than {seconds:.0f} s")
         else:
             return Ended(code if code >= 0 else _SIGNALLED - code)
+
+
+def environment_of_task(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a command, with what the templates have kept away from us."""
+    kept = {name: value for name, value in environment.items() if not name.startswith(_OF_TASK)}
+    return kept | {
+        name.removeprefix(_OF_TASK): value
+        for name, value in environment.items()
+        if name.startswith(_OF_TASK)
+    }
 
 
 def _stop(process: "subprocess.Popen[bytes]", notify_seconds: float) -> None:
