@@ -306,6 +306,7 @@ class Placer:
                 directory = self._root.directory(parent, create=True)
                 _take_group(staged.fd, directory)
                 self._finish(staged.fd)
+                _flush(staged.fd)
                 if self._temporary:
                     self._sweep(parent, directory)
                 staged.rename(name, directory)
@@ -357,6 +358,7 @@ class Placer:
             if self._owner is not None:
                 self._owner.give_file(fd, shared=self._shared)
             os.utime(fd, ns=(nanoseconds, nanoseconds))
+            _flush(fd)
             if written != name:
                 os.rename(written, name, src_dir_fd=directory, dst_dir_fd=directory)
         except BaseException:
@@ -430,6 +432,18 @@ def _create(name: str, directory: int, *, mode: int = 0o666) -> int:
         # What a killed run of the same transfer left; it was not whole, or it would be kept.
         os.unlink(name, dir_fd=directory)
         return os.open(name, flags, mode, dir_fd=directory)
+
+
+def _flush(fd: int) -> None:
+    """Have a network file system say now what it would say when the file is closed.
+
+    NFS sends what it has not sent when any descriptor of the file is closed: close(2). Elsewhere
+    this does nothing; it is no sync.
+
+    Raises:
+        OSError: The bytes are not where they belong.
+    """
+    os.close(os.dup(fd))
 
 
 def _take_group(fd: int, directory: int) -> None:

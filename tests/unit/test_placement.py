@@ -9,6 +9,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -640,6 +641,39 @@ def test_a_full_disk_leaves_no_temporary_file_and_is_told_with_the_files_name(
             (disk / "filler").unlink()
             placer.place_data(wanted, data)
         assert (disk / "root/shots/001/plate.exr").read_bytes() == data
+
+
+@pytest.mark.parametrize("way", ["data", "staged"])
+def test_what_closing_tells_is_known_before_the_file_gets_its_name(
+    placer: Placer, root: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS writes to its server then, and tells then that a quota is used up."""
+    (root / "one").write_bytes(b"old")
+    staged = placer.stage() if way == "staged" else None
+    close = os.close
+    failed: list[int] = []
+
+    def fail_once(fd: int) -> None:
+        is_file = stat.S_ISREG(os.fstat(fd).st_mode)
+        close(fd)
+        if is_file and not failed:
+            failed.append(fd)
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    place = partial(placer.place_data, entry("one", b"new"), b"new")
+    if staged is not None:
+        os.pwrite(staged.fd, b"new", 0)
+        place = partial(placer.place_staged, entry("one", b"new"), staged)
+
+    monkeypatch.setattr(os, "close", fail_once)
+    with pytest.raises(NoSpaceError, match="one"):
+        place()
+    if staged is not None:
+        staged.close()
+
+    assert failed, "or nothing was told"
+    assert everything_below(root) == ["one"]
+    assert (root / "one").read_bytes() == b"old"
 
 
 @pytest.mark.parametrize("what", ["shots/001/plate.exr", "plate.exr"])
