@@ -499,7 +499,7 @@ def _decode(kind: type, value: object) -> object:
 
 def _directory(value: object) -> Path:
     path = Path(value) if isinstance(value, str) else None
-    if path is None or not path.is_absolute() or ".." in path.parts:
+    if path is None or not path.is_absolute() or ".." in path.parts or "\0" in str(path):
         raise ValueError(f"{value!r} is no directory; allowed: an absolute path without `..`")
     return path
 

@@ -60,12 +60,17 @@ class SettingsFile:
         return cls(path, _parse(text, path), _lines_of(text)) if text else cls(path)
 
     def line(self, *key: str) -> int | None:
-        """Return the line where a key is set, or else what it is in.
+        """Return the line where a key is set, or else something below it, or else what it is in.
 
         Args:
             key: Its names; `name[2]` is the third table of a list.
         """
         key = _folded(tuple(part for name in key for part in _INDEXED.findall(name)))
+        if key not in self.lines:
+            # A table that only dotted keys speak of has no head.
+            below = [line for name, line in self.lines.items() if name[: len(key)] == key]
+            if key and below:
+                return min(below)
         return next(
             (
                 self.lines[key[:length]]

@@ -213,6 +213,13 @@ def test_a_file_that_can_not_be_read_is_an_error(tmp_path: Path) -> None:
             "",
         ),
         ("store.download_limit = 1", "config.toml, line 1: store.download_limit: 1 is no", ""),
+        # Seen to be told without its line, and to crash the command when the path was used.
+        ("\nstor.concurrency = 8", "config.toml, line 2: stor: unknown key", ""),
+        (
+            '[paths]\nstate_dir = "/a\\u0000b"',
+            "config.toml, line 2: paths.state_dir: '/a\\x00b' is no directory",
+            "",
+        ),
         (
             "worker.session_roots = '/sessions'",
             "config.toml, line 1: worker.session_roots: expected `array`, got `str`",
@@ -512,3 +519,9 @@ def test_the_memory_of_a_users_calls_is_bytes_or_a_part_of_the_hosts(
     chosen: Size, expected: int
 ) -> None:
     assert WorkerSettings(user_memory=chosen).user_memory_bytes() == expected
+
+
+def test_a_table_that_a_queue_can_not_have_is_told_with_its_line(tmp_path: Path) -> None:
+    told = refused(f'\n[queues."{QUEUE}"]\n\nworker.socket = "/a"\n', tmp_path)
+
+    assert f'config.toml, line 4: queues."{QUEUE}".worker: unknown key' in told.message
