@@ -47,6 +47,8 @@ class ErrorLedger:
         self._lines = 0
         # What could not be written.
         self._late = b""
+        # Whether there is a thread that tries it again.
+        self._retries = False
 
     def record(
         self,
@@ -93,7 +95,8 @@ class ErrorLedger:
                 }
             )
             try:
-                self._append(line.encode("ascii") + b"\n")
+                self._append(self._late + line.encode("ascii") + b"\n")
+                self._late = b""
             except OSError as failure:
                 # The reader is refused its bytes all the same, by the error that it is.
                 log.error(  # noqa: TRY400 - an expected failure: its text says all
@@ -104,17 +107,24 @@ class ErrorLedger:
 
     def _write_later(self, line: bytes) -> None:
         """Have a line written as soon as it can be; of several the first, which tells enough."""
-        if self._late:
+        self._late = self._late or line
+        if self._retries:
             return
-        self._late = line
-        threading.Thread(target=self._write_late, name="late", daemon=True).start()
+        self._retries = True
+        try:
+            threading.Thread(target=self._write_late, name="late", daemon=True).start()
+        except RuntimeError:
+            # The host gives none; the next line takes this one along, or has another try.
+            self._retries = False
 
     def _write_late(self) -> None:
-        while self._late:
+        while self._retries:
             time.sleep(NEXT_TRY_SECONDS)
             with self._lock, suppress(OSError):
-                self._append(self._late)
-                self._late = b""
+                if self._late:
+                    self._append(self._late)
+                    self._late = b""
+                self._retries = False
 
     def _was_told(self) -> bool:
         try:

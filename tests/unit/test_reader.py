@@ -774,6 +774,25 @@ def test_a_line_for_which_there_is_no_room_is_written_once_there_is(
         until(lambda: [line["path"] for line in lines_of(disk / "errors")] == ["a"])
 
 
+def test_a_line_that_no_thread_could_be_had_for_is_written_with_the_next(
+    tmp_path: Path, expected_events: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen to fail: it raised, and no line was tried again."""
+
+    def refused(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    expected_events.add(events.MOUNT_READ_FAILED)
+    errors = tmp_path / "later/errors"
+    ledger = ErrorLedger(errors)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refused)
+        ledger.record("a", blob(26)[0], BlobNotFoundError("no such blob"))
+    errors.parent.mkdir()
+    ledger.record("b", blob(26)[0], BlobNotFoundError("no such blob"))
+    assert [line["path"] for line in lines_of(errors)] == ["a", "b"]
+
+
 def test_no_line_of_the_ledger_is_left_in_part(tmp_path: Path, expected_events: set[str]) -> None:
     expected_events.add(events.MOUNT_READ_FAILED)
     with tmpfs_mounted(tmp_path / "disk", size=64 * KIBIBYTE) as disk:
