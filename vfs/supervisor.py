@@ -57,6 +57,8 @@ from vfs.work_directory import make_work_directory
 
 # A server that dies this often within a minute dies of something that a new one will not mend.
 RESTARTS_A_MINUTE: Final = 10
+# After one could not be started: what the host lacked, such as a process, it may have again.
+NEXT_START_SECONDS: Final = 1.0
 # Given /dev/fuse and what was agreed on (-1 and None where libfuse mounts), the transport, whether
 # a server was killed before, and what to write SERVES to: serves until the mount is gone.
 Serve = Callable[[int, Session | None, TransportChoice, bool, int], None]
@@ -346,6 +348,8 @@ class Supervisor:
                 # Killed before it served, perhaps; what is half mounted is not mounted again.
                 if not self._resumes:
                     return False
+                if select.select([self._wake], [], [], NEXT_START_SECONDS)[0]:
+                    raise CancelledError(f"{self._mountpoint} is not wanted any more") from error
             else:
                 return True
         return False

@@ -410,6 +410,40 @@ def test_a_read_that_no_thread_can_be_had_for_is_in_the_error_ledger(
             process.terminate()
 
 
+# No process is to be had for another server, as long as there is a file.
+WITHOUT_PROCESSES = """
+import errno, os, sys
+fork = os.fork
+def refused():
+    if os.path.exists(sys.argv[1] + "-full"):
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+    return fork()
+os.fork = refused
+from vfs.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_server_for_which_there_is_no_process_is_replaced_once_there_is(
+    mounter: Mounter, tmp_path: Path
+) -> None:
+    """Seen to fail: it was tried ten times within a moment, and the mount given up."""
+    mount = Prepared(mounter, tmp_path, "none")
+    full = mounter.home / "spec.json-full"
+    with mount.served_by(WITHOUT_PROCESSES) as process:
+        try:
+            server = json.loads(ask_mount(mount.control, {"ask": "status"}))["pid"]
+            full.touch()
+            os.kill(server, signal.SIGKILL)
+            # Of the death, and of the first that could not be started.
+            until(lambda: mount.told("mount.server_died") > 1)
+            full.unlink()
+            with subprocess.Popen(["cat", mount.at / "a"], stdout=subprocess.PIPE) as reader:
+                assert reader.communicate(timeout=20)[0] == b"an input"
+        finally:
+            process.terminate()
+
+
 # The first server, or its successor, does not come to serve; or it is stopped as soon as it says
 # that it does, when overlayfs is about to be mounted.
 HANGING = """
