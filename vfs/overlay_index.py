@@ -115,6 +115,26 @@ class Index:
             above = self._place_in_tree(above[0])
         return place if above is not None and self.objects[above[0]].places else None
 
+    def removed(self) -> set[int]:
+        """Return the files of the tree that are seen nowhere any more and were never brought in."""
+        covered = [
+            below
+            for directory, names in self.names.items()
+            for name, node in names.items()
+            if (below := self.below(directory, name)) not in (0, node)
+        ]
+        removed: set[int] = set()
+        while covered:
+            node = covered.pop()
+            found = self.objects.get(node)
+            if not self._tree.is_directory(node):
+                if found is None:
+                    removed.add(node)
+            elif found is None or not found.places:
+                # It was empty when it went; one that was moved has its names elsewhere.
+                covered.extend(self._tree.names(node).values())
+        return removed
+
     def _place_in_tree(self, node: int) -> Place | None:
         above = self._tree.parent(node)
         name = self._name(node, above)

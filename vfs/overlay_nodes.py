@@ -56,8 +56,8 @@ class OverlayNodes:
         self._index = Index(lower.tree, upper, instance, again=again)
         self._copy = CopyUp(self._index, upper, lower, self._lock)
         self._held: dict[int, int] = {}
-        # Inputs that were removed while they were in use, since the server started.
-        self._removed: set[int] = set()
+        # Inputs that were removed and may be in use: since the server started, or before it did.
+        self._removed: set[int] = self._index.removed() if again else set()
         # Both with the tree's names, which are others after an update.
         self._listings: dict[int, tuple[Mapping[bytes, int], list[Listed]]] = {}
         self._subdirectories: dict[int, tuple[Mapping[bytes, int], int]] = {}

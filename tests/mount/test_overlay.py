@@ -379,6 +379,28 @@ def test_an_input_that_an_earlier_mount_has_touched_stays_what_the_kernel_knows(
     assert list(rig.work.iterdir()) == []
 
 
+def test_an_input_that_was_removed_while_open_has_no_name_for_a_successor_either(
+    rig: OverlayRig,
+) -> None:
+    """Whoever asks whether the file was replaced (`tail -F`, a lock's owner) sees that it was."""
+    nodes = {path: rig.find(path) for path in ("a", "d/a", "d/b", "empty")}
+    for node in nodes.values():
+        rig.overlay.hold(node)
+    rig.overlay.unlink(ROOT, b"a")
+    rig.overlay.mknod(ROOT, b"a", stat.S_IFREG | 0o600, US)
+    rig.overlay.rename(rig.find("d"), b"b", ROOT, b"b")
+    rig.overlay.unlink(rig.find("d"), b"a")
+    rig.overlay.unlink(rig.find("d/c"), b"b")
+    rig.overlay.rmdir(rig.find("d"), b"c")
+    rig.overlay.rmdir(ROOT, b"d")
+    rig.overlay.mkdir(ROOT, b"d", 0o755, US)
+    rig.restart()
+
+    links = {path: rig.overlay.attributes(node).nlink for path, node in nodes.items()}
+    assert links == {"a": 0, "d/a": 0, "d/b": 1, "empty": 1}
+    assert rig.read(nodes["d/a"]) == b"in a directory"
+
+
 def test_what_is_removed_goes_from_the_disk_when_the_last_lets_go(rig: OverlayRig) -> None:
     node = rig.overlay.mknod(ROOT, b"tmp", stat.S_IFREG | 0o600, US)
     rig.overlay.write(node, 0, b"temporary")
