@@ -8,9 +8,8 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Final
 
-import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -26,8 +25,8 @@ from agent_plugin.content.digest import Digest
 from agent_plugin.content.manifest import FileEntry
 from agent_plugin.content.store import Cancellation
 from agent_plugin.session.written import find_written
+from tests.mount.mortal_server import KilledError, mortal_server
 from tests.mount.overlay_rig import US, OverlayRig, seen_by_overlay, seen_on_disk
-from vfs import overlay, overlay_copy, overlay_files, overlay_nodes, overlay_upper
 from vfs.nodes import RENAME_NOREPLACE, Changes
 
 FILES: Final[dict[str | bytes, bytes | int]] = {
@@ -38,7 +37,6 @@ FILES: Final[dict[str | bytes, bytes | int]] = {
     "d/c/c": b"",
     "c/a": b"an input",
 }
-T = TypeVar("T")
 
 names = st.sampled_from(["a", "b", "c", "d"])
 paths = st.sampled_from(
@@ -47,45 +45,6 @@ paths = st.sampled_from(
 modes = st.sampled_from([0o600, 0o644, 0o755, 0o400])
 contents = st.sampled_from([b"x", b"hello", b"0123456789"])
 moments = st.integers(min_value=1, max_value=12)
-
-# What changes a disk, of `os`; what a server that is killed does no more.
-_CHANGING: Final = frozenset(
-    {
-        "mknod", "mkdir", "symlink", "link", "unlink", "rmdir", "rename", "chown", "chmod",
-        "fchmod", "ftruncate", "utime", "setxattr", "removexattr", "pwrite", "copy_file_range",
-        "open", "renameat2",
-    }
-)  # fmt: skip
-
-
-class KilledError(BaseException):
-    """The server was killed before the next change of the disk."""
-
-
-class MortalOs:
-    """`os`, and a C library's renameat2, for a server that is killed at a given change."""
-
-    def __init__(self, lives: int, of: Any) -> None:
-        self.lives = lives
-        self._of = of
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._of, name)
-        return self._mortal(found) if name in _CHANGING else found
-
-    def _mortal(self, change: Callable[..., T]) -> Callable[..., T]:
-        def call(*args: Any, **more: Any) -> T:
-            if change is os.open and not (len(args) > 1 and args[1] & os.O_CREAT):
-                return change(*args, **more)
-            self.die_a_little()
-            return change(*args, **more)
-
-        return call
-
-    def die_a_little(self) -> None:
-        self.lives -= 1
-        if self.lives < 0:
-            raise KilledError
 
 
 class OverlayMachine(RuleBasedStateMachine):
@@ -333,16 +292,8 @@ class OverlayMachine(RuleBasedStateMachine):
             # Which of the two it is the kernel decides on the way.
             assert told == refused or {told, refused} == {errno.ENOENT, errno.ENOTDIR}
             return
-        mortal = MortalOs(kill, os)
-        library = MortalOs(0, overlay_upper._libc)
-        library.die_a_little = mortal.die_a_little  # type: ignore[method-assign]
-        modules = (overlay, overlay_copy, overlay_files, overlay_nodes, overlay_upper)
-        with pytest.MonkeyPatch.context() as patch:
-            for module in modules:
-                patch.setattr(module, "os", mortal)
-            patch.setattr(overlay_upper, "_libc", library)
-            with suppress(KilledError):
-                on_overlay(False)
+        with mortal_server(kill) as mortal, suppress(KilledError):
+            on_overlay(False)
         if mortal.lives <= 0:  # At 0 it was killed before it could answer.
             self.rig.restart()
             on_overlay(True)
