@@ -12,6 +12,15 @@ _FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+def sync_names(directory: Path) -> None:
+    """Wait until the names in a directory are on its disk; raises OSError."""
+    fd = os.open(directory, _FLAGS)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def sync_file_systems(directories: Iterable[Path]) -> None:
     """Wait until all that was written to the file systems of directories is on their disks.
 

@@ -6,18 +6,13 @@ vfs) would keep it for ever. The kernel's own way is a file for each connection 
 type fusectl, which need not be mounted anywhere for that.
 """
 
-import ctypes
 import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-# Source: linux/mount.h, asm-generic/unistd.h; the numbers are the same on all platforms.
-_SYS_FSOPEN: Final = 430
-_SYS_FSCONFIG: Final = 431
-_SYS_FSMOUNT: Final = 432
-_CLOEXEC: Final = 1
-_CMD_CREATE: Final = 6
+from agent_plugin.content.detached_mount import mount_detached
+
 # Where a host has it mounted; who may not mount may write to the files of his own mounts there.
 _USUAL_PLACE: Final = Path("/sys/fs/fuse/connections")
 
@@ -58,14 +53,6 @@ def _control_files() -> int:
     Raises:
         OSError: The host has none for this process.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    context = libc.syscall(_SYS_FSOPEN, b"fusectl", _CLOEXEC)
-    if context >= 0:
-        try:
-            made = libc.syscall(_SYS_FSCONFIG, context, _CMD_CREATE, None, None, 0) == 0
-            mounted = libc.syscall(_SYS_FSMOUNT, context, _CLOEXEC, 0) if made else -1
-        finally:
-            os.close(context)
-        if mounted >= 0:
-            return int(mounted)
+    with suppress(OSError):
+        return mount_detached(b"fusectl", {})
     return os.open(_USUAL_PLACE, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -9,10 +9,10 @@ import secrets
 from pathlib import Path
 from typing import Final
 
+from agent_plugin.content.disk_sync import sync_names
 from agent_plugin.content.errors import local_write_error
 
 _NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 def replace_private_file(path: Path, data: bytes, *, durable: bool = False) -> None:
@@ -36,15 +36,7 @@ def replace_private_file(path: Path, data: bytes, *, durable: bool = False) -> N
                 os.fsync(file.fileno())
         new.replace(path)
         if durable:
-            _sync_names(path.parent)
+            sync_names(path.parent)
     except OSError as error:
         new.unlink(missing_ok=True)
         raise local_write_error(error, os.fspath(path)) from error
-
-
-def _sync_names(directory: Path) -> None:
-    fd = os.open(directory, _DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

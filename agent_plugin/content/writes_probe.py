@@ -4,14 +4,13 @@ Overlayfs keeps it at the kernel's own speed, and needs CAP_SYS_ADMIN and a file
 Our server's own overlay needs neither, and writes the same directory.
 """
 
-import ctypes
 import os
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from agent_plugin.content.detached_mount import mount_detached
 from agent_plugin.content.errors import local_write_error
 from agent_plugin.content.mount_spec import OVERLAY, OVERLAYFS
 from agent_plugin.content.overlay_marks import OPAQUE, TRUSTED_MARKS, USER_MARKS, marks_of
@@ -20,17 +19,6 @@ from agent_plugin.content.pinned import own_directory
 AUTO: Final = "auto"
 # What overlayfs takes for its own in a path among its options.
 SPECIAL_CHARACTERS: Final = frozenset(",:\\")
-
-# The calls by which file systems are mounted since Linux 5.2; on all machines by these numbers.
-# Source: fsopen(2), fsconfig(2), fsmount(2), linux/mount.h.
-_FSOPEN: Final = 430
-_FSCONFIG: Final = 431
-_FSMOUNT: Final = 432
-_CLOEXEC: Final = 1
-_SET_STRING: Final = 1
-_CREATE: Final = 6
-
-_libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,30 +78,8 @@ def _try(scratch: Path) -> str:
         return f"overlayfs's marks can not be set: {error.strerror}"
     directories = {f"{name}dir": f"{scratch}/{name}" for name in ("lower", "upper", "work")}
     try:
-        _mount_nowhere(directories | {"metacopy": "on", "redirect_dir": "on", "index": "off"})
+        options = directories | {"metacopy": "on", "redirect_dir": "on", "index": "off"}
+        os.close(mount_detached(b"overlay", options))
     except OSError as error:
         return f"overlayfs can not be mounted: {error.strerror}"
     return ""
-
-
-def _mount_nowhere(options: Mapping[str, str]) -> None:
-    """Mount overlayfs without a place, and let it go: nobody who is killed here leaves a mount."""
-    context = _syscall(_FSOPEN, b"overlay", ctypes.c_uint(_CLOEXEC))
-    try:
-        for name, value in options.items():
-            words = (ctypes.c_uint(_SET_STRING), name.encode(), os.fsencode(value))
-            _syscall(_FSCONFIG, ctypes.c_int(context), *words, ctypes.c_int(0))
-        create = (ctypes.c_uint(_CREATE), None, None)
-        _syscall(_FSCONFIG, ctypes.c_int(context), *create, ctypes.c_int(0))
-        no_attributes = ctypes.c_uint(0)
-        os.close(_syscall(_FSMOUNT, ctypes.c_int(context), ctypes.c_uint(_CLOEXEC), no_attributes))
-    finally:
-        os.close(context)
-
-
-def _syscall(number: int, *arguments: object) -> int:
-    done: int = _libc.syscall(ctypes.c_long(number), *arguments)
-    if done < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return done

@@ -25,6 +25,7 @@ from typing import Final
 import msgspec
 import xxhash
 
+from agent_plugin.content.disk_sync import sync_names
 from agent_plugin.content.errors import TransferStateError, local_write_error
 from agent_plugin.content.parts import write_all
 from agent_plugin.content.store import DocumentInfo
@@ -191,7 +192,7 @@ class Checkpoint:
                 file.flush()
                 os.fsync(fd)
             temporary.replace(self._path)
-            _sync_directory(self._path.parent)
+            sync_names(self._path.parent)
         except OSError as error:
             with suppress(OSError):
                 temporary.unlink()
@@ -331,11 +332,3 @@ def _encoded(document: msgspec.Struct) -> bytes:
     except UnicodeEncodeError:
         # A store in a directory whose name is not UTF-8; json escapes what msgspec refuses.
         return json.dumps(msgspec.to_builtins(document)).encode("ascii")
-
-
-def _sync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

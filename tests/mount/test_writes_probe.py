@@ -13,17 +13,17 @@ from agent_plugin.content.writes_probe import AUTO, choose_writes
 PROGRAM = """if True:
     import os, signal, sys
     from pathlib import Path
-    from agent_plugin.content import writes_probe
+    from agent_plugin.content import detached_mount, writes_probe
 
-    call = writes_probe._syscall
+    call = detached_mount._syscall
 
     def then_die(number, *arguments):
         done = call(number, *arguments)
-        if number == writes_probe._FSMOUNT:
+        if number == detached_mount._FSMOUNT:
             os.kill(os.getpid(), signal.SIGKILL)
         return done
 
-    writes_probe._syscall = then_die
+    detached_mount._syscall = then_die
     writes_probe.choose_writes("auto", Path(sys.argv[1]))
 """
 
